@@ -1,0 +1,78 @@
+"""The dense model of a task, trained once, and the statistics of its layers, collected once: both cached on disk.
+
+Every notebook starts here, and so runs alone: what is missing is built.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from lowrank.cache import cached
+from lowrank.fingerprint import hash_model, hash_options
+from lowrank.statistics import LayerStatistics, collect_statistics, load_statistics, save_statistics
+from lowrank.tasks import Task
+from lowrank.training import Recipe, recipe_options, seed_everything, train
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """`model`: trained, in evaluation mode, on the accelerator where there is one. `history`: a row per training step.
+    `seconds`: what the training took when it was run, whether now or for the cache."""
+
+    model: nn.Module
+    history: list[dict[str, float]]
+    seconds: float
+
+
+def load_baseline(task: Task, recipe: Recipe) -> Baseline:
+    """The task's model, trained by the recipe; with 0 steps as the task makes it, for instance pretrained.
+
+    Cached under a hash of the task's data and model, the recipe, the code that trains, and the versions of torch and
+    the model libraries. A training that was killed goes on from its last checkpoint.
+    """
+    seed_everything(recipe.seed)
+    model = task.make_model()
+    if recipe.steps == 0:
+        return Baseline(model.to(PartialState().device).eval(), [], 0.0)
+
+    def build(folder: Path) -> None:
+        start = time.perf_counter()
+        history = train(model, task, recipe, checkpoint=folder / "checkpoints")
+        save_model(model, str(folder / "model.safetensors"))
+        about = {"history": history, "seconds": round(time.perf_counter() - start, 1)}
+        (folder / "training.json").write_text(json.dumps(about), encoding="utf8")
+
+    key = {"task": task.identity, "recipe": recipe_options(recipe)}
+    training = Path(__file__).with_name("training.py")
+    folder = cached("baselines", key, training, build)
+    load_model(model, str(folder / "model.safetensors"))
+    about = json.loads((folder / "training.json").read_text(encoding="utf8"))
+    return Baseline(model.to(PartialState().device).eval(), about["history"], about["seconds"])
+
+
+def load_calibration(
+    task: Task, model: nn.Module, *, samples: int, batch_size: int, seed: int, split: str = "train"
+) -> dict[str, LayerStatistics]:
+    """Statistics of the task's targeted layers over `samples` samples drawn with `seed`; cached like the baseline."""
+    key: dict[str, Any] = {
+        "task": task.identity,
+        "model": hash_model(model),
+        "layers": list(task.linears(model)),
+        "split": split,
+        "samples": samples,
+        "seed": seed,
+    }
+
+    def build(folder: Path) -> None:
+        batches = task.batches(split, batch_size, samples=samples, seed=seed)
+        statistics = collect_statistics(model, batches, task.layers)
+        save_statistics(folder / "statistics.safetensors", statistics, model, hash_options(key))
+
+    folder = cached("statistics", key, Path(__file__).with_name("statistics.py"), build)
+    return load_statistics(folder / "statistics.safetensors", model, hash_options(key))

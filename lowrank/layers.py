@@ -1,0 +1,38 @@
+"""Which linear layers a method works on: dotted module names, or patterns of them."""
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+# Every linear layer inside a numbered block: `encoder.layer.0.…`, `model.layers.0.…`, `blocks.0.…`. Embeddings, poolers,
+# classifiers and `lm_head` stand outside the blocks, so one pattern serves BERT, Llama, OPT, ViT and their relatives.
+BLOCKS = (r".*\.\d+\..*|\d+\..*",)
+
+
+def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, nn.Linear]:
+    """The linear layers of a model that are named, in the order in which the model declares them.
+
+    **Arguments:** `layers`: each entry a dotted module name, or a regular expression that must match a whole name.
+
+    **Returns:** name -> layer, without repeats.
+
+    **Raises:** `ValueError`: an entry that names no `nn.Linear` of the model.
+    """
+    if isinstance(layers, str):
+        raise ValueError(f"`layers` must be a list of names or patterns, got the single string {layers!r}.")
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    wanted: set[str] = set()
+    for entry in layers:
+        matched = {entry} & linears.keys() or {name for name in linears if re.fullmatch(entry, name)}
+        if not matched:
+            some = ", ".join(list(linears)[:6]) or "none at all"
+            raise ValueError(f"`layers` must match nn.Linear modules of the model, got {entry!r}; it has: {some} ...")
+        wanted |= matched
+    return {name: module for name, module in linears.items() if name in wanted}
+
+
+def depth_and_kind(name: str) -> tuple[int, str]:
+    """Where a layer stands and what it is: `model.layers.3.mlp.up_proj` -> (3, 'mlp.up_proj'); depth -1 outside blocks."""
+    block = re.search(r"(?:^|\.)(\d+)\.", name)
+    return (int(block.group(1)), name[block.end() :]) if block else (-1, name)

@@ -1,0 +1,108 @@
+"""Parameter sets and the notebooks they fill: which exist, what they may set, and what a notebook gets in the end."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowrank.imports import ROOT
+
+NOTEBOOKS = ROOT / "notebooks"
+SETS = ROOT / "params"
+COMMON = "common"  # a section of a set file whose values go to every notebook that has such a parameter
+
+
+class ParameterError(ValueError):
+    """A set, a notebook or a parameter that is not as it must be."""
+
+
+def notebook_names() -> list[str]:
+    """The stems of all notebooks."""
+    return sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.py"))
+
+
+def set_names() -> list[str]:
+    """The names of all parameter sets."""
+    return sorted(path.stem for path in SETS.glob("*.yaml"))
+
+
+def notebook_path(name: str) -> Path:
+    """The source of a notebook.
+
+    **Raises:** `ParameterError`: no such notebook; the message lists the known ones.
+    """
+    if name not in notebook_names():
+        raise ParameterError(f"`notebook` must be one of {notebook_names()}, got {name!r}.")
+    return NOTEBOOKS / f"{name}.py"
+
+
+def defaults(notebook: str) -> dict[str, Any]:
+    """The parameters cell of a notebook: every name with its literal value."""
+    source = notebook_path(notebook).read_text(encoding="utf8")
+    cells = source.split("\n# %%")
+    cell = next((cell for cell in cells if cell.partition("\n")[0].strip() == 'tags=["parameters"]'), None)
+    if cell is None:
+        raise ParameterError(f"notebook {notebook!r} must have a cell tagged 'parameters'.")
+    found: dict[str, Any] = {}
+    for node in ast.parse(cell.partition("\n")[2]).body:
+        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+            raise ParameterError(f"the parameters cell of {notebook!r} must hold assignments of literals only.")
+        found[node.targets[0].id] = ast.literal_eval(node.value)
+    return found
+
+
+def read_set(name: str) -> dict[str, dict[str, Any]]:
+    """The sections of a set file: notebook -> parameters, and perhaps `common`.
+
+    **Raises:** `ParameterError`: no such set (the message lists the known ones), or a file that is not a YAML mapping
+    of mappings.
+    """
+    path = SETS / f"{name}.yaml"
+    if name not in set_names():
+        raise ParameterError(f"`set` must be one of {set_names()}, got {name!r}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParameterError(f"set file {path} must be YAML: {' '.join(str(error).split())}") from error
+    if not (isinstance(content, dict) and all(isinstance(section, dict) for section in content.values())):
+        raise ParameterError(f"set file {path} must map notebook names to parameters, got {type(content).__name__}.")
+    return content
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """A value has the type of the default; an int will do for a float; the items of a list have the type of the first."""
+    if isinstance(default, float) and not isinstance(value, bool):
+        return isinstance(value, int | float)
+    if type(value) is not type(default):
+        return False
+    return not (isinstance(default, list) and default) or all(_fits(item, default[0]) for item in value)
+
+
+def parameters(set_name: str, notebook: str) -> dict[str, Any]:
+    """All parameters of one notebook in one set: its defaults, then `common`, then its own section.
+
+    **Raises:** `ParameterError`: the set does not name the notebook, or sets a parameter that does not exist (the
+    message lists those that do) or has another type.
+    """
+    known = defaults(notebook)
+    sections = read_set(set_name)
+    if notebook not in sections:
+        raise ParameterError(f"`notebook` must be one of {sorted(set(sections) - {COMMON})} in set {set_name!r}, got {notebook!r}.")
+    common, own = sections.get(COMMON, {}), sections[notebook]
+    everywhere = {name for other in notebook_names() for name in defaults(other)}
+    if unknown := sorted((set(own) - set(known)) | (set(common) - everywhere)):
+        raise ParameterError(f"parameters of {notebook!r} must be among {sorted(known)}, got {unknown} in set {set_name!r}.")
+    given = {name: value for name, value in common.items() if name in known} | own | {"set_name": set_name}
+    for name, value in given.items():
+        if not _fits(value, known[name]):
+            raise ParameterError(
+                f"parameter `{name}` of {notebook!r} must be of type {type(known[name]).__name__} (as {known[name]!r}), "
+                f"got {value!r} in set {set_name!r}."
+            )
+    return known | given
+
+
+def jobs(sets: list[str]) -> list[tuple[str, str]]:
+    """Every (set, notebook) that exists among the given sets."""
+    return [(name, notebook) for name in sets for notebook in notebook_names() if notebook in read_set(name)]

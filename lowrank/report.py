@@ -1,0 +1,142 @@
+"""What a notebook leaves behind: figures, tables, claims, and where they came from. Only this room knows outputs/."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+import torch
+from IPython.display import Image
+from matplotlib.figure import Figure
+
+from lowrank.imports import ROOT
+from lowrank.parameters import defaults
+
+VERSIONED = ("numpy", "torch", "transformers", "timm", "datasets", "peft", "accelerate", "safetensors", "tokenizers")
+RESULT_SOURCES = ("lowrank", "notebooks/*.py", "params", "requirements.lock", "pyproject.toml", "Snakefile")
+SIGNIFICANT_DIGITS = 6
+
+
+def outputs_folder() -> Path:
+    """`LOWRANK_OUTPUTS`, else `outputs/draft`: only the runner, once a notebook has run whole, writes to `outputs`."""
+    named = os.environ.get("LOWRANK_OUTPUTS")
+    return Path(named).resolve() if named else ROOT / "outputs" / "draft"
+
+
+class Report:
+    """The record of one run of one notebook.
+
+    **Arguments:** `notebook`: its stem. `namespace`: `globals()` of the notebook, from which the parameters are read.
+    """
+
+    def __init__(self, notebook: str, namespace: Mapping[str, Any]) -> None:
+        self.parameters = {name: namespace[name] for name in defaults(notebook)}
+        self.folder = outputs_folder() / self.parameters["set_name"] / notebook
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.iterdir():
+            stale.unlink()
+        self.notebook = notebook
+        self.tables: set[str] = set()
+        self.claims: list[dict[str, object]] = []
+        self.stages: dict[str, float] = {}
+        self.inputs: dict[str, Any] = {}
+        self.started = time.time()
+        sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+
+    def record(self, **inputs: Any) -> None:
+        """Says what went in: identities and hashes of data and models, dtype. Kept in run.json under `inputs`."""
+        self.inputs |= inputs
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a stage; its seconds are kept in run.json."""
+        start = time.perf_counter()
+        yield
+        self.stages[name] = self.stages.get(name, 0.0) + round(time.perf_counter() - start, 2)
+
+    def table(self, table: pd.DataFrame, name: str, rows: int = 12) -> pd.DataFrame:
+        """Writes `name.csv` and returns the first rows to be shown."""
+        self._named(name)
+        table.to_csv(self.folder / f"{name}.csv", index=False, float_format=f"%.{SIGNIFICANT_DIGITS}g")
+        self.tables.add(name)
+        return table.head(rows)
+
+    def figure(self, figure: Figure | sns.axisgrid.Grid, name: str) -> Image:
+        """Writes `name.png` and returns it to be shown. Its table, of the same name, must have been written before."""
+        if name not in self.tables:
+            raise ValueError(f"`name` must be that of a table written before the figure, got {name!r}.")
+        drawn = figure.figure if isinstance(figure, sns.axisgrid.Grid) else figure
+        path = self.folder / f"{name}.png"
+        drawn.savefig(path, dpi=90, bbox_inches="tight", metadata={"Software": None})
+        plt.close(drawn)
+        return Image(filename=str(path))
+
+    def claim(self, text: str, holds: Any) -> bool:
+        """Records a finding and says whether it held. A claim that fails is a result, not an error."""
+        held = bool(holds)
+        self.claims.append({"claim": text, "holds": held})
+        pd.DataFrame(self.claims).to_csv(self.folder / "claims.csv", index=False)
+        print(f"{'holds' if held else 'FAILS'}: {text}")
+        return held
+
+    def finish(self) -> pd.DataFrame:
+        """Writes run.json and returns the claims to be shown."""
+        held = sum(bool(claim["holds"]) for claim in self.claims)
+        about = {
+            "set": self.parameters["set_name"],
+            "notebook": self.notebook,
+            "parameters": self.parameters,
+            "inputs": self.inputs,
+            "claims": {"held": held, "failed": len(self.claims) - held},
+            "stages_s": self.stages,
+            "wall_s": round(time.time() - self.started, 1),
+            "peak_memory_mb": peak_memory_mb(),
+            **environment(),
+        }
+        (self.folder / "run.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf8")
+        return pd.DataFrame(self.claims, columns=["claim", "holds"])
+
+    def _named(self, name: str) -> None:
+        if not name.replace("_", "").isalnum() or name in {"claims", "run"}:
+            raise ValueError(f"`name` must be letters, digits and underscores, and not 'claims' or 'run', got {name!r}.")
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions and machine that a result came from."""
+    cuda = torch.cuda.is_available()
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--", *RESULT_SOURCES)),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in VERSIONED},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+    }
+
+
+def peak_memory_mb() -> dict[str, int]:
+    """The most memory this process has held, in MB, on the host and on the GPU where there is one."""
+    import resource  # noqa: PLC0415 (not on Windows)
+
+    unit = 1024**2 if sys.platform == "darwin" else 1024
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
+    return peak | ({"gpu": torch.cuda.max_memory_allocated() // 1024**2} if torch.cuda.is_available() else {})
+
+
+def _git(*words: str) -> str | None:
+    """What git prints; None outside a repository or without git."""
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,112 @@
+"""Tasks: what a parameter set names. Data, a model, the layers to compress and a metric behind one small interface."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from lowrank.batches import Batch, labels, logits
+from lowrank.evaluation import OBJECTIVES, evaluate
+from lowrank.layers import BLOCKS, find_linears
+
+# name -> the module that loads it, imported when it is asked for: a reader of digits needs no transformers.
+TASKS = {
+    "digits": "lowrank.tasks.digits",
+    "docs_package": "lowrank.tasks.docs_package",
+    "docs_language": "lowrank.tasks.docs_language",
+    "glue": "lowrank.tasks.glue",
+    "imagenet": "lowrank.tasks.imagenet",
+    "cifar10": "lowrank.tasks.cifar10",
+    "wikitext2": "lowrank.tasks.wikitext2",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set with one model.
+
+    `splits`: map-style data sets; 'train' to train and calibrate, 'validation' to report, more where the source has
+    them. `collate`: list of samples -> batch (see `lowrank.batches`), with `attention_mask` where there is padding.
+    `make_model`: a fresh model, its new weights drawn from torch's global seed. `objective`, `metrics`: keys of
+    `lowrank.evaluation`, the headline metric first. `identity`: JSON, all that determines data and fresh model.
+    """
+
+    name: str
+    splits: Mapping[str, Dataset]
+    make_model: Callable[[], nn.Module]
+    objective: str
+    metrics: Sequence[str]
+    identity: Mapping[str, Any]
+    collate: Callable[[list[Any]], Batch] = default_collate
+    layers: Sequence[str] = field(default=BLOCKS)
+
+    @property
+    def metric(self) -> str:
+        return self.metrics[0]
+
+    def split(self, name: str) -> Dataset:
+        if name not in self.splits:
+            raise ValueError(f"`split` must be one of {sorted(self.splits)} for task {self.name!r}, got {name!r}.")
+        return self.splits[name]
+
+    def batches(
+        self, split: str, batch_size: int, *, samples: int | None = None, seed: int | None = None, workers: int = 0
+    ) -> DataLoader:
+        """Batches of one split, in order; with `seed`, in an order drawn from it; the first `samples` samples only."""
+        data = self.split(split)
+        size = len(data)  # pyright: ignore[reportArgumentType] (map-style data sets have a length)
+        if samples is not None and not 1 <= samples <= size:
+            raise ValueError(f"`samples` must be in [1, {size}] for split {split!r} of {self.name!r}, got {samples}.")
+        order = torch.arange(size)
+        if seed is not None:
+            order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+        chosen = [chunk.tolist() for chunk in order[:samples].split(batch_size)]
+        return self.loader(split, chosen, workers)
+
+    def loader(self, split: str, batch_indices: Sequence[Sequence[int]], workers: int = 0) -> DataLoader:
+        """Batches of the samples at given positions; draws nothing from torch's global generator."""
+        return DataLoader(
+            self.split(split),
+            batch_sampler=batch_indices,  # pyright: ignore[reportArgumentType] (any iterable of lists)
+            collate_fn=self.collate,
+            num_workers=workers,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def linears(self, model: nn.Module) -> dict[str, nn.Linear]:
+        """The targeted layers of a model."""
+        return find_linears(model, self.layers)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss over the targets of a batch."""
+        return OBJECTIVES[self.objective].losses(logits(model, batch), labels(batch)).mean()
+
+    def total_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Loss summed over the targets of a batch, as `collect_statistics` takes it."""
+        return OBJECTIVES[self.objective].losses(logits(model, batch), labels(batch)).sum()
+
+    def evaluate(self, model: nn.Module, split: str = "validation", batch_size: int = 64) -> dict[str, float]:
+        """Loss and metrics over a whole split."""
+        return evaluate(model, self.batches(split, batch_size), self.objective, self.metrics)
+
+
+def load_task(name: str, **options: Any) -> Task:
+    """A task by name.
+
+    **Arguments:** `options`: those of the task's `load` function; its docstring lists them.
+
+    **Raises:** `ValueError`: unknown task or option; the message lists the known ones. `FileNotFoundError`: data or
+    weights are missing; the message names the remedy.
+    """
+    if name not in TASKS:
+        raise ValueError(f"`name` must be one of {sorted(TASKS)}, got {name!r}.")
+    load = importlib.import_module(TASKS[name]).load
+    known = inspect.signature(load).parameters
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"`options` of task {name!r} must be among {sorted(known)}, got {unknown}.")
+    return load(**options)

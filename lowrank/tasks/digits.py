@@ -1,0 +1,59 @@
+"""Handwritten digits, 8x8 pixels, bundled with scikit-learn: 1,797 real images, ten classes; a small ViT."""
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from lowrank.fingerprint import hash_tensors
+from lowrank.tasks import Task
+
+TEST_SHARE = 0.25
+
+
+def load(width: int = 64, depth: int = 3, heads: int = 4, patch: int = 2, dropout: float = 0.1) -> Task:
+    """Which digit? A timm `VisionTransformer` on 8x8 images, a fixed stratified split, three quarters to train.
+
+    **Arguments:** `width`: embedding size. `depth`: blocks. `heads`: attention heads. `patch`: pixels per patch side,
+    a divisor of 8. `dropout`: of positions, attention, projections and paths alike.
+    """
+    from sklearn.datasets import load_digits  # noqa: PLC0415
+    from sklearn.model_selection import train_test_split  # noqa: PLC0415
+    from timm.models.vision_transformer import VisionTransformer  # noqa: PLC0415
+
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16.0  # pyright: ignore
+    targets = torch.tensor(bunch.target)  # pyright: ignore
+    images = (images - 0.3) / 0.38  # about zero mean and unit variance
+    train, validation = train_test_split(range(len(targets)), test_size=TEST_SHARE, stratify=targets, random_state=0)
+
+    def make_model() -> nn.Module:
+        return VisionTransformer(
+            img_size=8,
+            patch_size=patch,
+            in_chans=1,
+            num_classes=10,
+            global_pool="avg",
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            pos_drop_rate=dropout,
+            proj_drop_rate=dropout,
+            attn_drop_rate=dropout,
+            drop_path_rate=dropout,
+        )
+
+    return Task(
+        name="digits",
+        splits={
+            "train": TensorDataset(images[train], targets[train]),
+            "validation": TensorDataset(images[validation], targets[validation]),
+        },
+        make_model=make_model,
+        objective="classification",
+        metrics=("accuracy",),
+        identity={
+            "task": "digits",
+            "data": hash_tensors({"images": images[train], "held_out": images[validation]}),
+            "model": {"width": width, "depth": depth, "heads": heads, "patch": patch, "dropout": dropout},
+        },
+    )

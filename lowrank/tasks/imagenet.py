@@ -1,0 +1,68 @@
+"""ImageNet-1k, as a Hub data set or a folder of class folders, and any pretrained timm model."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from lowrank.fingerprint import hash_options
+from lowrank.layers import BLOCKS
+from lowrank.tasks import Task
+from lowrank.tasks.hub import found, load_splits
+from lowrank.tasks.images import Images
+
+
+def load(
+    model: str = "vit_base_patch16_224",
+    data: str = "ILSVRC/imagenet-1k",
+    layers: list[str] | tuple[str, ...] = (*BLOCKS, "head"),
+) -> Task:
+    """Which of the classes? Images go through the transform that timm names for the model.
+
+    **Arguments:** `model`: any timm model with pretrained weights. `data`: a folder with `train/` and `val/` of class
+    folders, or a Hub name. `layers`: targeted layers, by default those inside blocks and the head.
+    """
+    import timm  # noqa: PLC0415
+
+    def make_model() -> nn.Module:
+        return found("timm model", model, lambda: timm.create_model(model, pretrained=True))
+
+    settings = timm.get_pretrained_cfg(model)
+    if settings is None:
+        raise ValueError(f"`model` must be a timm model with pretrained weights, got {model!r}; see timm.list_pretrained().")
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=settings.to_dict()))
+    if Path(data).exists():
+        splits, content = _folders(Path(data), transform)
+    else:
+        source = load_splits(data)
+        splits = {split: Images(source[split], transform) for split in ("train", "validation") if split in source}
+        content = {split: source[split]._fingerprint for split in splits}
+    return Task(
+        name="imagenet",
+        splits=splits,
+        make_model=make_model,
+        objective="classification",
+        metrics=("accuracy",),
+        identity={"task": "imagenet", "data": content, "model": model, "weights": settings.hf_hub_id or settings.url},
+        layers=tuple(layers),
+    )
+
+
+def _folders(root: Path, transform: object) -> tuple[dict[str, Dataset], dict[str, str]]:
+    """An ImageFolder per split, and a hash of the file names and sizes of each."""
+    from torchvision.datasets import ImageFolder  # noqa: PLC0415
+
+    missing = [name for name in ("train", "val") if not (root / name).is_dir()]
+    if missing:
+        raise FileNotFoundError(f"`data` must be a folder with train/ and val/ of class folders; {root} lacks {missing}.")
+    folders = {"train": root / "train", "validation": root / "val"}
+    splits: dict[str, Dataset] = {
+        name: ImageFolder(str(path), transform=transform, target_transform=torch.tensor)  # pyright: ignore[reportArgumentType]
+        for name, path in folders.items()
+    }
+    content = {
+        name: hash_options(sorted((str(f.relative_to(path)), f.stat().st_size) for f in path.rglob("*") if f.is_file()))
+        for name, path in folders.items()
+    }
+    return splits, content

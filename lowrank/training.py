@@ -1,0 +1,164 @@
+"""The one training loop: AdamW, warm-up and cosine, clipping, a progress bar, exact resume, early failure on NaN."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from math import ceil, cos, isfinite, pi
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lowrank.batches import Batch, to_device
+from lowrank.tasks import Task
+
+STATES = "step-" + "[0-9]" * 9  # names of saved states; a name appears when its state is whole
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. `steps` optimiser steps of `batch_size` samples; `learning_rate` is the peak, reached after the
+    first `warmup` share of the steps and lowered to 0 on a cosine; gradients are clipped to norm `clip`; `precision`:
+    'fp32' or 'bf16' (autocast). `seed` orders the data and draws dropout and new weights.
+    """
+
+    steps: int
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    clip: float = 1.0
+    precision: str = "fp32"
+    seed: int = 0
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "steps": (self.steps >= 0, ">= 0"),
+            "batch_size": (self.batch_size >= 1, ">= 1"),
+            "learning_rate": (self.learning_rate > 0, "> 0"),
+            "weight_decay": (self.weight_decay >= 0, ">= 0"),
+            "warmup": (0 <= self.warmup <= 1, "in [0, 1]"),
+            "clip": (self.clip > 0, "> 0"),
+            "precision": (self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'"),
+            "workers": (self.workers >= 0, ">= 0"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
+
+    def rate(self, step: int) -> float:
+        """The share of the peak learning rate at a step, 0-based."""
+        warm = ceil(self.warmup * self.steps)
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + cos(pi * (step - warm) / max(1, self.steps - warm)))
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch on every device."""
+    from accelerate.utils import set_seed  # noqa: PLC0415
+
+    set_seed(seed)
+
+
+def sample_order(size: int, recipe: Recipe) -> Iterator[list[int]]:
+    """One list of `batch_size` sample positions per step: shuffled epochs laid end to end, so no batch is short."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    left: list[int] = []
+    for _ in range(recipe.steps):
+        while len(left) < recipe.batch_size:
+            left += torch.randperm(size, generator=generator).tolist()
+        yield left[: recipe.batch_size]
+        left = left[recipe.batch_size :]
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    *,
+    loss: Callable[[nn.Module, Batch], Tensor] | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Trains a model in place on a task's training split.
+
+    Under `accelerate launch` each process takes its share of every batch. With `checkpoint`, a call that follows a
+    killed one goes on where that one saved last, and ends with the same weights as an undisturbed run.
+
+    **Arguments:** `loss`: `(model, batch) -> scalar`, by default the task's. `checkpoint`: a folder for saved states;
+    it is left in place. `checkpoint_every`: steps between saves.
+
+    **Returns:** one row per step: `step`, `loss`, `learning_rate`.
+
+    **Raises:** `FloatingPointError`: the loss is not finite, at the step where it happens.
+    """
+    accelerator = Accelerator()
+    seed_everything(recipe.seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer: Any = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(schedule)
+    history = _resume(accelerator, checkpoint)
+
+    size = len(task.split("train"))  # pyright: ignore[reportArgumentType] (map-style data sets have a length)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    order = [indices[rank::world] for indices in sample_order(size, recipe)][len(history) :]
+    bar = tqdm(total=recipe.steps, initial=len(history), desc="train", unit="step", disable=not progress)
+    wrapped.train()
+    for batch in task.loader("train", order, recipe.workers):
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            value = (loss or task.loss)(wrapped, to_device(batch, accelerator.device))
+        if not isfinite(value.item()):
+            raise FloatingPointError(
+                f"the loss is {value.item()} at step {len(history)}: lower `learning_rate` (now "
+                f"{recipe.learning_rate}), lengthen `warmup`, or train in fp32."
+            )
+        accelerator.backward(value)
+        accelerator.clip_grad_norm_(parameters, recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(
+            {"step": len(history), "loss": value.item(), "learning_rate": schedule.get_last_lr()[0]}
+        )
+        schedule.step()
+        bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+        bar.update()
+        if checkpoint and len(history) % checkpoint_every == 0:
+            _save(accelerator, checkpoint, history)
+    bar.close()
+    model.eval()
+    return history
+
+
+def _save(accelerator: Accelerator, checkpoint: Path, history: list[dict[str, float]]) -> None:
+    """A new state beside the old one, then the name moves: a kill leaves the old or the new, never a mixture."""
+    partial = checkpoint / "partial"
+    accelerator.save_state(str(partial))
+    if accelerator.is_main_process:
+        (partial / "history.json").write_text(json.dumps(history))
+        older = list(checkpoint.glob(STATES))
+        partial.rename(checkpoint / f"step-{len(history):09d}")
+        for state in older:
+            shutil.rmtree(state)
+    accelerator.wait_for_everyone()
+
+
+def _resume(accelerator: Accelerator, checkpoint: Path | None) -> list[dict[str, float]]:
+    states = sorted(checkpoint.glob(STATES)) if checkpoint else []
+    if not states:
+        return []
+    accelerator.load_state(str(states[-1]))
+    return json.loads((states[-1] / "history.json").read_text())
+
+
+def recipe_options(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON, for hashes and provenance; what does not change results is left out."""
+    return {key: value for key, value in asdict(recipe).items() if key != "workers"}
