@@ -1,14 +1,52 @@
-# The commands of the README. Each does its own set-up; nothing outside this folder is touched.
+# The commands of the README. Each does its own set-up, and touches nothing outside this folder and uv's cache.
 VENV   := .venv
-BIN    := $(VENV)/bin
+BIN    := $(CURDIR)/$(VENV)/bin
 PYTHON ?= python3
 SETS   ?= digits-vit docs-bert docs-llama
-NOTEBOOKS ?=
 CORES  ?= 2
 
-# One thread per process: Snakemake runs CORES notebooks side by side, and sums do not depend on the machine's core count.
+# One thread per process: CORES notebooks run side by side, and sums do not depend on the number of cores.
 export OMP_NUM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
+export PATH := $(BIN):$(PATH)
 export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter
 export JUPYTER_PREFER_ENV_PATH := 1
+export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: report test lab lint bench notebooks lock
+
+report: $(VENV)/.ok  ## execute the notebooks for SETS into outputs/; what is up to date is not run again
+	snakemake --cores $(CORES) --config sets='$(SETS)' --rerun-incomplete --nolock --keep-going --quiet rules
+
+test: lint  ## ruff, pyright, unit tests, notebook guards, nbval
+	python -m pytest -q -n $(CORES) --dist loadfile
+	LOWRANK_OUTPUTS=$$(mktemp -d) python -m pytest -q --nbval-lax --nbval-current-env notebooks
+
+lint: $(VENV)/.ok
+	ruff check
+	ruff format --check
+	pyright
+
+lab: $(VENV)/.ok  ## JupyterLab; .py and .ipynb of a pair both open as a notebook
+	jupyter lab --notebook-dir $(CURDIR)
+
+bench: $(VENV)/.ok  ## ratios of time and memory, measured in one run
+	python -m pytest -q tests/bench_*.py --benchmark-only
+
+notebooks: $(VENV)/.ok  ## execute the notebooks with their defaults and store them with outputs
+	python -m lowrank.pair
+
+lock: $(VENV)/.ok  ## resolve pyproject.toml anew
+	uv pip compile -q --universal --python-version 3.11 --all-extras --generate-hashes --no-header \
+		--no-emit-package lowrank pyproject.toml -o requirements.lock
+
+# uv comes from the lock too: its pin is read from there.
+$(VENV)/.ok: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(sed -n 's/^\(uv==[^ ]*\).*/\1/p' requirements.lock)"
+	$(BIN)/uv pip sync -q --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (lowrank)" > /dev/null 2>&1
+	mkdir -p $(VENV)/share/jupyter/lab/settings
+	cp notebooks/lab_overrides.json $(VENV)/share/jupyter/lab/settings/overrides.json
+	touch $@

@@ -28,6 +28,16 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return tuple(value.to(device, non_blocking=True) for value in batch)
 
 
+def as_double(batch: Batch) -> Batch:
+    """The batch with floating inputs in float64, for a model cast to float64."""
+    convert = lambda value: value.double() if value.is_floating_point() else value  # noqa: E731
+    if isinstance(batch, Tensor):
+        return convert(batch)
+    if isinstance(batch, Mapping):
+        return {key: convert(value) for key, value in batch.items()}
+    return tuple(convert(value) for value in batch)
+
+
 def logits(model: nn.Module, batch: Batch) -> Tensor:
     """The model's output on a batch, labels withheld: the tensor itself, or the `logits` of a transformers output."""
     if isinstance(batch, Tensor):

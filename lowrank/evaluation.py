@@ -149,7 +149,9 @@ def output_errors(
     """
     linears = find_linears(model, replacements)
     differences = {
-        name: torch.cat([(layer.weight.detach().double() - new.double()) for new in replacements[name]]).to(layer.weight)
+        name: torch.cat([(layer.weight.detach().double() - new.double()) for new in replacements[name]]).to(
+            layer.weight
+        )
         for name, layer in linears.items()
     }
     sums = {name: torch.zeros(len(new), dtype=torch.float64) for name, new in replacements.items()}

@@ -111,6 +111,7 @@ def whitened(weight: Float[Tensor, "out in"], rank: int, statistics: LayerStatis
     values, basis = torch.linalg.eigh((product + product.T) / 2)
     values, basis = values.flip(0).clamp_min(0.0), basis.flip(1)
     excited = int((values > values[0] * torch.finfo(values.dtype).eps * len(values)).sum())
+    values[excited:] = 0.0  # rounding, not energy
     if excited < rank:
         basis = _filled(core, basis[:, :excited])
     basis = basis[:, :rank]

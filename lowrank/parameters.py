@@ -88,11 +88,15 @@ def parameters(set_name: str, notebook: str) -> dict[str, Any]:
     known = defaults(notebook)
     sections = read_set(set_name)
     if notebook not in sections:
-        raise ParameterError(f"`notebook` must be one of {sorted(set(sections) - {COMMON})} in set {set_name!r}, got {notebook!r}.")
+        raise ParameterError(
+            f"`notebook` must be one of {sorted(set(sections) - {COMMON})} in set {set_name!r}, got {notebook!r}."
+        )
     common, own = sections.get(COMMON, {}), sections[notebook]
     everywhere = {name for other in notebook_names() for name in defaults(other)}
     if unknown := sorted((set(own) - set(known)) | (set(common) - everywhere)):
-        raise ParameterError(f"parameters of {notebook!r} must be among {sorted(known)}, got {unknown} in set {set_name!r}.")
+        raise ParameterError(
+            f"parameters of {notebook!r} must be among {sorted(known)}, got {unknown} in set {set_name!r}."
+        )
     given = {name: value for name, value in common.items() if name in known} | own | {"set_name": set_name}
     for name, value in given.items():
         if not _fits(value, known[name]):

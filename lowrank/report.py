@@ -108,7 +108,9 @@ class Report:
 
     def _named(self, name: str) -> None:
         if not name.replace("_", "").isalnum() or name in {"claims", "run"}:
-            raise ValueError(f"`name` must be letters, digits and underscores, and not 'claims' or 'run', got {name!r}.")
+            raise ValueError(
+                f"`name` must be letters, digits and underscores, and not 'claims' or 'run', got {name!r}."
+            )
 
 
 def environment() -> dict[str, Any]:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 def _checked(singular_values: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
     """Descending and in float64."""
-    values = torch.as_tensor(np.asarray(singular_values) if isinstance(singular_values, list | tuple) else singular_values)
+    values = torch.as_tensor(
+        np.asarray(singular_values) if isinstance(singular_values, list | tuple) else singular_values
+    )
     if values.dim() == 0 or values.shape[-1] == 0:
         raise ValueError(f"`singular_values` must have shape (..., k) with k >= 1, got {tuple(values.shape)}.")
     if values.is_complex() or not bool(torch.isfinite(values).all()) or bool((values < 0).any()):

@@ -1,9 +1,13 @@
 """Second moments of the inputs of linear layers, streamed over calibration data.
 
 For a layer with inputs x (one per token) this keeps G = sum of x x^T, the number of tokens, and the means of x and |x|:
-all that the closed forms need, in memory that does not grow with the number of tokens. A block of tokens is multiplied
-in float32 (in float64 for a float64 model) and added into float64: relative error below 1e-8, at a third of the cost of
-float64 products. Layers that receive the same tensor, as q, k and v do, share one matrix.
+all that the closed forms need, in float64 and in memory that does not grow with the number of tokens. Layers that
+receive the same tensor, as q, k and v do, share one matrix.
+
+Blocks of tokens are multiplied in float64 on the CPU, where the symmetric product (BLAS syrk, through NumPy) does half
+the work and so costs what a float32 matrix product does, and in float32 on accelerators, most of which are slow in
+float64. Blocks are always added into float64. A float32 product is good to about 5e-8 of the largest eigenvalue: enough
+to compress with, too little to predict the error of a layer that is nearly of low rank.
 """
 
 import json
@@ -23,7 +27,7 @@ from lowrank.batches import Batch, device_of, evaluating, logits, to_device, tok
 from lowrank.fingerprint import hash_model
 from lowrank.layers import BLOCKS, find_linears
 
-BLOCK_TOKENS = 4096  # tokens per float32 product: bounds both its rounding and its memory
+BLOCK_TOKENS = 4096  # tokens per product: bounds its memory, and in float32 its rounding
 FORMAT = "lowrank.statistics/1"
 
 
@@ -96,6 +100,19 @@ def shrunk(statistics: LayerStatistics, shrinkage: float) -> LayerStatistics:
     return replace(statistics, gram=gram)
 
 
+def output_norm(weight: Float[Tensor, "m n"], statistics: LayerStatistics) -> float:
+    """||W X||_F = sqrt(tr(W G W^T)), in float64: the norm of a layer's outputs, or of the error W - W' in them."""
+    w = weight.detach().double()
+    return torch.einsum("mn,mn->", w @ checked_gram(statistics).to(w.device), w).clamp_min(0.0).sqrt().item()
+
+
+def statistics_of_rows(rows: Float[Tensor, "tokens n"]) -> LayerStatistics:
+    """The statistics of given input vectors."""
+    moments = _Moments(rows.shape[-1], rows.device)
+    moments.add(rows)
+    return moments.finish()
+
+
 def checked_gram(statistics: LayerStatistics) -> Float[Tensor, "n n"]:
     """G in float64, once it is known to be usable.
 
@@ -119,11 +136,31 @@ class _Moments:
 
     def add(self, rows: Float[Tensor, "tokens n"]) -> None:
         for block in rows.detach().split(BLOCK_TOKENS):
-            block = block if block.dtype == torch.float64 else block.float()
-            self.gram += (block.T @ block).to(self.gram)
-            self.sum += block.sum(0, dtype=torch.float64).to(self.sum)
-            self.abs_sum += block.abs().sum(0, dtype=torch.float64).to(self.sum)
+            exact = (
+                block.double()
+                if block.device.type == "cpu"
+                else block.to(torch.promote_types(block.dtype, torch.float32))
+            )
+            self.gram += _outer_sum(exact).to(self.gram)
+            self.sum += exact.sum(0, dtype=torch.float64).to(self.sum)
+            self.abs_sum += exact.abs().sum(0, dtype=torch.float64).to(self.sum)
         self.tokens += len(rows)
+
+    def finish(self) -> LayerStatistics:
+        return LayerStatistics(
+            gram=(self.gram + self.gram.T) / 2,
+            tokens=self.tokens,
+            mean=self.sum / self.tokens,
+            abs_mean=self.abs_sum / self.tokens,
+        )
+
+
+def _outer_sum(rows: Float[Tensor, "tokens n"]) -> Float[Tensor, "n n"]:
+    """sum of x x^T over rows. NumPy sees that both factors are one matrix and calls syrk; torch multiplies in full."""
+    if rows.device.type == "cpu":
+        array = rows.numpy()
+        return torch.from_numpy(array.T @ array)
+    return rows.T @ rows
 
 
 def token_rows(values: Float[Tensor, "*batch n"], mask: Tensor | None, layer: str) -> Float[Tensor, "tokens n"]:
@@ -165,9 +202,7 @@ def watching(linears: Mapping[str, nn.Linear], visit: Callable[[str, Tensor], No
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
         return lambda module, args, kwargs: visit(name, args[0] if args else kwargs["input"])
 
-    handles = [
-        layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in linears.items()
-    ]
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in linears.items()]
     try:
         yield
     finally:
@@ -318,21 +353,13 @@ def _finished(collector: _Collector) -> dict[str, LayerStatistics]:
     missing = [name for name in collector.linears if name not in collector.leader]
     if missing:
         raise ValueError(f"`batches` must reach every layer, got no calibration token for {missing[0]!r}.")
-    done: dict[str, LayerStatistics] = {}
-    for name in collector.linears:
-        leader, gradients = collector.leader[name], collector.gradients.get(name)
-        sums = collector.moments[leader]
-        if sums.tokens == 0:
-            raise ValueError(f"`batches` must hold at least one unmasked token, got none for layer {name!r}.")
-        first = done.get(leader)
-        done[name] = LayerStatistics(
-            gram=first.gram if first else (sums.gram + sums.gram.T) / 2,
-            tokens=sums.tokens,
-            mean=first.mean if first else sums.sum / sums.tokens,
-            abs_mean=first.abs_mean if first else sums.abs_sum / sums.tokens,
-            gradient_gram=(gradients.gram + gradients.gram.T) / 2 if gradients else None,
-        )
-    return done
+    if empty := next((name for name, sums in collector.moments.items() if sums.tokens == 0), None):
+        raise ValueError(f"`batches` must hold at least one unmasked token, got none for layer {empty!r}.")
+    shared = {name: sums.finish() for name, sums in collector.moments.items()}
+    gradients = {name: sums.finish().gram for name, sums in collector.gradients.items()}
+    return {
+        name: replace(shared[collector.leader[name]], gradient_gram=gradients.get(name)) for name in collector.linears
+    }
 
 
 def visit_inputs(
@@ -419,7 +446,9 @@ def load_statistics(path: Path | str, model: nn.Module, data: str | None = None)
     if about.get("format") != FORMAT:
         raise ValueError(f"`path` must have format {FORMAT!r}, got {about.get('format')!r} in {str(path)!r}.")
     if about["model"] != hash_model(model):
-        raise ValueError(f"`model` must be the one of {str(path)!r} (weights {about['model']}), got {hash_model(model)}.")
+        raise ValueError(
+            f"`model` must be the one of {str(path)!r} (weights {about['model']}), got {hash_model(model)}."
+        )
     if data is not None and about["data"] != data:
         raise ValueError(f"`data` must be that of {str(path)!r} ({about['data']!r}), got {data!r}.")
     layers = json.loads(about["layers"])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lowrank.batches import Batch, to_device
 from lowrank.tasks import Task
@@ -111,7 +111,7 @@ def train(
     size = len(task.split("train"))  # pyright: ignore[reportArgumentType] (map-style data sets have a length)
     world, rank = accelerator.num_processes, accelerator.process_index
     order = [indices[rank::world] for indices in sample_order(size, recipe)][len(history) :]
-    bar = tqdm(total=recipe.steps, initial=len(history), desc="train", unit="step", disable=not progress)
+    bar = tqdm(total=recipe.steps, initial=len(history), desc="train", unit="step", mininterval=2, disable=not progress)
     wrapped.train()
     for batch in task.loader("train", order, recipe.workers):
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
@@ -125,9 +125,7 @@ def train(
         accelerator.clip_grad_norm_(parameters, recipe.clip)
         optimizer.step()
         optimizer.zero_grad()
-        history.append(
-            {"step": len(history), "loss": value.item(), "learning_rate": schedule.get_last_lr()[0]}
-        )
+        history.append({"step": len(history), "loss": value.item(), "learning_rate": schedule.get_last_lr()[0]})
         schedule.step()
         bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
         bar.update()

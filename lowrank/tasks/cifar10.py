@@ -12,7 +12,12 @@ MEAN, SPREAD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the trai
 
 
 def load(
-    data: str = "uoft-cs/cifar10", width: int = 192, depth: int = 6, heads: int = 6, patch: int = 4, train_samples: int = 50000
+    data: str = "uoft-cs/cifar10",
+    width: int = 192,
+    depth: int = 6,
+    heads: int = 6,
+    patch: int = 4,
+    train_samples: int = 50000,
 ) -> Task:
     """Which of ten classes? 32x32 colour images; a timm `VisionTransformer` trained from scratch.
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from lowrank.tasks import Task
 from lowrank.tasks.docs import PACKAGES, corpus_hash, read_corpus
@@ -18,12 +19,14 @@ def load(
     intermediate: int = 352,
     vocabulary: int = 1024,
     length: int = 128,
+    validation_samples: int = 1024,
     packages: tuple[str, ...] | list[str] = PACKAGES,
 ) -> Task:
     """Next token. A byte-level BPE tokenizer is trained on the training part; files of one side give no text to the other.
 
     **Arguments:** `hidden`, `depth`, `heads`, `key_value_heads`, `intermediate`: sizes of the Llama. `vocabulary`: tokens.
-    `length`: tokens per chunk. `packages`: those whose text is used.
+    `length`: tokens per chunk. `validation_samples`: held-out chunks that are reported on, spread evenly over the held-out
+    text. `packages`: those whose text is used.
     """
     import transformers  # noqa: PLC0415
 
@@ -61,11 +64,16 @@ def load(
         "intermediate": intermediate,
         "vocabulary": vocabulary,
         "length": length,
+        "validation_samples": validation_samples,
         "packages": list(packages),
     }
+    train, held_out = (Chunks(stream(texts[side]), length) for side in ("train", "validation"))
+    if not 1 <= validation_samples <= len(held_out):
+        raise ValueError(f"`validation_samples` must be in [1, {len(held_out)}], got {validation_samples}.")
+    spread = torch.linspace(0, len(held_out) - 1, validation_samples).long().tolist()
     return Task(
         name="docs_language",
-        splits={side: Chunks(stream(paragraphs), length) for side, paragraphs in texts.items()},
+        splits={"train": train, "validation": Subset(held_out, spread)},
         make_model=make_model,
         objective="language_modelling",
         metrics=("perplexity",),

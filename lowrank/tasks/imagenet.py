@@ -30,7 +30,9 @@ def load(
 
     settings = timm.get_pretrained_cfg(model)
     if settings is None:
-        raise ValueError(f"`model` must be a timm model with pretrained weights, got {model!r}; see timm.list_pretrained().")
+        raise ValueError(
+            f"`model` must be a timm model with pretrained weights, got {model!r}; see timm.list_pretrained()."
+        )
     transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=settings.to_dict()))
     if Path(data).exists():
         splits, content = _folders(Path(data), transform)
@@ -55,7 +57,9 @@ def _folders(root: Path, transform: object) -> tuple[dict[str, Dataset], dict[st
 
     missing = [name for name in ("train", "val") if not (root / name).is_dir()]
     if missing:
-        raise FileNotFoundError(f"`data` must be a folder with train/ and val/ of class folders; {root} lacks {missing}.")
+        raise FileNotFoundError(
+            f"`data` must be a folder with train/ and val/ of class folders; {root} lacks {missing}."
+        )
     folders = {"train": root / "train", "validation": root / "val"}
     splits: dict[str, Dataset] = {
         name: ImageFolder(str(path), transform=transform, target_transform=torch.tensor)  # pyright: ignore[reportArgumentType]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+
 def train_tokenizer(texts: Iterable[str], vocabulary: int, sentence: bool) -> Any:
     """A fast byte-level BPE tokenizer. Training is deterministic, which WordPiece training is not.
 

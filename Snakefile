@@ -1,0 +1,34 @@
+# One job per notebook and parameter set. `make report` calls this; so does a cluster (`snakemake --executor ...`).
+import os
+from pathlib import Path
+
+from lowrank.imports import sources
+from lowrank.parameters import ParameterError, jobs, notebook_path, parameters
+
+try:
+    JOBS = jobs(str(config.get("sets", "")).split())
+    VALUES = {job: parameters(*job) for job in JOBS}
+except ParameterError as error:
+    raise SystemExit(f"error: {error}")
+OUTPUTS = Path(os.environ.get("LOWRANK_OUTPUTS") or "outputs")
+RESULT, DONE = f"{OUTPUTS}/{{set}}/{{notebook}}/run.json", f"{OUTPUTS}/.done/{{set}}-{{notebook}}"
+
+wildcard_constraints:
+    set="[a-z0-9-]+",
+    notebook="[0-9]{2}_[a-z0-9_]+",
+
+rule all:
+    default_target: True
+    input: [path.format(set=s, notebook=n) for s, n in JOBS for path in (RESULT, DONE)]
+
+# The result is replaced as a whole by the runner, never deleted beforehand (`update`). That it is up to date is what
+# DONE says, which git does not keep: a fresh clone has results, and makes its own.
+rule notebook:
+    input:
+        code=lambda w: [os.path.relpath(path) for path in sources(notebook_path(w.notebook), Path("lowrank/run.py"))],
+        lock="requirements.lock",
+    output: result=update(RESULT), done=touch(DONE)
+    params: values=lambda w: VALUES[w.set, w.notebook]
+    threads: 1
+    resources: mem_mb=4000, runtime=60
+    shell: "LOWRANK_BAR=$(({jobid} % 2)) python -m lowrank.run {wildcards.set} {wildcards.notebook} > /dev/null"
