@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: report test lab lint bench notebooks lock
 
 report: $(VENV)/.ok  ## execute the notebooks for SETS into outputs/; what is up to date is not run again
-	snakemake --cores $(CORES) --config sets='$(SETS)' --rerun-incomplete --nolock --keep-going --quiet rules
+	snakemake --cores $(CORES) --config sets='$(SETS)' --rerun-incomplete --nolock --keep-going --quiet host rules reason
 
 test: lint  ## ruff, pyright, unit tests, notebook guards, nbval
 	python -m pytest -q -n $(CORES) --dist loadfile
@@ -40,6 +40,9 @@ lock: $(VENV)/.ok  ## resolve pyproject.toml anew
 	uv pip compile -q --universal --python-version 3.11 --all-extras --generate-hashes --no-header \
 		--no-emit-package lowrank pyproject.toml -o requirements.lock
 
+# JupyterLab opens a .py of a pair as text unless it is told not to.
+LAB_SETTINGS := {"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"python": "Jupytext Notebook"}}}
+
 # uv comes from the lock too: its pin is read from there.
 $(VENV)/.ok: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -47,6 +50,7 @@ $(VENV)/.ok: requirements.lock pyproject.toml
 	$(BIN)/uv pip sync -q --python $(BIN)/python --require-hashes requirements.lock
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
 	$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (lowrank)" > /dev/null 2>&1
-	mkdir -p $(VENV)/share/jupyter/lab/settings
-	cp notebooks/lab_overrides.json $(VENV)/share/jupyter/lab/settings/overrides.json
+	mkdir -p $(VENV)/share/jupyter/lab/settings $(VENV)/etc/ipython
+	printf '%s' '$(LAB_SETTINGS)' > $(VENV)/share/jupyter/lab/settings/overrides.json
+	printf '%s' '{"IPKernelApp": {"log_level": 40}}' > $(VENV)/etc/ipython/ipython_kernel_config.json
 	touch $@

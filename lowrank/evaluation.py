@@ -56,7 +56,7 @@ def f1(predicted: np.ndarray, true: np.ndarray) -> float:
     """F1 of class 1, in [0, 1]; 0 where class 1 is neither true nor predicted."""
     from sklearn.metrics import f1_score  # noqa: PLC0415
 
-    return float(f1_score(true, predicted, zero_division=0))
+    return float(f1_score(true, predicted, zero_division=0))  # pyright: ignore[reportArgumentType]
 
 
 def matthews(predicted: np.ndarray, true: np.ndarray) -> float:

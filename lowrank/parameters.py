@@ -40,7 +40,7 @@ def notebook_path(name: str) -> Path:
 def defaults(notebook: str) -> dict[str, Any]:
     """The parameters cell of a notebook: every name with its literal value."""
     source = notebook_path(notebook).read_text(encoding="utf8")
-    cells = source.split("\n# %%")
+    cells = f"\n{source}".split("\n# %%")
     cell = next((cell for cell in cells if cell.partition("\n")[0].strip() == 'tags=["parameters"]'), None)
     if cell is None:
         raise ParameterError(f"notebook {notebook!r} must have a cell tagged 'parameters'.")
@@ -74,9 +74,9 @@ def _fits(value: Any, default: Any) -> bool:
     """A value has the type of the default; an int will do for a float; the items of a list have the type of the first."""
     if isinstance(default, float) and not isinstance(value, bool):
         return isinstance(value, int | float)
-    if type(value) is not type(default):
-        return False
-    return not (isinstance(default, list) and default) or all(_fits(item, default[0]) for item in value)
+    if isinstance(default, list) and isinstance(value, list):
+        return not default or all(_fits(item, default[0]) for item in value)
+    return type(value) is type(default)
 
 
 def parameters(set_name: str, notebook: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def cholesky_inverse(weight: Float[Tensor, "out in"], rank: int, statistics: Lay
     gram = statistics.gram.float().double()  # the rounding of a float32 sum
     try:
         factor = torch.linalg.cholesky(gram)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         smallest = torch.linalg.eigvalsh(gram)[0]
         gram = gram + (smallest.abs() + 1e-6) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         factor = torch.linalg.cholesky(gram)
@@ -92,7 +92,7 @@ def compare_recipes(
             start = time.perf_counter()
             try:
                 factors = recipe(weight, rank, statistics)
-            except torch.linalg.LinAlgError:
+            except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
                 break
             times.append(time.perf_counter() - start)
             error = output_norm(weight.double() - factors.left.double() @ factors.right.double(), statistics)

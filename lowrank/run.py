@@ -62,7 +62,7 @@ def execute(notebook: Any, growing: Path, outputs: Path, title: str, values: dic
     import papermill  # noqa: PLC0415
 
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel, not one in the home folder
-    bar = {"desc": title, "disable": None, "position": int(os.environ.get("LOWRANK_BAR", "0"))}
+    bar: Any = {"desc": title, "disable": None, "position": int(os.environ.get("LOWRANK_BAR", "0"))}
     try:
         with _outputs_at(outputs):
             return papermill.execute_notebook(

@@ -53,7 +53,9 @@ class LayerStatistics:
         if (self.gradient_gram is None) != (other.gradient_gram is None):
             raise ValueError("`other` must hold gradient moments exactly where this one does.")
         tokens = self.tokens + other.tokens
-        gradients = None if self.gradient_gram is None else self.gradient_gram + other.gradient_gram
+        gradients = None
+        if self.gradient_gram is not None and other.gradient_gram is not None:
+            gradients = self.gradient_gram + other.gradient_gram
         return LayerStatistics(
             gram=self.gram + other.gram,
             tokens=tokens,

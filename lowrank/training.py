@@ -108,7 +108,7 @@ def train(
     accelerator.register_for_checkpointing(schedule)
     history = _resume(accelerator, checkpoint)
 
-    size = len(task.split("train"))  # pyright: ignore[reportArgumentType] (map-style data sets have a length)
+    size = len(task.split("train"))
     world, rank = accelerator.num_processes, accelerator.process_index
     order = [indices[rank::world] for indices in sample_order(size, recipe)][len(history) :]
     bar = tqdm(total=recipe.steps, initial=len(history), desc="train", unit="step", mininterval=2, disable=not progress)
@@ -125,7 +125,7 @@ def train(
         accelerator.clip_grad_norm_(parameters, recipe.clip)
         optimizer.step()
         optimizer.zero_grad()
-        history.append({"step": len(history), "loss": value.item(), "learning_rate": schedule.get_last_lr()[0]})
+        history.append({"step": len(history), "loss": value.item(), "learning_rate": float(schedule.get_last_lr()[0])})
         schedule.step()
         bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
         bar.update()

@@ -4,11 +4,11 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from lowrank.batches import Batch, labels, logits
 from lowrank.evaluation import OBJECTIVES, evaluate
@@ -26,6 +26,15 @@ TASKS = {
 }
 
 
+@runtime_checkable
+class Samples(Protocol):
+    """A map-style data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Task:
     """One data set with one model.
@@ -37,7 +46,7 @@ class Task:
     """
 
     name: str
-    splits: Mapping[str, Dataset]
+    splits: Mapping[str, Samples]
     make_model: Callable[[], nn.Module]
     objective: str
     metrics: Sequence[str]
@@ -49,7 +58,7 @@ class Task:
     def metric(self) -> str:
         return self.metrics[0]
 
-    def split(self, name: str) -> Dataset:
+    def split(self, name: str) -> Samples:
         if name not in self.splits:
             raise ValueError(f"`split` must be one of {sorted(self.splits)} for task {self.name!r}, got {name!r}.")
         return self.splits[name]
@@ -58,8 +67,7 @@ class Task:
         self, split: str, batch_size: int, *, samples: int | None = None, seed: int | None = None, workers: int = 0
     ) -> DataLoader:
         """Batches of one split, in order; with `seed`, in an order drawn from it; the first `samples` samples only."""
-        data = self.split(split)
-        size = len(data)  # pyright: ignore[reportArgumentType] (map-style data sets have a length)
+        size = len(self.split(split))
         if samples is not None and not 1 <= samples <= size:
             raise ValueError(f"`samples` must be in [1, {size}] for split {split!r} of {self.name!r}, got {samples}.")
         order = torch.arange(size)
@@ -71,8 +79,8 @@ class Task:
     def loader(self, split: str, batch_indices: Sequence[Sequence[int]], workers: int = 0) -> DataLoader:
         """Batches of the samples at given positions; draws nothing from torch's global generator."""
         return DataLoader(
-            self.split(split),
-            batch_sampler=batch_indices,  # pyright: ignore[reportArgumentType] (any iterable of lists)
+            self.split(split),  # pyright: ignore[reportArgumentType] (it asks for its own base class)
+            batch_sampler=batch_indices,  # pyright: ignore[reportArgumentType] (any iterable of lists will do)
             collate_fn=self.collate,
             num_workers=workers,
             generator=torch.Generator().manual_seed(0),

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from lowrank.tasks import Task
 from lowrank.tasks.docs import PACKAGES, Paragraph, corpus_hash, read_corpus
@@ -33,7 +32,7 @@ def load(
     validation = _balanced([p for p in read_corpus() if p.held_out], validation_samples, "validation_samples")
     tokenizer = train_tokenizer([p.text for p in train], vocabulary, sentence=True)
 
-    def dataset(paragraphs: list[Paragraph]) -> Dataset:
+    def dataset(paragraphs: list[Paragraph]) -> Encoded:
         columns = tokenizer([p.text for p in paragraphs], truncation=True, max_length=max_length)
         return Encoded({**columns, "labels": [p.package for p in paragraphs]})
 
@@ -45,7 +44,7 @@ def load(
             num_attention_heads=heads,
             intermediate_size=intermediate,
             max_position_embeddings=max_length,
-            num_labels=len(PACKAGES),
+            num_labels=len(PACKAGES),  # pyright: ignore[reportCallIssue] (every configuration takes it)
             pad_token_id=tokenizer.pad_token_id,
         )
         return transformers.BertForSequenceClassification(config)

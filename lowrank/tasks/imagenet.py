@@ -4,11 +4,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from lowrank.fingerprint import hash_options
 from lowrank.layers import BLOCKS
-from lowrank.tasks import Task
+from lowrank.tasks import Samples, Task
 from lowrank.tasks.hub import found, load_splits
 from lowrank.tasks.images import Images
 
@@ -24,6 +23,7 @@ def load(
     folders, or a Hub name. `layers`: targeted layers, by default those inside blocks and the head.
     """
     import timm  # noqa: PLC0415
+    from timm.data import create_transform, resolve_data_config  # noqa: PLC0415
 
     def make_model() -> nn.Module:
         return found("timm model", model, lambda: timm.create_model(model, pretrained=True))
@@ -33,7 +33,7 @@ def load(
         raise ValueError(
             f"`model` must be a timm model with pretrained weights, got {model!r}; see timm.list_pretrained()."
         )
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=settings.to_dict()))
+    transform = create_transform(**resolve_data_config(pretrained_cfg=settings.to_dict()))
     if Path(data).exists():
         splits, content = _folders(Path(data), transform)
     else:
@@ -51,7 +51,7 @@ def load(
     )
 
 
-def _folders(root: Path, transform: object) -> tuple[dict[str, Dataset], dict[str, str]]:
+def _folders(root: Path, transform: object) -> tuple[dict[str, Samples], dict[str, str]]:
     """An ImageFolder per split, and a hash of the file names and sizes of each."""
     from torchvision.datasets import ImageFolder  # noqa: PLC0415
 
@@ -61,7 +61,7 @@ def _folders(root: Path, transform: object) -> tuple[dict[str, Dataset], dict[st
             f"`data` must be a folder with train/ and val/ of class folders; {root} lacks {missing}."
         )
     folders = {"train": root / "train", "validation": root / "val"}
-    splits: dict[str, Dataset] = {
+    splits: dict[str, Samples] = {
         name: ImageFolder(str(path), transform=transform, target_transform=torch.tensor)  # pyright: ignore[reportArgumentType]
         for name, path in folders.items()
     }

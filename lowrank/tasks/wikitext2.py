@@ -16,7 +16,7 @@ from lowrank.tasks.text import Chunks
 def load(
     model: str = "meta-llama/Llama-2-7b-hf",
     data: str = "Salesforce/wikitext",
-    config: str = "wikitext-2-raw-v1",
+    config: str | None = "wikitext-2-raw-v1",
     length: int = 2048,
     dtype: str = "float16",
     layers: list[str] | tuple[str, ...] = BLOCKS,

@@ -1,0 +1,162 @@
+"""Training: the schedule, exact resume, clear failure; the cache of baselines and statistics."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank import training
+from lowrank.baseline import load_baseline, load_calibration
+from lowrank.tasks import Task, load_task
+from lowrank.training import Recipe, sample_order, train
+
+RECIPE = Recipe(steps=24, batch_size=16, learning_rate=3e-3, seed=1)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return load_task("digits", width=16, depth=1, dropout=0.2)
+
+
+def fresh(task: Task) -> nn.Module:
+    torch.manual_seed(7)
+    return task.make_model()
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_training_learns_and_repeats_exactly(task: Task) -> None:
+    runs = []
+    for _ in range(2):
+        model = fresh(task)
+        runs.append((train(model, task, RECIPE, progress=False), model))
+    assert runs[0][0] == runs[1][0]
+    assert same(runs[0][1], runs[1][1])
+    losses = [row["loss"] for row in runs[0][0]]
+    assert sum(losses[-6:]) < sum(losses[:6])
+    assert not runs[0][1].training
+
+
+@pytest.mark.parametrize("killed_at", [1, 7, 8, 23])
+def test_a_killed_training_ends_with_the_same_weights(task, killed_at, tmp_path, monkeypatch) -> None:
+    undisturbed = fresh(task)
+    history = train(undisturbed, task, RECIPE, progress=False)
+
+    class Killed(BaseException):
+        pass
+
+    calls = 0
+
+    def loss(model, batch):
+        nonlocal calls
+        if calls == killed_at:
+            raise Killed
+        calls += 1
+        return task.loss(model, batch)
+
+    with pytest.raises(Killed):
+        train(fresh(task), task, RECIPE, loss=loss, checkpoint=tmp_path, checkpoint_every=4, progress=False)
+    killed_at = 10**9
+    resumed = fresh(task)
+    before = calls
+    assert train(resumed, task, RECIPE, loss=loss, checkpoint=tmp_path, checkpoint_every=4, progress=False) == history
+    assert calls - before == RECIPE.steps - before // 4 * 4  # it went on from the last checkpoint
+    assert same(resumed, undisturbed)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_schedule_warms_up_and_ends_near_zero(task: Task) -> None:
+    recipe = Recipe(steps=20, learning_rate=1.0, warmup=0.25)
+    rates = [row["learning_rate"] for row in train(fresh(task), task, recipe, progress=False)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[-1] < 0.02
+
+
+def test_every_sample_is_seen_once_per_epoch() -> None:
+    order = list(sample_order(10, Recipe(steps=5, batch_size=4)))
+    flat = [i for batch in order for i in batch]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
+    assert flat[:10] != flat[10:]
+    assert {len(batch) for batch in order} == {4}
+
+
+def test_a_loss_that_is_not_finite_stops_at_once(task: Task) -> None:
+    def loss(model, batch):
+        return task.loss(model, batch) * float("nan")
+
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0: lower `learning_rate` \(now 0.003\)"):
+        train(fresh(task), task, RECIPE, loss=loss, progress=False)
+
+
+def test_bf16_trains_in_fp32_weights(task: Task) -> None:
+    model = fresh(task)
+    history = train(model, task, Recipe(steps=3, precision="bf16"), progress=False)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert history[-1]["loss"] != train(fresh(task), task, Recipe(steps=3), progress=False)[-1]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": -1}, "`steps` must be >= 0, got -1"),
+        ({"steps": 1, "learning_rate": 0}, "`learning_rate` must be > 0, got 0"),
+        ({"steps": 1, "warmup": 2.0}, r"`warmup` must be in \[0, 1\], got 2.0"),
+        ({"steps": 1, "precision": "fp16"}, "`precision` must be 'fp32' or 'bf16', got 'fp16'"),
+    ],
+)
+def test_bad_recipes_are_named(options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Recipe(**options)
+
+
+def test_a_baseline_is_trained_once(task: Task, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_baseline(task, RECIPE)
+    calls: list[object] = []
+    monkeypatch.setattr("lowrank.baseline.train", lambda *args, **kwargs: calls.append(args))
+    again = load_baseline(task, RECIPE)
+    assert same(first.model, again.model)
+    assert first.history == again.history
+    assert calls == []
+    with pytest.raises(
+        FileNotFoundError
+    ):  # another recipe is another baseline: it is built, by a trainer that does nothing
+        monkeypatch.setattr("lowrank.baseline.save_model", lambda *args: None)
+        load_baseline(task, Recipe(steps=24, batch_size=16, learning_rate=3e-3, seed=2))
+    assert len(calls) == 1
+
+
+def test_no_steps_take_the_model_as_it_comes(task: Task, cache: Path) -> None:
+    baseline = load_baseline(task, Recipe(steps=0, seed=5))
+    torch.manual_seed(5)
+    assert same(baseline.model, task.make_model())
+    assert not cache.exists()
+
+
+def test_calibration_is_cached_per_model_and_data(task: Task, cache: Path) -> None:
+    model = fresh(task)
+    a = load_calibration(task, model, samples=32, batch_size=8, seed=0)
+    files = sorted(cache.glob("statistics/*/statistics.safetensors"))
+    stamp = files[0].stat().st_mtime_ns
+    b = load_calibration(task, model, samples=32, batch_size=16, seed=0)
+    assert files[0].stat().st_mtime_ns == stamp
+    assert all(torch.equal(a[name].gram, b[name].gram) for name in a)
+    load_calibration(task, model, samples=32, batch_size=8, seed=1)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    load_calibration(task, model, samples=32, batch_size=8, seed=0)
+    assert len(list(cache.glob("statistics/*/statistics.safetensors"))) == 3
+
+
+def test_only_whole_states_are_resumed_from(task: Task, tmp_path: Path) -> None:
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / "history.json").write_text(json.dumps([{"step": 0}]))
+    (tmp_path / "unrelated").write_text("kept")
+    history = train(fresh(task), task, RECIPE, checkpoint=tmp_path, checkpoint_every=10, progress=False)
+    assert len(history) == RECIPE.steps
+    assert (tmp_path / "unrelated").read_text() == "kept"
+    assert [p.name for p in tmp_path.glob(training.STATES)] == ["step-000000020"]
