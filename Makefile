@@ -31,7 +31,7 @@ lab: $(VENV)/.ok  ## JupyterLab; .py and .ipynb of a pair both open as a noteboo
 	jupyter lab --notebook-dir $(CURDIR)
 
 bench: $(VENV)/.ok  ## ratios of time and memory, measured in one run
-	python -m pytest -q tests/bench_*.py --benchmark-only
+	python -m pytest -q -o addopts= tests/bench_*.py --benchmark-only --benchmark-columns=median,rounds
 
 notebooks: $(VENV)/.ok  ## execute the notebooks with their defaults and store them with outputs
 	python -m lowrank.pair

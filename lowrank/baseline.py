@@ -26,7 +26,7 @@ class Baseline:
     `seconds`: what the training took when it was run, whether now or for the cache."""
 
     model: nn.Module
-    history: list[dict[str, float]]
+    history: list[dict[str, int | float]]
     seconds: float
 
 

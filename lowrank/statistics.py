@@ -4,10 +4,10 @@ For a layer with inputs x (one per token) this keeps G = sum of x x^T, the numbe
 all that the closed forms need, in float64 and in memory that does not grow with the number of tokens. Layers that
 receive the same tensor, as q, k and v do, share one matrix.
 
-Blocks of tokens are multiplied in float64 on the CPU, where the symmetric product (BLAS syrk, through NumPy) does half
-the work and so costs what a float32 matrix product does, and in float32 on accelerators, most of which are slow in
-float64. Blocks are always added into float64. A float32 product is good to about 5e-8 of the largest eigenvalue: enough
-to compress with, too little to predict the error of a layer that is nearly of low rank.
+Blocks of tokens are multiplied in float32 and added into float64, which keeps G to about 1e-7 of its largest eigenvalue:
+enough to compress with. What the error of a nearly low-rank layer will be is decided below that; multiply in float64
+(`products`) to predict it, at about twice the cost. On the CPU the product goes through NumPy, which sees a symmetric one
+and does half the work.
 """
 
 import json

@@ -86,7 +86,7 @@ def train(
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
     progress: bool = True,
-) -> list[dict[str, float]]:
+) -> list[dict[str, int | float]]:
     """Trains a model in place on a task's training split.
 
     Under `accelerate launch` each process takes its share of every batch. With `checkpoint`, a call that follows a
@@ -103,7 +103,7 @@ def train(
     seed_everything(recipe.seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.rate(step))  # noqa: PLW0108 (a method would be saved)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule)
     history = _resume(accelerator, checkpoint)
@@ -136,7 +136,7 @@ def train(
     return history
 
 
-def _save(accelerator: Accelerator, checkpoint: Path, history: list[dict[str, float]]) -> None:
+def _save(accelerator: Accelerator, checkpoint: Path, history: list[dict[str, int | float]]) -> None:
     """A new state beside the old one, then the name moves: a kill leaves the old or the new, never a mixture."""
     partial = checkpoint / "partial"
     accelerator.save_state(str(partial))
@@ -149,7 +149,7 @@ def _save(accelerator: Accelerator, checkpoint: Path, history: list[dict[str, fl
     accelerator.wait_for_everyone()
 
 
-def _resume(accelerator: Accelerator, checkpoint: Path | None) -> list[dict[str, float]]:
+def _resume(accelerator: Accelerator, checkpoint: Path | None) -> list[dict[str, int | float]]:
     states = sorted(checkpoint.glob(STATES)) if checkpoint else []
     if not states:
         return []

@@ -33,6 +33,7 @@ def test_an_embedded_task_trains_and_evaluates(task: Task) -> None:
     loss = task.loss(model, batch)
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+    model.eval()
     results = task.evaluate(model)
     assert set(results) == {"loss", *task.metrics}
     chance = {"digits": 10, "docs_package": 5, "docs_language": 300}[task.name]
@@ -150,14 +151,14 @@ def bert_folder(folder: Path, words: list[str]) -> Path:
 def test_every_glue_task_loads_from_a_folder(name: str, tmp_path: Path) -> None:
     about = GLUE[name]
     model = bert_folder(tmp_path, ["good", "bad", "film"])
-    data = tmp_path / "data"
-    data.mkdir()
+    data = tmp_path / "source" / "data"
+    data.mkdir(parents=True)
     header = ",".join([*about.fields, "label"])
     label = ["0.5", "4.0"] if about.classes == 1 else ["0", "1"]
     lines = [",".join(["good film"] * len(about.fields) + [label[i % 2]]) for i in range(6)]
     for split in ("train", about.validation):
-        (data / f"{split}.csv").write_text("\n".join([header, *lines]))
-    task = load_task("glue", task=name, model=str(model), data=str(data))
+        (data / f"{split}-00000-of-00001.csv").write_text("\n".join([header, *lines]))
+    task = load_task("glue", task=name, model=str(model), data=str(data.parent))
     torch.manual_seed(0)
     net = task.make_model()
     batch = next(iter(task.batches("validation", 6)))

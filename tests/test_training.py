@@ -12,7 +12,7 @@ from lowrank.baseline import load_baseline, load_calibration
 from lowrank.tasks import Task, load_task
 from lowrank.training import Recipe, sample_order, train
 
-RECIPE = Recipe(steps=24, batch_size=16, learning_rate=3e-3, seed=1)
+RECIPE = Recipe(steps=24, batch_size=16, learning_rate=1e-2, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +30,14 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 def test_training_learns_and_repeats_exactly(task: Task) -> None:
-    runs = []
+    runs, recipe = [], Recipe(steps=150, batch_size=32, learning_rate=5e-3)
     for _ in range(2):
         model = fresh(task)
-        runs.append((train(model, task, RECIPE, progress=False), model))
+        runs.append((train(model, task, recipe, progress=False), model))
     assert runs[0][0] == runs[1][0]
     assert same(runs[0][1], runs[1][1])
     losses = [row["loss"] for row in runs[0][0]]
-    assert sum(losses[-6:]) < sum(losses[:6])
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     assert not runs[0][1].training
 
 
@@ -89,7 +89,7 @@ def test_a_loss_that_is_not_finite_stops_at_once(task: Task) -> None:
     def loss(model, batch):
         return task.loss(model, batch) * float("nan")
 
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0: lower `learning_rate` \(now 0.003\)"):
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0: lower `learning_rate` \(now 0.01\)"):
         train(fresh(task), task, RECIPE, loss=loss, progress=False)
 
 
@@ -104,7 +104,7 @@ def test_bf16_trains_in_fp32_weights(task: Task) -> None:
     ("options", "words"),
     [
         ({"steps": -1}, "`steps` must be >= 0, got -1"),
-        ({"steps": 1, "learning_rate": 0}, "`learning_rate` must be > 0, got 0"),
+        ({"steps": 1, "learning_rate": 0.0}, "`learning_rate` must be > 0, got 0.0"),
         ({"steps": 1, "warmup": 2.0}, r"`warmup` must be in \[0, 1\], got 2.0"),
         ({"steps": 1, "precision": "fp16"}, "`precision` must be 'fp32' or 'bf16', got 'fp16'"),
     ],
@@ -126,7 +126,7 @@ def test_a_baseline_is_trained_once(task: Task, cache: Path, monkeypatch: pytest
         FileNotFoundError
     ):  # another recipe is another baseline: it is built, by a trainer that does nothing
         monkeypatch.setattr("lowrank.baseline.save_model", lambda *args: None)
-        load_baseline(task, Recipe(steps=24, batch_size=16, learning_rate=3e-3, seed=2))
+        load_baseline(task, Recipe(steps=24, batch_size=16, learning_rate=1e-2, seed=2))
     assert len(calls) == 1
 
 

@@ -1,6 +1,5 @@
 """GLUE: nine sentence tasks, each with its own metric, and any sequence classifier of transformers."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +84,7 @@ def load(
     )
 
 
-def _encoded(rows: Mapping[str, Any], fields: tuple[str, ...], tokenizer: Any, max_length: int) -> Encoded:
+def _encoded(rows: Any, fields: tuple[str, ...], tokenizer: Any, max_length: int) -> Encoded:
     """Everything the tokenizer gives, `token_type_ids` among it, and the labels."""
     texts = [list(rows[name]) for name in fields]
     columns = tokenizer(*texts, truncation=True, max_length=max_length)

@@ -1,6 +1,7 @@
 """ImageNet-1k, as a Hub data set or a folder of class folders, and any pretrained timm model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,8 @@ def load(
     folders, or a Hub name. `layers`: targeted layers, by default those inside blocks and the head.
     """
     import timm  # noqa: PLC0415
-    from timm.data import create_transform, resolve_data_config  # noqa: PLC0415
+    from timm.data.config import resolve_data_config  # noqa: PLC0415
+    from timm.data.transforms_factory import create_transform  # noqa: PLC0415
 
     def make_model() -> nn.Module:
         return found("timm model", model, lambda: timm.create_model(model, pretrained=True))
@@ -33,7 +35,7 @@ def load(
         raise ValueError(
             f"`model` must be a timm model with pretrained weights, got {model!r}; see timm.list_pretrained()."
         )
-    transform = create_transform(**resolve_data_config(pretrained_cfg=settings.to_dict()))
+    transform: Any = create_transform(**resolve_data_config(pretrained_cfg=settings.to_dict()))
     if Path(data).exists():
         splits, content = _folders(Path(data), transform)
     else:
@@ -51,7 +53,7 @@ def load(
     )
 
 
-def _folders(root: Path, transform: object) -> tuple[dict[str, Samples], dict[str, str]]:
+def _folders(root: Path, transform: Any) -> tuple[dict[str, Samples], dict[str, str]]:
     """An ImageFolder per split, and a hash of the file names and sizes of each."""
     from torchvision.datasets import ImageFolder  # noqa: PLC0415
 
@@ -62,7 +64,7 @@ def _folders(root: Path, transform: object) -> tuple[dict[str, Samples], dict[st
         )
     folders = {"train": root / "train", "validation": root / "val"}
     splits: dict[str, Samples] = {
-        name: ImageFolder(str(path), transform=transform, target_transform=torch.tensor)  # pyright: ignore[reportArgumentType]
+        name: ImageFolder(str(path), transform=transform, target_transform=torch.tensor)
         for name, path in folders.items()
     }
     content = {

@@ -1,0 +1,171 @@
+"""Costs of whitening as ratios measured in one run: `make bench`. The table goes to outputs/bench/whitening.csv.
+
+Competitors take turns, so that a machine that slows down slows them alike; a ratio is one of medians. Memory is the
+peak of a process of its own.
+"""
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+from lowrank.batches import evaluating
+from lowrank.factorize import whitened
+from lowrank.recipes import cholesky_inverse, compare_recipes
+from lowrank.report import environment
+from lowrank.statistics import collect_statistics, statistics_of_rows
+
+ROUNDS = 5
+ROWS: list[dict[str, object]] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    yield
+    if ROWS:
+        folder = ROOT / "outputs" / "bench"
+        folder.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(ROWS).assign(device=environment()["device"]).to_csv(
+            folder / "whitening.csv", index=False, float_format="%.3g"
+        )
+
+
+def row(what: str, case: str, figure: str, value: float) -> None:
+    ROWS.append({"what": what, "case": case, "figure": figure, "value": value})
+
+
+def take_turns(*functions: Callable[[], object]) -> list[float]:
+    """The median seconds of each function, called in turn."""
+    times: list[list[float]] = [[] for _ in functions]
+    for turn in range(ROUNDS + 1):
+        for function, seconds in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            if turn:  # the first is a warm-up
+                seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def bert(hidden: int, layers: int) -> nn.Module:
+    import transformers  # noqa: PLC0415
+
+    config = transformers.BertConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64, intermediate_size=4 * hidden
+    )
+    return transformers.BertModel(config)
+
+
+def llama(hidden: int, layers: int) -> nn.Module:
+    import transformers  # noqa: PLC0415
+
+    config = transformers.LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 256,
+        intermediate_size=11 * hidden // 4,
+        vocab_size=8000,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+MODELS = {
+    "BERT 384, 6 layers (MiniLM)": lambda: bert(384, 6),
+    "BERT 768, 3 layers (a quarter of base)": lambda: bert(768, 3),
+    "Llama 1024, 2 layers": lambda: llama(1024, 2),
+}
+
+
+def batches(count: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(0, 8000, (8, 128), generator=generator)} for _ in range(count)]
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_statistics_against_a_forward_pass(case: str, benchmark) -> None:
+    torch.manual_seed(0)
+    model, data = MODELS[case](), batches(4)
+
+    def forward() -> None:
+        with evaluating(model), torch.no_grad():
+            for batch in data:
+                model(**batch)
+
+    plain, collecting = take_turns(forward, lambda: collect_statistics(model, data))
+    row("statistics, whole pass over a plain forward pass", case, "time ratio", collecting / plain)
+    benchmark.extra_info["ratio"] = collecting / plain
+    benchmark.pedantic(lambda: collect_statistics(model, data), rounds=1)
+
+
+def _peak(count: int, collect: bool, answer) -> None:
+    torch.manual_seed(0)
+    model = bert(384, 2)
+    data = batches(1) * count  # the tokens themselves are the same few, whatever their number
+    if collect:
+        collect_statistics(model, data)
+    else:
+        with evaluating(model), torch.no_grad():
+            for batch in data:
+                model(**batch)
+    answer.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def test_memory_against_tokens(benchmark) -> None:
+    context = multiprocessing.get_context("spawn")
+
+    def peak(count: int, collect: bool) -> float:
+        answer = context.Queue()
+        process = context.Process(target=_peak, args=(count, collect, answer))
+        process.start()
+        value = answer.get()
+        process.join()
+        return value
+
+    for count in (2, 8, 32):
+        extra = peak(count, True) - peak(count, False)
+        row(
+            "statistics, peak memory over a forward pass",
+            f"BERT 384, 2 layers, {count * 1024:,} tokens",
+            "extra MB",
+            extra,
+        )
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+@pytest.mark.parametrize("shape", [(768, 768), (768, 3072), (3072, 768)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def test_projector_against_the_cholesky_recipe(shape: tuple[int, int], benchmark) -> None:
+    out, inputs = shape
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out, inputs, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)).Q
+    spread = torch.logspace(0, -12, inputs, dtype=torch.float64)
+    rows = (torch.randn(2 * inputs, inputs, generator=generator, dtype=torch.float64) * spread) @ rotation
+    moments, rank, case = statistics_of_rows(rows), min(shape) // 4, f"{out}x{inputs}, rank {min(shape) // 4}"
+    ours, theirs, doubled = take_turns(
+        lambda: whitened(weight, rank, moments),
+        lambda: cholesky_inverse(weight, rank, moments),
+        lambda: _cholesky_in_double(weight, rank, moments),
+    )
+    row("Cholesky + inverse + SVD of W S (float32) over projector", case, "time ratio", theirs / ours)
+    row("the same in float64 over projector", case, "time ratio", doubled / ours)
+    excess = {name: over for name, over, _, _ in compare_recipes(weight.double(), rank, moments, 1)}
+    row("projector, cond(X) = 1e12", case, "error / optimum - 1", excess["projector"])
+    row("Cholesky + inverse, cond(X) = 1e12", case, "error / optimum - 1", excess["cholesky + inverse"])
+    benchmark.extra_info["ratio"] = theirs / ours
+    benchmark.pedantic(lambda: whitened(weight, rank, moments), rounds=1)
+
+
+def _cholesky_in_double(weight: torch.Tensor, rank: int, moments) -> torch.Tensor:
+    """The same recipe carried out in float64, with a ridge that lets it pass."""
+    ridge = 1e-6 * moments.gram.diagonal().mean() * torch.eye(len(moments.gram), dtype=torch.float64)
+    factor = torch.linalg.cholesky(moments.gram + ridge)
+    inverse = torch.linalg.inv(factor)
+    u, s, vt = torch.linalg.svd(weight.double() @ factor, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ (vt[:rank] @ inverse)
