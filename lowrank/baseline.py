@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from safetensors.torch import load_model, save_model
 from torch import nn
@@ -59,7 +60,8 @@ def load_baseline(task: Task, recipe: Recipe) -> Baseline:
 def load_calibration(
     task: Task, model: nn.Module, *, samples: int, batch_size: int, seed: int, split: str = "train"
 ) -> dict[str, LayerStatistics]:
-    """Statistics of the task's targeted layers over `samples` samples drawn with `seed`; cached like the baseline."""
+    """Statistics of the task's targeted layers over `samples` samples drawn with `seed`, multiplied in float64; cached
+    like the baseline."""
     key: dict[str, Any] = {
         "task": task.identity,
         "model": hash_model(model),
@@ -71,7 +73,7 @@ def load_calibration(
 
     def build(folder: Path) -> None:
         batches = task.batches(split, batch_size, samples=samples, seed=seed)
-        statistics = collect_statistics(model, batches, task.layers)
+        statistics = collect_statistics(model, batches, task.layers, products=torch.float64)
         save_statistics(folder / "statistics.safetensors", statistics, model, hash_options(key))
 
     folder = cached("statistics", key, Path(__file__).with_name("statistics.py"), build)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
@@ -109,8 +110,8 @@ def output_norm(weight: Float[Tensor, "m n"], statistics: LayerStatistics) -> fl
 
 
 def statistics_of_rows(rows: Float[Tensor, "tokens n"]) -> LayerStatistics:
-    """The statistics of given input vectors."""
-    moments = _Moments(rows.shape[-1], rows.device)
+    """The statistics of given input vectors, multiplied in float64."""
+    moments = _Moments(rows.shape[-1], rows.device, torch.float64)
     moments.add(rows)
     return moments.finish()
 
@@ -130,7 +131,8 @@ def checked_gram(statistics: LayerStatistics) -> Float[Tensor, "n n"]:
 class _Moments:
     """The running sums of one input, and of the output gradients of one layer."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, products: torch.dtype) -> None:
+        self.products = products
         self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.sum = torch.zeros(size, dtype=torch.float64, device=device)
         self.abs_sum = torch.zeros(size, dtype=torch.float64, device=device)
@@ -138,14 +140,10 @@ class _Moments:
 
     def add(self, rows: Float[Tensor, "tokens n"]) -> None:
         for block in rows.detach().split(BLOCK_TOKENS):
-            exact = (
-                block.double()
-                if block.device.type == "cpu"
-                else block.to(torch.promote_types(block.dtype, torch.float32))
-            )
-            self.gram += _outer_sum(exact).to(self.gram)
-            self.sum += exact.sum(0, dtype=torch.float64).to(self.sum)
-            self.abs_sum += exact.abs().sum(0, dtype=torch.float64).to(self.sum)
+            block = block.to(torch.promote_types(block.dtype, self.products))
+            self.gram += _outer_sum(block).to(self.gram)
+            self.sum += block.sum(0, dtype=torch.float64).to(self.sum)
+            self.abs_sum += block.abs().sum(0, dtype=torch.float64).to(self.sum)
         self.tokens += len(rows)
 
     def finish(self) -> LayerStatistics:
@@ -161,7 +159,8 @@ def _outer_sum(rows: Float[Tensor, "tokens n"]) -> Float[Tensor, "n n"]:
     """sum of x x^T over rows. NumPy sees that both factors are one matrix and calls syrk; torch multiplies in full."""
     if rows.device.type == "cpu":
         array = rows.numpy()
-        return torch.from_numpy(array.T @ array)
+        with np.errstate(all="ignore"):  # what is not finite is looked for afterwards, and named
+            return torch.from_numpy(array.T @ array)
     return rows.T @ rows
 
 
@@ -215,8 +214,8 @@ def watching(linears: Mapping[str, nn.Linear], visit: Callable[[str, Tensor], No
 class _Collector:
     """Feeds the inputs that hooks see into one `_Moments` per distinct input."""
 
-    def __init__(self, linears: Mapping[str, nn.Linear], device: torch.device) -> None:
-        self.linears, self.device = linears, device
+    def __init__(self, linears: Mapping[str, nn.Linear], device: torch.device, products: torch.dtype) -> None:
+        self.linears, self.device, self.products = linears, device, products
         self.moments: dict[str, _Moments] = {}
         self.gradients: dict[str, _Moments] = {}
         self.leader: dict[str, str] = {}  # layer -> the layer whose moments it shares, decided at its first call
@@ -235,7 +234,7 @@ class _Collector:
                 )
             return
         if name not in self.moments:
-            self.moments[name] = _Moments(value.shape[-1], self.device)
+            self.moments[name] = _Moments(value.shape[-1], self.device, self.products)
         with exact_products(value.device):
             self.moments[name].add(token_rows(value, self.mask, name))
         if not same:
@@ -243,7 +242,7 @@ class _Collector:
 
     def see_gradient(self, name: str, gradient: Tensor) -> None:
         if name not in self.gradients:
-            self.gradients[name] = _Moments(gradient.shape[-1], self.device)
+            self.gradients[name] = _Moments(gradient.shape[-1], self.device, self.products)
         with exact_products(gradient.device):
             self.gradients[name].add(token_rows(gradient, self.mask, name))
 
@@ -262,6 +261,7 @@ def collect_statistics(
     *,
     loss: Callable[[nn.Module, Batch], Tensor] | None = None,
     device: torch.device | str | None = None,
+    products: torch.dtype = torch.float32,
 ) -> dict[str, LayerStatistics]:
     """Moments of the inputs of linear layers over calibration data, in one pass and in evaluation mode.
 
@@ -271,7 +271,8 @@ def collect_statistics(
     **Arguments:** `model`: any module. `batches`: see `lowrank.batches`; padding named by `attention_mask` is left out.
     `layers`: names or patterns of `nn.Linear` modules, by default all inside numbered blocks. `loss`: `(model, batch) ->
     scalar`, the loss summed over the batch; given it, the moments of the output gradients are collected too. `device`:
-    where the float64 sums live, by default where the model is (the CPU where that device has no float64).
+    where the float64 sums live, by default where the model is (the CPU where that device has no float64). `products`:
+    float32 or float64, the least precision in which blocks are multiplied; a float64 model always is in float64.
 
     **Returns:** name -> `LayerStatistics`. Layers that receive the same tensor share one `gram`.
 
@@ -282,7 +283,7 @@ def collect_statistics(
     linears = find_linears(model, layers)
     home = device_of(model)
     sums_on = torch.device(device) if device is not None else torch.device("cpu") if home.type == "mps" else home
-    collector = _Collector(linears, sums_on)
+    collector = _Collector(linears, sums_on, products)
     with evaluating(model), watching(linears, collector.see_input):
         for batch in batches:
             batch = to_device(batch, home)
@@ -337,10 +338,14 @@ def _sum_over_processes(collector: _Collector, linears: Mapping[str, nn.Linear],
         raise ValueError("`batches` must reach the same layers in every process.")
     collector.leader = leaders  # a process without batches has seen none
     for name in dict.fromkeys(leaders.values()):
-        layer = collector.moments.setdefault(name, _Moments(linears[name].in_features, collector.device))
+        layer = collector.moments.setdefault(
+            name, _Moments(linears[name].in_features, collector.device, collector.products)
+        )
         _all_reduce(layer)
     for name in leaders if with_gradients else ():
-        layer = collector.gradients.setdefault(name, _Moments(linears[name].out_features, collector.device))
+        layer = collector.gradients.setdefault(
+            name, _Moments(linears[name].out_features, collector.device, collector.products)
+        )
         _all_reduce(layer)
 
 

@@ -173,7 +173,7 @@ report.claim(
 def theorem(model, cast):
     """Measured and predicted error of every targeted layer at every rank share."""
     calls = lambda: map(cast, data.batches("train", batch_size, samples=theorem_samples, seed=seed))
-    fresh = collect_statistics(model, calls(), data.layers)
+    fresh = collect_statistics(model, calls(), data.layers, products=torch.float64)
     found, replaced = {}, {}
     for name, layer in data.linears(model).items():
         full = METHODS["whitened"](layer.weight, min(layer.weight.shape), fresh[name])

@@ -163,8 +163,12 @@ def test_weights_that_are_called_twice_see_both_inputs(generator) -> None:
 def test_timm_style_batches(kind, generator) -> None:
     x = torch.randn(6, 4, generator=generator)
     batch = {"tensor": x, "pair": (x, torch.zeros(6)), "list": [x, torch.zeros(6)]}[kind]
-    found = collect_statistics(nn.Sequential(nn.Linear(4, 2)), [batch], ["0"])["0"]
-    assert close(found, statistics_of_rows(x))
+    linear = nn.Sequential(nn.Linear(4, 2))
+    single = collect_statistics(linear, [batch], ["0"])["0"]
+    double = collect_statistics(linear, [batch], ["0"], products=torch.float64)["0"]
+    assert single.gram.dtype == double.gram.dtype == torch.float64
+    assert close(single, statistics_of_rows(x), 1e-6)
+    assert close(double, statistics_of_rows(x))
 
 
 def test_dropout_is_off_and_modes_are_restored(generator) -> None:
@@ -172,7 +176,7 @@ def test_dropout_is_off_and_modes_are_restored(generator) -> None:
     model.train()
     model[2].eval()
     x = torch.randn(6, 4, generator=generator)
-    assert close(collect_statistics(model, [x], ["1"])["1"], statistics_of_rows(x))
+    assert close(collect_statistics(model, [x], ["1"])["1"], statistics_of_rows(x), 1e-6)
     assert [module.training for module in model] == [True, True, False]
 
 
@@ -180,7 +184,7 @@ def test_an_autocast_that_is_on_does_not_reach_the_products(generator) -> None:
     x = torch.randn(64, 4, generator=generator)
     with torch.autocast("cpu", torch.bfloat16):
         found = collect_statistics(nn.Sequential(nn.Linear(4, 2)), [x], ["0"])["0"]
-    assert close(found, statistics_of_rows(x))
+    assert close(found, statistics_of_rows(x), 1e-6)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
