@@ -13,7 +13,7 @@ export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter
 export JUPYTER_PREFER_ENV_PATH := 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: report test lab lint bench notebooks lock
+.PHONY: report test lab lint bench notebooks readme lock
 
 report: $(VENV)/.ok  ## execute the notebooks for SETS into outputs/; what is up to date is not run again
 	snakemake --cores $(CORES) --config sets='$(SETS)' --rerun-incomplete --nolock --keep-going --quiet host rules reason
@@ -35,6 +35,9 @@ bench: $(VENV)/.ok  ## ratios of time and memory, measured in one run
 
 notebooks: $(VENV)/.ok  ## execute the notebooks with their defaults and store them with outputs
 	python -m lowrank.pair
+
+readme: $(VENV)/.ok  ## fill the README's tables from outputs/
+	python -m lowrank.readme
 
 lock: $(VENV)/.ok  ## resolve pyproject.toml anew
 	uv pip compile -q --universal --python-version 3.11 --all-extras --generate-hashes --no-header \

@@ -83,11 +83,12 @@ def run(set_name: str, name: str) -> Path:
     """
     values = parameters(set_name, name)
     results = results_folder()
-    logs, staging = results / "logs" / set_name, results / ".partial" / f"{set_name}-{name}"
+    logs, partial = results / "logs" / set_name, results / ".partial" / f"{set_name}-{name}"
+    staging = partial / str(os.getpid())  # its own, since the kernel of a killed run may still be writing
     logs.mkdir(parents=True, exist_ok=True)
-    staging.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{staging}.lock"):  # a runner that outlived its killed parent may still be at work
-        shutil.rmtree(staging, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{partial}.lock"):  # a runner that outlived its killed parent may still be at work
+        shutil.rmtree(partial, ignore_errors=True)
         handler = logging.FileHandler(logs / f"{name}.log", mode="w", encoding="utf8")
         logging.basicConfig(level=logging.INFO, handlers=[handler], format="%(asctime)s %(message)s", force=True)
         growing = logs / f"{name}.ipynb"
@@ -98,7 +99,7 @@ def run(set_name: str, name: str) -> Path:
         if final.exists():
             final.rename(staging / "replaced")
         made.rename(final)
-        shutil.rmtree(staging)
+        shutil.rmtree(partial)
     return final
 
 

@@ -16,7 +16,7 @@ FLOORS = [
     {"training"},
     {"baseline"},
 ]
-SIDE = {"parameters", "report", "run", "pair"}
+SIDE = {"parameters", "report", "run", "pair", "readme"}
 REPORTING = {"matplotlib", "pandas", "seaborn", "yaml", "papermill", "jupytext", "IPython"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

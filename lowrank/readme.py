@@ -1,0 +1,79 @@
+"""Fills the marked blocks of README.md from outputs/: `python -m lowrank.readme`. No number in it is typed."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from lowrank.imports import ROOT
+from lowrank.parameters import notebook_names
+
+README = ROOT / "README.md"
+OUTPUTS = ROOT / "outputs"
+
+
+def _results(notebook: str) -> dict[str, Path]:
+    """Set -> folder of results of one notebook, for every set that has been executed."""
+    return {path.parent.parent.name: path.parent for path in sorted(OUTPUTS.glob(f"[a-z]*/{notebook}/run.json"))}
+
+
+def claims() -> str:
+    """One row per claim of each notebook, one column per set: whether it held there."""
+    parts = []
+    for notebook in notebook_names():
+        held = {
+            name: pd.read_csv(folder / "claims.csv").set_index("claim").holds
+            for name, folder in _results(notebook).items()
+        }
+        table = pd.DataFrame(held).map({True: "holds", False: "**fails**"}.get).fillna("")
+        parts.append(table.rename_axis(f"claim of {notebook}").reset_index().to_markdown(index=False))
+    return "\n\n".join(parts)
+
+
+def baselines() -> str:
+    """The dense models: metrics, sizes, and the largest deviation from the theorem."""
+    rows = []
+    for name, folder in _results("01_whitening").items():
+        row = pd.read_csv(folder / "baseline.csv").iloc[0]
+        about = json.loads((folder / "run.json").read_text(encoding="utf8"))
+        metric = next(key for key in ("accuracy", "perplexity") if key in row)
+        worst = pd.read_csv(folder / "theorem_by_layer.csv").groupby("dtype").difference.max()
+        rows.append(
+            {
+                "set": name,
+                "dense model": f"{metric} {row[metric]:.3g}",
+                "weights": f"{row.model_weights:,.0f}",
+                "in targeted layers": f"{row.targeted_share:.1%}",
+                "theorem, float32": f"{worst['float32']:.0e}",
+                "theorem, float64": f"{worst['float64']:.0e}" if "float64" in worst else "",
+                "run": f"{about['wall_s']:.0f} s on {about['device']}",
+            }
+        )
+    return pd.DataFrame(rows).to_markdown(index=False)
+
+
+def benchmarks() -> str:
+    """The measured ratios of `make bench`."""
+    table = pd.read_csv(OUTPUTS / "bench" / "whitening.csv")
+    return table.assign(value=[f"{value:.3g}" for value in table.value]).to_markdown(index=False)
+
+
+BLOCKS = {"claims": claims, "baselines": baselines, "benchmarks": benchmarks}
+
+
+def filled(text: str) -> str:
+    """The text with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
+    for name, make in BLOCKS.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        if not re.search(pattern, text, flags=re.DOTALL):
+            raise ValueError(f"README.md must have a block <!-- {name} --> ... <!-- /{name} -->.")
+        content = make()
+        text = re.sub(pattern, lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(filled(README.read_text(encoding="utf8")), encoding="utf8")
+    sys.exit(0)

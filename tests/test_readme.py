@@ -1,0 +1,34 @@
+"""The README says what outputs/ say, and its example prints what it shows."""
+
+import contextlib
+import io
+import re
+
+from conftest import ROOT
+
+from lowrank.readme import filled
+
+README = (ROOT / "README.md").read_text(encoding="utf8")
+
+
+def test_tables_are_those_of_the_outputs() -> None:
+    assert filled(README) == README, "run `python -m lowrank.readme`"
+
+
+def test_the_example_prints_what_it_shows() -> None:
+    (example, shown), *_ = re.findall(r"```python\n(.*?)```\n+```text\n(.*?)```", README, flags=re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(example, "README.md", "exec"), {})
+    assert printed.getvalue() == shown
+
+
+def test_figures_and_links_exist() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_make_target_it_names_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf8")
+    for target in re.findall(r"`?make ([a-z]+)", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
