@@ -11,6 +11,7 @@ and does half the work.
 """
 
 import json
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +30,12 @@ from lowrank.fingerprint import hash_model
 from lowrank.layers import BLOCKS, find_linears
 
 BLOCK_TOKENS = 4096  # tokens per product: bounds its memory, and in float32 its rounding
+TOKENS_PER_INPUT = 5  # fewer than this leave G poorly known, see notebook 01
 FORMAT = "lowrank.statistics/1"
+
+
+class FewTokensWarning(UserWarning):
+    """There are too few calibration tokens for the number of inputs of a layer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,6 +283,7 @@ def collect_statistics(
     **Returns:** name -> `LayerStatistics`. Layers that receive the same tensor share one `gram`.
 
     **Raises:** `ValueError`: unknown layers, no tokens, non-finite activations, or a layer that no batch reaches.
+    **Warns:** `FewTokensWarning`: fewer than 5 tokens per input somewhere; it names the layer that is worst off.
 
     **Reference:** the moments are X X^T of Chen et al., DRONE, NeurIPS 2021, section 3.
     """
@@ -362,6 +369,14 @@ def _finished(collector: _Collector) -> dict[str, LayerStatistics]:
         raise ValueError(f"`batches` must reach every layer, got no calibration token for {missing[0]!r}.")
     if empty := next((name for name, sums in collector.moments.items() if sums.tokens == 0), None):
         raise ValueError(f"`batches` must hold at least one unmasked token, got none for layer {empty!r}.")
+    name, sums = min(collector.moments.items(), key=lambda item: item[1].tokens / len(item[1].gram))
+    if sums.tokens < TOKENS_PER_INPUT * len(sums.gram):
+        warnings.warn(
+            f"layer {name!r} has {sums.tokens} calibration tokens for {len(sums.gram)} inputs: pass more batches (at least "
+            f"{TOKENS_PER_INPUT} tokens per input), or shrink the moments (`shrunk`, `whitening_factor(..., shrinkage=...)`).",
+            FewTokensWarning,
+            stacklevel=3,
+        )
     shared = {name: sums.finish() for name, sums in collector.moments.items()}
     gradients = {name: sums.finish().gram for name, sums in collector.gradients.items()}
     return {

@@ -1,6 +1,7 @@
 """Second moments: any split, order, merge or padding gives the same; sharing; files; gradients; bad data."""
 
 import json
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowrank.statistics import (
+    FewTokensWarning,
     LayerStatistics,
     collect_inputs,
     collect_statistics,
@@ -308,6 +310,16 @@ def test_bad_calibration_data_is_named(model, generator) -> None:
         collect_statistics(model, [{"input_ids": ids}], ["blocks.7"])
     with pytest.raises(ValueError, match="single string"):
         collect_statistics(model, [{"input_ids": ids}], "blocks.0.q")
+
+
+def test_too_few_tokens_are_warned_of(model, generator) -> None:
+    with pytest.warns(
+        FewTokensWarning, match=r"'blocks.0.down' has 63 calibration tokens for 20 inputs: pass more batches"
+    ):
+        collect_statistics(model, [{"input_ids": tokens(9, 7, generator)}], ["blocks.0.q", "blocks.0.down"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collect_statistics(model, [{"input_ids": tokens(20, 5, generator)}], ["blocks.0.q", "blocks.0.down"])
 
 
 def test_padding_that_does_not_fit_a_layer_is_named(generator) -> None:
