@@ -1,6 +1,9 @@
 """Guards of the paired notebooks: same source on both sides, executed in order, and the conventions of a notebook."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jupytext
 import nbformat
@@ -50,3 +53,8 @@ class TestPair:
 
     def test_it_is_light(self, name: str) -> None:
         assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size < LARGEST
+
+    def test_jupyter_sees_one_notebook_with_two_sides(self, name: str) -> None:
+        command = [str(Path(sys.executable).with_name("jupytext")), "--paired-paths", str(NOTEBOOKS / f"{name}.py")]
+        paths = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        assert str(NOTEBOOKS / f"{name}.ipynb") in paths
