@@ -148,8 +148,8 @@ class _Moments:
         for block in rows.detach().split(BLOCK_TOKENS):
             block = block.to(torch.promote_types(block.dtype, self.products))
             self.gram += _outer_sum(block).to(self.gram)
-            self.sum += block.sum(0, dtype=torch.float64).to(self.sum)
-            self.abs_sum += block.abs().sum(0, dtype=torch.float64).to(self.sum)
+            self.sum += block.sum(0).to(self.sum)  # torch sums pairwise: rounding does not grow with the block
+            self.abs_sum += block.abs().sum(0).to(self.sum)
         self.tokens += len(rows)
 
     def finish(self) -> LayerStatistics:
