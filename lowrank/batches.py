@@ -46,7 +46,9 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
         output = model(**{key: value for key, value in batch.items() if key != "labels"})
     else:
         output = model(batch[0])
-    return output.logits if hasattr(output, "logits") else output[0] if isinstance(output, tuple) else output
+    if isinstance(output, Tensor):
+        return output
+    return output.logits if hasattr(output, "logits") else output[0]  # a bare encoder gives its hidden states first
 
 
 def labels(batch: Batch) -> Tensor:

@@ -30,7 +30,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 def test_training_learns_and_repeats_exactly(task: Task) -> None:
-    runs, recipe = [], Recipe(steps=150, batch_size=32, learning_rate=5e-3)
+    runs, recipe = [], Recipe(steps=400, batch_size=32, learning_rate=5e-3)
     for _ in range(2):
         model = fresh(task)
         runs.append((train(model, task, recipe, progress=False), model))
