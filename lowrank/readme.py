@@ -28,6 +28,7 @@ def claims() -> str:
             for name, folder in _results(notebook).items()
         }
         table = pd.DataFrame(held).map({True: "holds", False: "**fails**"}.get).fillna("")
+        table.index = table.index.str.replace("|", r"\|")  # a bar would end the cell
         parts.append(table.rename_axis(f"claim of {notebook}").reset_index().to_markdown(index=False))
     return "\n\n".join(parts)
 
