@@ -4,6 +4,7 @@ Every notebook starts here, and so runs alone: what is missing is built.
 """
 
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from torch import nn
 
 from lowrank.cache import cached
 from lowrank.fingerprint import hash_model, hash_options
-from lowrank.statistics import LayerStatistics, collect_statistics, load_statistics, save_statistics
+from lowrank.moments import LayerStatistics
+from lowrank.statistics import collect_statistics
+from lowrank.statistics_file import FORMAT, load_statistics, save_statistics
 from lowrank.tasks import Task
 from lowrank.training import Recipe, recipe_options, seed_everything, train
 
@@ -46,6 +49,7 @@ def load_baseline(task: Task, recipe: Recipe) -> Baseline:
         start = time.perf_counter()
         history = train(model, task, recipe, checkpoint=folder / "checkpoints")
         save_model(model, str(folder / "model.safetensors"))
+        shutil.rmtree(folder / "checkpoints")
         about = {"history": history, "seconds": round(time.perf_counter() - start, 1)}
         (folder / "training.json").write_text(json.dumps(about), encoding="utf8")
 
@@ -58,10 +62,24 @@ def load_baseline(task: Task, recipe: Recipe) -> Baseline:
 
 
 def load_calibration(
-    task: Task, model: nn.Module, *, samples: int, batch_size: int, seed: int, split: str = "train"
+    task: Task,
+    model: nn.Module,
+    *,
+    samples: int,
+    batch_size: int,
+    seed: int,
+    split: str = "train",
+    gradients: str | None = None,
 ) -> dict[str, LayerStatistics]:
     """Statistics of the task's targeted layers over `samples` samples drawn with `seed`, multiplied in float64; cached
-    like the baseline."""
+    like the baseline.
+
+    **Arguments:** `gradients`: 'sampled' collects the moments of the output gradients too, under labels that the model
+    draws itself (true Fisher information); 'labels' under those of the task.
+    """
+    losses = {None: None, "labels": task.total_loss, "sampled": task.sampled_loss(seed)}
+    if gradients not in losses:
+        raise ValueError(f"`gradients` must be None, 'labels' or 'sampled', got {gradients!r}.")
     key: dict[str, Any] = {
         "task": task.identity,
         "model": hash_model(model),
@@ -69,11 +87,13 @@ def load_calibration(
         "split": split,
         "samples": samples,
         "seed": seed,
+        "gradients": gradients,
+        "format": FORMAT,
     }
 
     def build(folder: Path) -> None:
         batches = task.batches(split, batch_size, samples=samples, seed=seed)
-        statistics = collect_statistics(model, batches, task.layers, products=torch.float64)
+        statistics = collect_statistics(model, batches, task.layers, loss=losses[gradients], products=torch.float64)
         save_statistics(folder / "statistics.safetensors", statistics, model, hash_options(key))
 
     folder = cached("statistics", key, Path(__file__).with_name("statistics.py"), build)

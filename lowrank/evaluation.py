@@ -1,49 +1,90 @@
 """Losses and metrics: what a model's outputs mean, and how well they do on a data set."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank.batches import Batch, device_of, evaluating, labels, logits, to_device
-from lowrank.layers import find_linears
-from lowrank.statistics import BLOCK_TOKENS, exact_products, visit_inputs
 
 IGNORED = -100  # the label of a position without a target, as in transformers
 
 
 class Objective(NamedTuple):
-    """`losses(outputs, targets)`: one loss per target, `(targets,)`; `predict(outputs)`: what metrics compare with the
-    labels, None where the loss alone counts (perplexity)."""
+    """What outputs mean.
+
+    `losses(outputs, targets)`: one loss per target, `(targets,)`. `predict(outputs)`: what metrics compare with the labels,
+    None where the loss alone counts (perplexity). `sample(outputs, generator)`: targets drawn from the model's own
+    prediction, as the true Fisher information asks for. `divergence(outputs, teacher)`: per target, how far the outputs are
+    from a teacher's: KL(teacher || outputs), or the squared difference.
+    """
 
     losses: Callable[[Tensor, Tensor], Tensor]
     predict: Callable[[Tensor], Tensor] | None
+    sample: Callable[[Tensor, torch.Generator], Tensor]
+    divergence: Callable[[Tensor, Tensor], Tensor]
+
+
+def _wide(outputs: Tensor) -> Tensor:
+    """At least float32."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
 
 def _classification_losses(outputs: Tensor, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(outputs.float(), targets, reduction="none")
+    return functional.cross_entropy(_wide(outputs), targets, reduction="none")
 
 
-def _regression_losses(outputs: Tensor, targets: Tensor) -> Tensor:
-    return (outputs.float().squeeze(-1) - targets.float()).square()
+def _sampled_classes(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    probabilities = _wide(outputs).softmax(-1).flatten(0, -2).cpu()
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return drawn.view(outputs.shape[:-1]).to(outputs.device)
+
+
+def _class_divergence(outputs: Tensor, teacher: Tensor) -> Tensor:
+    ours, theirs = (_wide(side).log_softmax(-1) for side in (outputs, teacher))
+    return functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+
+
+def _squared_difference(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (_wide(outputs).squeeze(-1) - _wide(targets).reshape(outputs.squeeze(-1).shape)).square()
+
+
+def _sampled_values(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    means = _wide(outputs).squeeze(-1)
+    return means + torch.randn(means.shape, generator=generator).to(means)
 
 
 def _next_token_losses(outputs: Tensor, targets: Tensor) -> Tensor:
     """Position t predicts token t + 1; `(batch, tokens, vocabulary)` and `(batch, tokens)`."""
     following = targets[:, 1:].reshape(-1)
     losses = functional.cross_entropy(
-        outputs[:, :-1].float().flatten(0, 1), following, reduction="none", ignore_index=IGNORED
+        _wide(outputs[:, :-1]).flatten(0, 1), following, reduction="none", ignore_index=IGNORED
     )
     return losses[following != IGNORED]
 
 
+def _sampled_tokens(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """The token after each position, from the prediction there; the first token is never a target."""
+    return functional.pad(_sampled_classes(outputs[:, :-1], generator), (1, 0))
+
+
 OBJECTIVES = {
-    "classification": Objective(_classification_losses, lambda outputs: outputs.argmax(-1)),
-    "regression": Objective(_regression_losses, lambda outputs: outputs.squeeze(-1)),
-    "language_modelling": Objective(_next_token_losses, None),
+    "classification": Objective(
+        _classification_losses, lambda outputs: outputs.argmax(-1), _sampled_classes, _class_divergence
+    ),
+    "regression": Objective(
+        _squared_difference, lambda outputs: outputs.squeeze(-1), _sampled_values, _squared_difference
+    ),
+    "language_modelling": Objective(
+        _next_token_losses,
+        None,
+        _sampled_tokens,
+        lambda outputs, teacher: _class_divergence(outputs[:, :-1].flatten(0, 1), teacher[:, :-1].flatten(0, 1)),
+    ),
 }
 
 
@@ -101,12 +142,13 @@ def evaluate(
 
     **Arguments:** `objective`: a key of `OBJECTIVES`. `metrics`: keys of `METRICS`, or 'perplexity' = exp(loss).
 
-    **Returns:** `loss` and each metric. Losses are computed in float32 and averaged over all targets in float64.
+    **Returns:** `loss` and each metric. Losses are computed and averaged in float64 (float32 on a
+    device without).
 
     **Raises:** `ValueError`: no target in `batches`, or a metric that does not fit the objective.
     `FloatingPointError`: a loss that is not finite; batches are never skipped.
     """
-    losses, predict = OBJECTIVES[objective]
+    losses, predict, *_ = OBJECTIVES[objective]
     total, count, predicted, true = 0.0, 0, [], []
     for name in metrics:
         if (name == "perplexity") == (predict is not None) or (predict is not None and name not in METRICS):
@@ -115,6 +157,7 @@ def evaluate(
         for batch in batches:
             batch = to_device(batch, device_of(model))
             outputs, targets = logits(model, batch), labels(batch)
+            outputs = outputs if outputs.device.type == "mps" else outputs.double()
             batch_losses = losses(outputs, targets)
             total += batch_losses.double().sum().item()
             count += len(batch_losses)
@@ -135,33 +178,28 @@ def evaluate(
     return results
 
 
-def output_errors(
-    model: nn.Module, batches: Iterable[Batch], replacements: Mapping[str, Sequence[Tensor]]
-) -> dict[str, list[float]]:
-    """||(W - W') X||_F of each layer for each replacement W' of its weight, measured on the activations themselves.
+def perplexity(model: nn.Module, token_ids: Int[Tensor, "*one tokens"], window: int = 2048) -> float:
+    """exp of the mean next-token cross-entropy, by the protocol of the published tables.
 
-    This streams the inputs of the unchanged model and never forms a second moment, so it can check what a second moment
-    predicts. A replacement of zeros gives ||W X||_F.
+    The text is one stream of tokens, cut into windows without overlap; each window predicts its `window` - 1 later tokens
+    from scratch, and what does not fill a window is dropped. The caller tokenises: for WikiText-2 all lines of the test
+    split, empty ones included, joined by blank lines, with one token of beginning where the tokenizer sets it.
 
-    **Arguments:** `replacements`: layer -> weights of the layer's shape.
+    **Arguments:** `token_ids`: `(tokens,)` or `(1, tokens)`, integers. `window`: tokens, >= 2.
 
-    **Returns:** layer -> one norm per replacement, accumulated in float64.
+    **Returns:** > 0; the size of the vocabulary for a model whose logits are all equal.
+
+    **Raises:** `ValueError`: a window below 2 or longer than the text. `FloatingPointError`: logits that are not finite.
+
+    **Reference:** Frantar et al., GPTQ, ICLR 2023, arXiv:2210.17323, whose evaluation SVD-LLM (arXiv:2403.07378) follows.
     """
-    linears = find_linears(model, replacements)
-    differences = {
-        name: torch.cat([(layer.weight.detach().double() - new.double()) for new in replacements[name]]).to(
-            layer.weight
-        )
-        for name, layer in linears.items()
-    }
-    sums = {name: torch.zeros(len(new), dtype=torch.float64) for name, new in replacements.items()}
+    tokens = token_ids.reshape(-1)
+    if not 2 <= window <= len(tokens):
+        raise ValueError(f"`window` must be in [2, {len(tokens)}], the tokens given, got {window}.")
+    windows = tokens[: len(tokens) // window * window].view(-1, 1, window)
 
-    def add(name: str, rows: Tensor) -> None:
-        for block in rows.split(BLOCK_TOKENS):
-            with exact_products(block.device):
-                change = block @ differences[name].to(block).T
-            per_output = change.square().sum(0, dtype=torch.float64)
-            sums[name] += per_output.view(len(sums[name]), -1).sum(1).cpu()
+    def batches() -> Iterator[Batch]:
+        for chunk in windows:
+            yield {"input_ids": chunk, "labels": chunk}
 
-    visit_inputs(model, batches, linears, add)
-    return {name: total.sqrt().tolist() for name, total in sums.items()}
+    return evaluate(model, batches(), "language_modelling", ("perplexity",))["perplexity"]

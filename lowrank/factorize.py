@@ -1,6 +1,15 @@
 """Rank-r factors of a weight: one function per method, all with one signature.
 
-A method is `(weight, rank, statistics) -> Factors`, so a comparison is a dict of functions and a loop.
+A method is `(weight, rank, statistics) -> Factors`, so a comparison is a dict of functions and a loop. Every method here
+minimises ||H (W - W') S||_F over the weights W' of a rank; they differ in what the outputs (H) and the inputs (S) count for:
+
+| method | H | S |
+|---|---|---|
+| `svd` | I | I |
+| `asvd` | I | diag(mean |x|)^alpha |
+| `fwsvd` | diag(row Fisher)^(1/2) | I |
+| `whitened` | I | S S^T = G |
+| `two_sided` | H^T H = E[g g^T], with a ridge | S S^T = G |
 """
 
 from collections.abc import Callable
@@ -10,15 +19,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowrank.statistics import LayerStatistics, checked_gram
+from lowrank.moments import LayerStatistics, checked_gram, output_norm
+
+ALPHA = 0.5  # exponent of ASVD's channel scales
+RIDGE = 0.03  # of two_sided, relative to the mean eigenvalue of E[g g^T]
 
 
 @dataclass(frozen=True, eq=False)
 class Factors:
     """W ~ left @ right, with the spectrum that says what was given up.
 
-    `left`: `(out, rank)`, orthonormal columns; `right`: `(rank, in)`. `spectrum`: every singular value, descending,
-    float64, of the matrix that the method truncates: its tail is the error in the method's own norm.
+    `left`: `(out, rank)`; `right`: `(rank, in)`. `spectrum`: every singular value, descending, float64, of the matrix that
+    the method truncates, H W S: its tail is the error in the method's own norm.
     """
 
     left: Float[Tensor, "out rank"]
@@ -58,9 +70,68 @@ def _checked(weight: Tensor, rank: int) -> Tensor:
     return weight.detach().double()
 
 
-def _projected(weight: Tensor, basis: Tensor, spectrum: Tensor, dtype: torch.dtype) -> Factors:
-    """Factors of the projection of W onto the columns of an orthonormal basis."""
-    return Factors(basis.to(dtype), (basis.T @ weight).to(dtype), spectrum)
+def _leading(matrix: Tensor, rank: int, weighted: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The `rank` leading eigenvectors of M G M^T and the square roots of all its eigenvalues, descending.
+
+    Directions that G does not excite are ordered by the plain SVD of what the others leave of M, so that at full rank the
+    projection gives M back.
+
+    **Arguments:** `weighted`: M -> M G.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    reflectors = torch.geqrf(matrix) if tall else None  # M = Q R: work on the cheaper side, never form Q
+    core = reflectors[0][: matrix.shape[1]].triu() if reflectors else matrix
+    product = weighted(core) @ core.T
+    values, basis = torch.linalg.eigh((product + product.T) / 2)
+    values, basis = values.flip(0).clamp_min(0.0), basis.flip(1)
+    excited = int((values > values[0] * torch.finfo(values.dtype).eps * len(values)).sum())
+    values[excited:] = 0.0  # rounding, not energy
+    if excited < rank:
+        basis = _filled(core, basis[:, :excited])
+    basis = basis[:, :rank]
+    if reflectors:
+        basis = torch.ormqr(*reflectors, nn.functional.pad(basis, (0, 0, 0, matrix.shape[0] - matrix.shape[1])))
+    return basis, values.sqrt()
+
+
+def _filled(core: Tensor, basis: Tensor) -> Tensor:
+    """The basis completed to a square one, by the left singular vectors of what it leaves of the matrix."""
+    complement = torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
+    u = torch.linalg.svd(complement.T @ core, full_matrices=False).U
+    return torch.cat([basis, complement @ u], dim=1)
+
+
+def _fitting(values: Tensor | None, size: int, what: str, weight: Tensor) -> Tensor:
+    """One part of the statistics, once it is known to be there, of the weight's size and finite."""
+    if values is None:
+        raise ValueError(f"`statistics` must hold {what}: pass `loss` to collect_statistics.")
+    if len(values) != size:
+        raise ValueError(
+            f"`statistics` must have {what} of size {size} for a weight of shape {tuple(weight.shape)}, got {len(values)}."
+        )
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"`statistics` must be finite, got NaN or infinity in the {what}.")
+    return values.double().to(weight.device)
+
+
+def _gram(statistics: LayerStatistics, weight: Tensor) -> Tensor:
+    return _fitting(checked_gram(statistics), weight.shape[1], "second moments of the inputs", weight)
+
+
+def _channel_scales(statistics: LayerStatistics, weight: Tensor) -> Tensor:
+    return _fitting(statistics.abs_mean, weight.shape[1], "mean |x|", weight) ** ALPHA
+
+
+def _row_fisher(statistics: LayerStatistics, weight: Tensor) -> Tensor:
+    return _fitting(statistics.row_fisher, weight.shape[0], "row Fisher information", weight)
+
+
+def _output_moment(statistics: LayerStatistics, weight: Tensor) -> Tensor:
+    """E[g g^T] with its ridge, positive definite; the identity where no gradient reaches the layer."""
+    gram = _fitting(statistics.gradient_gram, weight.shape[0], "second moments of the output gradients", weight)
+    mean = gram.diagonal().mean()
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return (gram + RIDGE * mean * eye) / statistics.tokens if mean > 0 else eye
 
 
 def svd(weight: Float[Tensor, "out in"], rank: int, statistics: LayerStatistics | None = None) -> Factors:
@@ -76,7 +147,47 @@ def svd(weight: Float[Tensor, "out in"], rank: int, statistics: LayerStatistics 
     """
     w = _checked(weight, rank)
     u, sigma, _ = torch.linalg.svd(w, full_matrices=False)
-    return _projected(w, u[:, :rank], sigma, weight.dtype)
+    return Factors(u[:, :rank].to(weight.dtype), (u[:, :rank].T @ w).to(weight.dtype), sigma)
+
+
+def asvd(weight: Float[Tensor, "out in"], rank: int, statistics: LayerStatistics) -> Factors:
+    """Factors with each input channel weighted by the square root of its mean magnitude.
+
+    The truncation of W diag(s), s_j = (mean |x_j|)^alpha with alpha = 0.5, with the scaling undone. In projector form no s_j
+    is divided by, so dead channels need no constant. A diagonal stand-in for G: it cannot see correlations.
+
+    **Arguments:** as for `svd`; `statistics`: of these `abs_mean`, `(in,)`.
+
+    **Returns:** `Factors`; `error` is ||(W - B A) diag(s)||_F.
+
+    **Raises:** `ValueError`: as for `svd`; statistics of another size or not finite.
+
+    **Reference:** Yuan et al., ASVD, arXiv:2312.05821, section 3.2.
+    """
+    w = _checked(weight, rank)
+    scales = _channel_scales(statistics, w)
+    basis, spectrum = _leading(w, rank, lambda core: core * scales**2)
+    return Factors(basis.to(weight.dtype), (basis.T @ w).to(weight.dtype), spectrum)
+
+
+def fwsvd(weight: Float[Tensor, "out in"], rank: int, statistics: LayerStatistics) -> Factors:
+    """Factors with each row of the weight weighted by its empirical Fisher information.
+
+    The truncation of D W, D^2 = diag of the Fisher information summed over each row, with D undone. In projector form,
+    B = W V and A = V^T with V the leading right singular vectors of D W, so rows without gradient need no constant.
+
+    **Arguments:** as for `svd`; `statistics`: of these `row_fisher`, `(out,)`.
+
+    **Returns:** `Factors`; `error` is ||D (W - B A)||_F.
+
+    **Raises:** `ValueError`: as for `svd`; statistics without gradients, of another size or not finite.
+
+    **Reference:** Hsu et al., FWSVD, ICLR 2022, arXiv:2207.00112, equations 4 to 8.
+    """
+    w = _checked(weight, rank)
+    fisher = _row_fisher(statistics, w)
+    basis, spectrum = _leading(w.T.contiguous(), rank, lambda core: core * fisher)
+    return Factors((w @ basis).to(weight.dtype), basis.T.to(weight.dtype), spectrum)
 
 
 def whitened(weight: Float[Tensor, "out in"], rank: int, statistics: LayerStatistics) -> Factors:
@@ -90,7 +201,7 @@ def whitened(weight: Float[Tensor, "out in"], rank: int, statistics: LayerStatis
     moment G of the inputs, `(in, in)`, float64.
 
     **Returns:** `Factors`: `left` `(out, rank)` and `right` `(rank, in)` in the dtype and on the device of `weight`;
-    `error`, the norm above as the discarded singular values of W S sqrt(N) predict it.
+    `error`, the norm above as the discarded singular values of W S predict it.
 
     **Raises:** `ValueError`: "`rank` must be in [1, 4] for a weight of shape (6, 4), got 9."; statistics of another
     size, without tokens, or not finite.
@@ -98,35 +209,51 @@ def whitened(weight: Float[Tensor, "out in"], rank: int, statistics: LayerStatis
     **Reference:** Chen et al., DRONE, NeurIPS 2021; Wang et al., SVD-LLM, ICLR 2025, arXiv:2403.07378.
     """
     w = _checked(weight, rank)
-    if len(statistics.gram) != w.shape[1]:
-        raise ValueError(
-            f"`statistics` must be of {w.shape[1]} inputs for a weight of shape {tuple(w.shape)}, "
-            f"got {len(statistics.gram)}."
-        )
-    gram = checked_gram(statistics).to(w.device)
-    tall = w.shape[0] > w.shape[1]
-    reflectors = torch.geqrf(w) if tall else None  # W = Q R: work on the cheaper side, never form Q
-    core = reflectors[0][: w.shape[1]].triu() if reflectors else w
-    product = core @ gram @ core.T
-    values, basis = torch.linalg.eigh((product + product.T) / 2)
-    values, basis = values.flip(0).clamp_min(0.0), basis.flip(1)
-    excited = int((values > values[0] * torch.finfo(values.dtype).eps * len(values)).sum())
-    values[excited:] = 0.0  # rounding, not energy
-    if excited < rank:
-        basis = _filled(core, basis[:, :excited])
-    basis = basis[:, :rank]
-    if reflectors:
-        basis = torch.ormqr(*reflectors, nn.functional.pad(basis, (0, 0, 0, w.shape[0] - w.shape[1])))
-    return _projected(w, basis, values.sqrt(), weight.dtype)
+    gram = _gram(statistics, w)
+    basis, spectrum = _leading(w, rank, lambda core: core @ gram)
+    return Factors(basis.to(weight.dtype), (basis.T @ w).to(weight.dtype), spectrum)
 
 
-def _filled(core: Tensor, basis: Tensor) -> Tensor:
-    """The basis completed to a square one, by the left singular vectors of what it leaves of the matrix."""
-    complement = torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
-    u = torch.linalg.svd(complement.T @ core, full_matrices=False).U
-    return torch.cat([basis, complement @ u], dim=1)
+def two_sided(weight: Float[Tensor, "out in"], rank: int, statistics: LayerStatistics) -> Factors:
+    """Best factors in a Kronecker approximation of the loss: inputs weighted by G, outputs by their gradients.
+
+    Minimises ||H (W - B A) S||_F with H^T H = E[g g^T] + 0.03 x its mean eigenvalue. With U the leading left singular vectors
+    of H W S, B = H^-1 U and A = U^T H W: only H, which the ridge keeps well conditioned, is inverted. error^2 approximates
+    twice the rise of the loss summed over the calibration data (gradients under labels drawn from the model), so the
+    spectra of different layers compare.
+
+    **Arguments:** as for `whitened`; `statistics`: also `gradient_gram`, `(out, out)`.
+
+    **Returns:** `Factors`; `error` is the norm above, as the discarded singular values of H W S predict it.
+
+    **Raises:** `ValueError`: as for `whitened`; statistics without gradients.
+
+    **Reference:** Martens and Grosse, KFAC, ICML 2015, arXiv:1503.05671, section 3, for the weighting.
+    """
+    w = _checked(weight, rank)
+    gram = _gram(statistics, w)
+    root = torch.linalg.cholesky(_output_moment(statistics, w)).T  # H, upper triangular: any H with this H^T H will do
+    matrix = root @ w
+    basis, spectrum = _leading(matrix, rank, lambda core: core @ gram)
+    left = torch.linalg.solve_triangular(root, basis, upper=True)
+    return Factors(left.to(weight.dtype), (basis.T @ matrix).to(weight.dtype), spectrum)
+
+
+def _two_sided_norm(difference: Tensor, statistics: LayerStatistics) -> float:
+    d = difference.double()
+    product = _output_moment(statistics, d) @ d @ _gram(statistics, d)
+    return (product * d).sum().clamp_min(0.0).sqrt().item()
 
 
 Method = Callable[[Tensor, int, LayerStatistics], Factors]
 
-METHODS: dict[str, Method] = {"svd": svd, "whitened": whitened}
+METHODS: dict[str, Method] = {"svd": svd, "asvd": asvd, "fwsvd": fwsvd, "whitened": whitened, "two_sided": two_sided}
+
+# The norm ||H D S||_F in which each method is the best, of any difference D of weights: what `Factors.error` predicts.
+NORMS: dict[str, Callable[[Tensor, LayerStatistics], float]] = {
+    "svd": lambda d, statistics: d.double().norm().item(),
+    "asvd": lambda d, statistics: (d.double() * _channel_scales(statistics, d)).norm().item(),
+    "fwsvd": lambda d, statistics: (d.double() * _row_fisher(statistics, d).sqrt()[:, None]).norm().item(),
+    "whitened": output_norm,
+    "two_sided": _two_sided_norm,
+}

@@ -22,14 +22,25 @@ def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, 
     if isinstance(layers, str):
         raise ValueError(f"`layers` must be a list of names or patterns, got the single string {layers!r}.")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    transposed = [name for name, module in model.named_modules() if is_conv1d(module)]
     wanted: set[str] = set()
     for entry in layers:
         matched = {entry} & linears.keys() or {name for name in linears if re.fullmatch(entry, name)}
+        if not matched and (other := next((n for n in transposed if n == entry or re.fullmatch(entry, n)), None)):
+            raise ValueError(
+                f"`layers` must match nn.Linear modules, got {entry!r}, which matches {other!r}, a Conv1D: call "
+                "lowrank.modules.unify_linears(model) first."
+            )
         if not matched:
             some = ", ".join(list(linears)[:6]) or "none at all"
             raise ValueError(f"`layers` must match nn.Linear modules of the model, got {entry!r}; it has: {some} ...")
         wanted |= matched
     return {name: module for name, module in linears.items() if name in wanted}
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the `Conv1D` of transformers: a linear layer with its weight transposed, `(in, out)`."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def depth_and_kind(name: str) -> tuple[int, str]:

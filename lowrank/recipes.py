@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowrank.factorize import Factors, Method, whitened
-from lowrank.statistics import LayerStatistics, output_norm, second_moment_eigh, statistics_of_rows
+from lowrank.moments import LayerStatistics, output_norm, second_moment_eigh, statistics_of_rows
 
 
 def _unwhitened(weight: Tensor, rank: int, factor: Tensor, inverse: Tensor, tokens: int) -> Factors:

@@ -2,14 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from math import ceil, cos, isfinite, pi
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -87,17 +88,49 @@ def train(
     checkpoint_every: int = 100,
     progress: bool = True,
 ) -> list[dict[str, int | float]]:
-    """Trains a model in place on a task's training split.
+    """Trains a model in place on a task's training split: `fit` on its shuffled samples.
 
-    Under `accelerate launch` each process takes its share of every batch. With `checkpoint`, a call that follows a
-    killed one goes on where that one saved last, and ends with the same weights as an undisturbed run.
+    Under `accelerate launch` each process takes its share of every batch.
 
-    **Arguments:** `loss`: `(model, batch) -> scalar`, by default the task's. `checkpoint`: a folder for saved states;
-    it is left in place. `checkpoint_every`: steps between saves.
+    **Arguments:** `loss`: `(model, batch) -> scalar`, by default the task's. The others are those of `fit`.
+    """
+    size = len(task.split("train"))
+    processes = PartialState()
+    world, rank = processes.num_processes, processes.process_index
+    order = [indices[rank::world] for indices in sample_order(size, recipe)]
+    return fit(
+        model,
+        lambda done: task.loader("train", order[done:], recipe.workers),
+        recipe,
+        loss or task.loss,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+    )
+
+
+def fit(
+    model: nn.Module,
+    batches: Callable[[int], Iterable[Batch]],
+    recipe: Recipe,
+    loss: Callable[[nn.Module, Batch], Tensor],
+    *,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
+    progress: bool = True,
+) -> list[dict[str, int | float]]:
+    """Trains the parameters of a model that require gradients, in place.
+
+    With `checkpoint`, a call that follows a killed one goes on where that one saved last, and ends with the same weights
+    as an undisturbed run.
+
+    **Arguments:** `batches`: `(steps done) -> the batches of the steps that follow`, one for each. `loss`: `(model, batch)
+    -> scalar`. `checkpoint`: a folder for saved states; it is left in place. `checkpoint_every`: steps between saves.
 
     **Returns:** one row per step: `step`, `loss`, `learning_rate`.
 
-    **Raises:** `FloatingPointError`: the loss is not finite, at the step where it happens.
+    **Raises:** `FloatingPointError`: the loss is not finite, at the step where it happens. `ValueError`: the batches end
+    before the steps do.
     """
     accelerator = Accelerator()
     seed_everything(recipe.seed)
@@ -108,14 +141,11 @@ def train(
     accelerator.register_for_checkpointing(schedule)
     history = _resume(accelerator, checkpoint)
 
-    size = len(task.split("train"))
-    world, rank = accelerator.num_processes, accelerator.process_index
-    order = [indices[rank::world] for indices in sample_order(size, recipe)][len(history) :]
     bar = tqdm(total=recipe.steps, initial=len(history), desc="train", unit="step", mininterval=2, disable=not progress)
     wrapped.train()
-    for batch in task.loader("train", order, recipe.workers):
+    for batch in islice(batches(len(history)), recipe.steps - len(history)):
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            value = (loss or task.loss)(wrapped, to_device(batch, accelerator.device))
+            value = loss(wrapped, to_device(batch, accelerator.device))
         if not isfinite(value.item()):
             raise FloatingPointError(
                 f"the loss is {value.item()} at step {len(history)}: lower `learning_rate` (now "
@@ -129,9 +159,11 @@ def train(
         schedule.step()
         bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
         bar.update()
-        if checkpoint and len(history) % checkpoint_every == 0:
+        if checkpoint and (len(history) % checkpoint_every == 0 or len(history) == recipe.steps):
             _save(accelerator, checkpoint, history)
     bar.close()
+    if len(history) < recipe.steps:
+        raise ValueError(f"`batches` must hold {recipe.steps} batches, one for each step, got {len(history)}.")
     model.eval()
     return history
 

@@ -56,22 +56,15 @@ from torch.linalg import svdvals
 
 from lowrank.baseline import load_baseline, load_calibration
 from lowrank.batches import as_double
-from lowrank.evaluation import output_errors
 from lowrank.factorize import METHODS
 from lowrank.fingerprint import hash_model
 from lowrank.layers import depth_and_kind
+from lowrank.moments import output_norm, second_moment_eigh, shrunk, statistics_of_rows, whitening_factor
+from lowrank.output_error import output_errors
 from lowrank.recipes import compare_recipes, stress_cases
 from lowrank.report import Report
 from lowrank.spectra import effective_rank, retained_energy, stable_rank
-from lowrank.statistics import (
-    collect_inputs,
-    collect_statistics,
-    output_norm,
-    second_moment_eigh,
-    shrunk,
-    statistics_of_rows,
-    whitening_factor,
-)
+from lowrank.statistics import collect_inputs, collect_statistics
 from lowrank.tasks import load_task
 from lowrank.training import Recipe
 

@@ -18,9 +18,10 @@ from torch import nn
 
 from lowrank.batches import evaluating
 from lowrank.factorize import whitened
+from lowrank.moments import statistics_of_rows
 from lowrank.recipes import cholesky_inverse, compare_recipes
 from lowrank.report import environment
-from lowrank.statistics import collect_statistics, statistics_of_rows
+from lowrank.statistics import collect_statistics
 
 ROUNDS = 3
 ROWS: list[dict[str, object]] = []

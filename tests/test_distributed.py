@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank.statistics import collect_statistics, load_statistics
+from lowrank.statistics import collect_statistics
+from lowrank.statistics_file import load_statistics
 
 WORKER = """
 import sys, torch
 from accelerate import PartialState
 sys.path.insert(0, {tests!r})
 from test_distributed import make_model, make_batches, loss
-from lowrank.statistics import collect_statistics, save_statistics
+from lowrank.statistics import collect_statistics
+from lowrank.statistics_file import save_statistics
 state = PartialState(cpu=True)
 assert state.num_processes == 2, state
 mine = make_batches()[state.process_index::2] if {share!r} == "even" else make_batches() * (state.process_index == 0)

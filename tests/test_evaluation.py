@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank.evaluation import METRICS, evaluate, output_errors
+from lowrank.evaluation import METRICS, evaluate
+from lowrank.output_error import output_errors
 
 
 class Fixed(nn.Module):

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from lowrank.factorize import METHODS, svd, whitened
+from lowrank.moments import LayerStatistics, output_norm, statistics_of_rows, whitening_factor
 from lowrank.recipes import RECIPES
-from lowrank.statistics import LayerStatistics, output_norm, statistics_of_rows, whitening_factor
 
 
 def anisotropic(tokens: int, inputs: int, condition: float, generator: torch.Generator) -> Tensor:

@@ -10,17 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lowrank.moments import output_norm, statistics_of_rows
 from lowrank.statistics import (
     FewTokensWarning,
     LayerStatistics,
     collect_inputs,
     collect_statistics,
-    load_statistics,
-    output_norm,
-    save_statistics,
-    statistics_of_rows,
     whitening_factor,
 )
+from lowrank.statistics_file import load_statistics, save_statistics
 
 
 class Block(nn.Module):
@@ -283,7 +281,7 @@ def test_damaged_and_foreign_files_are_refused(model, saved, tmp_path) -> None:
         with pytest.raises(ValueError, match="`path` must be a whole safetensors file"):
             load_statistics(path, model)
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ValueError, match="must have format 'lowrank.statistics/1', got None"):
+    with pytest.raises(ValueError, match="must have format 'lowrank.statistics/2', got None"):
         load_statistics(tmp_path / "foreign.safetensors", model)
     with pytest.raises(FileNotFoundError, match=r"nowhere.safetensors' does not exist"):
         load_statistics(tmp_path / "nowhere.safetensors", model)

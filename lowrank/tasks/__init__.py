@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from lowrank.batches import Batch, labels, logits
-from lowrank.evaluation import OBJECTIVES, evaluate
+from lowrank.evaluation import IGNORED, OBJECTIVES, evaluate
 from lowrank.layers import BLOCKS, find_linears
 
 # name -> the module that loads it, imported when it is asked for: a reader of digits needs no transformers.
@@ -42,7 +42,9 @@ class Task:
     `splits`: map-style data sets; 'train' to train and calibrate, 'validation' to report, more where the source has
     them. `collate`: list of samples -> batch (see `lowrank.batches`), with `attention_mask` where there is padding.
     `make_model`: a fresh model, its new weights drawn from torch's global seed. `objective`, `metrics`: keys of
-    `lowrank.evaluation`, the headline metric first. `identity`: JSON, all that determines data and fresh model.
+    `lowrank.evaluation`, the headline metric first. `identity`: JSON, all that determines data and fresh model. `base`: how
+    to build the model without its weights, as `lowrank.factored.save_compressed` takes it; none is needed where the model
+    knows, as those of transformers do.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Task:
     identity: Mapping[str, Any]
     collate: Callable[[list[Any]], Batch] = default_collate
     layers: Sequence[str] = field(default=BLOCKS)
+    base: Mapping[str, Any] | None = None
 
     @property
     def metric(self) -> str:
@@ -97,6 +100,29 @@ class Task:
     def total_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Loss summed over the targets of a batch, as `collect_statistics` takes it."""
         return OBJECTIVES[self.objective].losses(logits(model, batch), labels(batch)).sum()
+
+    def sampled_loss(self, seed: int) -> Callable[[nn.Module, Batch], Tensor]:
+        """`total_loss` with targets drawn from the model's own prediction: its squared gradients are the true Fisher
+        information, and no label is used."""
+        objective, generator = OBJECTIVES[self.objective], torch.Generator().manual_seed(seed)
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            outputs, given = logits(model, batch), labels(batch)
+            drawn = objective.sample(outputs.detach(), generator)
+            return objective.losses(outputs, drawn.masked_fill(given == IGNORED, IGNORED)).sum()
+
+        return loss
+
+    def divergence(self, teacher: nn.Module) -> Callable[[nn.Module, Batch], Tensor]:
+        """How far a model's outputs are from a teacher's, mean over the targets of a batch: a loss to distil with."""
+        measure = OBJECTIVES[self.objective].divergence
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            with torch.no_grad():
+                wanted = logits(teacher, batch)
+            return measure(logits(model, batch), wanted).mean()
+
+        return loss
 
     def evaluate(self, model: nn.Module, split: str = "validation", batch_size: int = 64) -> dict[str, float]:
         """Loss and metrics over a whole split."""

@@ -1,8 +1,10 @@
 """CIFAR-10 and a mini ViT, as in the OIALR seed."""
 
+from typing import Any
+
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank.tasks import Task
 from lowrank.tasks.hub import load_splits
@@ -35,16 +37,15 @@ def load(
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255.0
         return (pixels - mean) / spread
 
-    def make_model() -> nn.Module:
-        return VisionTransformer(
-            img_size=32, patch_size=patch, num_classes=10, embed_dim=width, depth=depth, num_heads=heads
-        )
+    options: dict[str, Any] = dict(
+        img_size=32, patch_size=patch, num_classes=10, embed_dim=width, depth=depth, num_heads=heads
+    )
 
     parts = {"train": source["train"].select(range(train_samples)), "validation": source["test"]}
     return Task(
         name="cifar10",
         splits={name: Images(rows, transform) for name, rows in parts.items()},
-        make_model=make_model,
+        make_model=lambda: VisionTransformer(**options),
         objective="classification",
         metrics=("accuracy",),
         identity={
@@ -53,4 +54,5 @@ def load(
             "train_samples": train_samples,
             "model": {"width": width, "depth": depth, "heads": heads, "patch": patch},
         },
+        base={"timm": "VisionTransformer", "options": options},
     )

@@ -1,7 +1,8 @@
 """Handwritten digits, 8x8 pixels, bundled with scikit-learn: 1,797 real images, ten classes; a small ViT."""
 
+from typing import Any
+
 import torch
-from torch import nn
 from torch.utils.data import TensorDataset
 
 from lowrank.fingerprint import hash_tensors
@@ -26,21 +27,20 @@ def load(width: int = 64, depth: int = 3, heads: int = 4, patch: int = 2, dropou
     images = (images - 0.3) / 0.38  # about zero mean and unit variance
     train, validation = train_test_split(range(len(targets)), test_size=TEST_SHARE, stratify=targets, random_state=0)
 
-    def make_model() -> nn.Module:
-        return VisionTransformer(
-            img_size=8,
-            patch_size=patch,
-            in_chans=1,
-            num_classes=10,
-            global_pool="avg",
-            embed_dim=width,
-            depth=depth,
-            num_heads=heads,
-            pos_drop_rate=dropout,
-            proj_drop_rate=dropout,
-            attn_drop_rate=dropout,
-            drop_path_rate=dropout,
-        )
+    options: dict[str, Any] = dict(
+        img_size=8,
+        patch_size=patch,
+        in_chans=1,
+        num_classes=10,
+        global_pool="avg",
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        pos_drop_rate=dropout,
+        proj_drop_rate=dropout,
+        attn_drop_rate=dropout,
+        drop_path_rate=dropout,
+    )
 
     return Task(
         name="digits",
@@ -48,7 +48,7 @@ def load(width: int = 64, depth: int = 3, heads: int = 4, patch: int = 2, dropou
             "train": TensorDataset(images[train], targets[train]),
             "validation": TensorDataset(images[validation], targets[validation]),
         },
-        make_model=make_model,
+        make_model=lambda: VisionTransformer(**options),
         objective="classification",
         metrics=("accuracy",),
         identity={
@@ -56,4 +56,5 @@ def load(width: int = 64, depth: int = 3, heads: int = 4, patch: int = 2, dropou
             "data": hash_tensors({"images": images[train], "held_out": images[validation]}),
             "model": {"width": width, "depth": depth, "heads": heads, "patch": patch, "dropout": dropout},
         },
+        base={"timm": "VisionTransformer", "options": options},
     )

@@ -19,7 +19,7 @@ def load(
     intermediate: int = 352,
     vocabulary: int = 1024,
     length: int = 128,
-    validation_samples: int = 1024,
+    validation_samples: int = 512,
     packages: tuple[str, ...] | list[str] = PACKAGES,
 ) -> Task:
     """Next token. A byte-level BPE tokenizer is trained on the training part; files of one side give no text to the other.

@@ -1,0 +1,245 @@
+"""Models whose linear layers are stored as factors: really smaller, really faster where the hardware lets them.
+
+`compress` replaces layers one at a time, `fold` multiplies them out again, `save_compressed` and `load_compressed` keep them.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank.budget import STORAGES, kept_parameters
+from lowrank.checkpoint import RECORD, load_compressed, save_compressed
+from lowrank.factorize import METHODS, NORMS, Factors
+from lowrank.fingerprint import hash_model, hash_tensors
+from lowrank.layers import BLOCKS, find_linears
+from lowrank.modules import FACTORED, LowRankLinear, PackedLinear, PivotedLinear, as_linear, replace_module
+from lowrank.moments import LayerStatistics, centred
+
+__all__ = [
+    "LowRankLinear",
+    "PivotedLinear",
+    "compress",
+    "decompose",
+    "fold",
+    "load_compressed",
+    "parameter_counts",
+    "save_compressed",
+]
+
+
+def decompose(
+    model: nn.Module,
+    method: str = "whitened",
+    statistics: Mapping[str, LayerStatistics] | None = None,
+    layers: Iterable[str] = BLOCKS,
+    *,
+    centre: bool = False,
+) -> dict[str, Factors]:
+    """The factors of every layer at full rank, float64: `truncate` gives every smaller rank, `spectrum` feeds
+    `allocate_ranks`, and `compress(..., factors=...)` builds a model from them without decomposing again.
+
+    For sweeps over models that are small enough: the factors of all layers are held at once.
+
+    **Arguments:** as for `compress`.
+    """
+    linears = find_linears(model, layers)
+    _check(model, linears, dict.fromkeys(linears, 1), method, statistics, "factors")
+    return {
+        name: METHODS[method](
+            layer.weight.detach().double(), min(layer.weight.shape), _moments(layer, name, statistics, centre)
+        )
+        for name, layer in linears.items()
+    }
+
+
+def compress(
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    method: str = "whitened",
+    statistics: Mapping[str, LayerStatistics] | None = None,
+    storage: str = "factors",
+    *,
+    centre: bool = False,
+    factors: Mapping[str, Factors] | None = None,
+) -> list[dict[str, Any]]:
+    """Replaces linear layers by factored ones, in place, one layer at a time.
+
+    A layer whose factors would hold as many parameters as its weight stays as it is, bit for bit. Beyond the model, memory
+    is that of one layer: for a weight (m, n) about 8 (2 m n + n^2 + 3 min(m, n)^2) bytes in float64 for `whitened`, and
+    8 (m n + 3 m^2) more for `two_sided`. The last layer comes first, so that statistics which are collected on demand
+    (`lowrank.statistics.OnDemand`) are those of the dense model.
+
+    **Arguments:** `ranks`: layer -> rank, in [1, min(out, in)], for instance from `allocate_ranks`. `method`: a key of
+    `METHODS`. `statistics`: layer -> `LayerStatistics`; `svd` needs none. `storage`: 'factors' (`LowRankLinear`) or
+    'pivoted' (`PivotedLinear`). `centre`: for layers with a bias, truncate in the norm of the centred inputs and let the
+    bias take up what that does to the mean output, b + (W - W') mu. `factors`: from `decompose` with the same method,
+    statistics and `centre`, for sweeps.
+
+    **Returns:** the table of layers, one row each in the order of the model: `layer`, `out`, `in`, `rank`, `storage` ('dense'
+    where the layer was left), `method`, `parameters` of the weight as stored, `indices` beside them, `dense_parameters`,
+    `keep`; `predicted_error`, `measured_error`: what was given up in the method's own norm, as its spectrum says and as the
+    stored layer shows, relative to the norm of W; `statistics`: their hash.
+
+    **Raises:** `ValueError`, before anything is changed: no layer, unknown layers, method or storage, a rank out of range,
+    a weight that is not finite or that another module shares, statistics missing or of other layers.
+
+    **Reference:** see the methods in `lowrank.factorize`.
+    """
+    linears = find_linears(model, ranks)
+    if not linears:
+        raise ValueError("`ranks` must name at least one layer, got none.")
+    _check(model, linears, ranks, method, statistics, storage)
+    record: dict[str, Any] = getattr(model, RECORD, None) or {"model": hash_model(model), "layers": {}}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, layer in reversed(linears.items()):
+        given = None if factors is None else factors[name].truncate(ranks[name])
+        rows[name] = _compress_layer(model, name, layer, ranks[name], method, statistics, storage, centre, given)
+    setattr(model, RECORD, record | {"layers": record["layers"] | rows})
+    return [rows[name] for name in linears]
+
+
+def _compress_layer(
+    model: nn.Module,
+    name: str,
+    layer: nn.Linear,
+    rank: int,
+    method: str,
+    statistics: Mapping[str, LayerStatistics] | None,
+    storage: str,
+    centre: bool,
+    factors: Factors | None,
+) -> dict[str, Any]:
+    out, inputs = layer.weight.shape
+    dense, parameters = out * inputs, kept_parameters((out, inputs), rank, storage)
+    row: dict[str, Any] = {"layer": name, "out": out, "in": inputs, "rank": min(out, inputs), "storage": "dense"}
+    row |= {
+        "method": method,
+        "centre": False,
+        "parameters": dense,
+        "indices": 0,
+        "dense_parameters": dense,
+        "keep": 1.0,
+    }
+    row |= {"predicted_error": 0.0, "measured_error": 0.0, "statistics": None}
+    if parameters == dense:
+        return row
+    weight = layer.weight.detach().double()
+    moments = _moments(layer, name, statistics, centre)
+    factors = factors or METHODS[method](weight, rank, moments)
+    bias = None if layer.bias is None else layer.bias.detach()
+    made = FACTORED[storage].from_factors(factors, bias, layer.weight.dtype)
+    difference = weight - made.dense()
+    centre = centre and bias is not None
+    if centre and bias is not None:
+        made.bias.data.copy_(bias.double() + difference @ moments.mean.to(difference.device))
+    made.requires_grad_(layer.weight.requires_grad).train(layer.training)
+    replace_module(model, name, made)
+    whole = factors.spectrum.norm().item() or 1.0
+    return row | {
+        "rank": rank,
+        "storage": storage,
+        "centre": centre,
+        "parameters": parameters,
+        "indices": rank if storage == "pivoted" else 0,
+        "keep": parameters / dense,
+        "predicted_error": factors.error / whole,
+        "measured_error": NORMS[method](difference, moments) / whole,
+        "statistics": None if statistics is None else _hash(moments),
+    }
+
+
+def _moments(
+    layer: nn.Linear, name: str, statistics: Mapping[str, LayerStatistics] | None, centre: bool
+) -> Any:  # LayerStatistics, or None where the method needs none
+    if statistics is None:
+        return None
+    return centred(statistics[name]) if centre and layer.bias is not None else statistics[name]
+
+
+def _hash(statistics: LayerStatistics) -> str:
+    parts = {"gram": statistics.gram, "mean": statistics.mean, "gradient_gram": statistics.gradient_gram}
+    return hash_tensors({name: part for name, part in parts.items() if part is not None})
+
+
+def _check(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    ranks: Mapping[str, int],
+    method: str,
+    statistics: Mapping[str, LayerStatistics] | None,
+    storage: str,
+) -> None:
+    """Everything that can be wrong, found before anything is changed."""
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {sorted(METHODS)}, got {method!r}.")
+    if storage not in STORAGES:
+        raise ValueError(f"`storage` must be one of {sorted(STORAGES)}, got {storage!r}.")
+    if statistics is None and method != "svd":
+        raise ValueError(
+            f"`statistics` must be given for method {method!r}: see lowrank.statistics.collect_statistics."
+        )
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, layer in linears.items():
+        rank = ranks.get(name)
+        if rank is None:
+            raise ValueError(f"`ranks` must name layers, not patterns, got no rank for layer {name!r}.")
+        if not 1 <= rank <= min(layer.weight.shape):
+            raise ValueError(
+                f"`ranks` must be in [1, {min(layer.weight.shape)}] for layer {name!r} of shape "
+                f"{tuple(layer.weight.shape)}, got {rank}."
+            )
+        if len(names := owners[id(layer.weight)]) > 1:
+            raise ValueError(
+                f"`ranks` must leave out layer {name!r}: its weight is shared ({', '.join(names)}), and factors of one copy "
+                "would be stored beside the other."
+            )
+        if not bool(torch.isfinite(layer.weight).all()):
+            raise ValueError(f"`model` must have finite weights, got NaN or infinity in layer {name!r}.")
+        if statistics is not None and name not in statistics:
+            raise ValueError(f"`statistics` must hold every layer of `ranks`, got none for layer {name!r}.")
+        if isinstance(statistics, dict):  # others make theirs on demand, for this model
+            found = statistics[name]
+            outs = layer.out_features if found.gradient_gram is None else len(found.gradient_gram)
+            if (outs, len(found.gram)) != tuple(layer.weight.shape):
+                raise ValueError(
+                    f"`statistics` must be of this model: layer {name!r} has shape {tuple(layer.weight.shape)}, "
+                    f"got moments for {(outs, len(found.gram))}."
+                )
+            if not bool(torch.isfinite(found.gram).all()) or found.tokens < 1:
+                raise ValueError(
+                    f"`statistics` must be finite and of at least one token, got others for layer {name!r}."
+                )
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Multiplies every factored layer out to an `nn.Linear`, and joins the parts of packed ones, in place.
+
+    **Returns:** the model: the layout of the dense one, with weights of low rank.
+    """
+    for kinds in (tuple(FACTORED.values()), (PackedLinear,)):  # the parts first
+        found: list[tuple[str, Any]] = [(name, part) for name, part in model.named_modules() if isinstance(part, kinds)]
+        for name, module in found:
+            own = next(module.parameters())
+            layer = as_linear(module.dense().to(own.dtype), module.bias)
+            replace_module(model, name, layer.requires_grad_(own.requires_grad).train(module.training))
+    return model
+
+
+def parameter_counts(model: nn.Module, dense: nn.Module, layers: Iterable[str]) -> dict[str, float]:
+    """How much of a dense model its compressed form stores: `targeted` weights of the layers named, of the dense model and of
+    this one, biases left out; `model`: all parameters; the two shares kept."""
+    names = list(find_linears(dense, layers))
+    own = [model.get_submodule(name) for name in names]
+    targeted = sum(p.numel() for module in own for key, p in module.named_parameters() if not key.endswith("bias"))
+    before = sum(layer.weight.numel() for layer in find_linears(dense, names).values())
+    whole, whole_before = (sum(p.numel() for p in side.parameters()) for side in (model, dense))
+    return {
+        "targeted_parameters": targeted,
+        "keep_targeted": targeted / before,
+        "model_parameters": whole,
+        "keep_model": whole / whole_before,
+    }

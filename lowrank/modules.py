@@ -1,0 +1,256 @@
+"""Linear layers stored in other ways than as one matrix: two factors, pivot rows, parts of a packed projection."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lowrank.factorize import Factors
+from lowrank.layers import find_linears, is_conv1d
+
+LARGEST = 1.25  # |C| of a pivoted layer is at most this
+
+
+class LowRankLinear(nn.Module):
+    """y = B (A x) + b in the place of y = W x + b.
+
+    `right`: `nn.Linear(in, rank)` holding A; `left`: `nn.Linear(rank, out)` holding B and the bias: two ordinary layers, so
+    that everything which works on linear layers (peft, quantisers, compilers) works on them.
+    """
+
+    storage = "factors"
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, bias: bool = True, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.right = nn.Linear(in_features, rank, bias=False, dtype=dtype)
+        self.left = nn.Linear(rank, out_features, bias=bias, dtype=dtype)
+
+    @classmethod
+    @torch.no_grad()
+    def from_factors(cls, factors: Factors, bias: Tensor | None, dtype: torch.dtype) -> "LowRankLinear":
+        """The layer of given factors, scaled so that each of the `rank` terms has the same norm on both sides."""
+        left, right = factors.left.double(), factors.right.double()
+        scale = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
+        scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
+        layer = _blank(cls, left, right, bias, dtype)
+        layer.left.weight.copy_(left * scale)
+        layer.right.weight.copy_(right / scale[:, None])
+        if bias is not None:
+            layer.left.bias.copy_(bias)
+        return layer
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.left.bias
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """B A, multiplied anew at each access."""
+        return self.left.weight @ self.right.weight
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """B A in float64."""
+        return self.left.weight.detach().double() @ self.right.weight.detach().double()
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        return self.left(self.right(x))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class PivotedLinear(nn.Module):
+    """y_P = W_P x and y_~P = C y_P: the same rank-r weight in r (out + in) - r^2 parameters and r indices.
+
+    r independent rows P of W' = B A determine the others: W'[~P] = C W'[P] with C = B[~P] B[P]^-1. `right`:
+    `nn.Linear(in, rank)` holding W'[P]; `left`: `nn.Linear(rank, out - rank)` holding C; `pivots`: P, `(rank,)`, int64.
+
+    **Reference:** Zhao et al., PIFA, arXiv:2501.19090, section 3. The rows are chosen here so that |C| <= 1.25.
+    """
+
+    storage = "pivoted"
+    pivots: Tensor
+    order: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, bias: bool = True, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.right = nn.Linear(in_features, rank, bias=False, dtype=dtype)
+        self.left = nn.Linear(rank, out_features - rank, bias=False, dtype=dtype)
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
+        self.register_buffer("pivots", torch.arange(rank))
+        self.register_buffer("order", torch.arange(out_features), persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, _: module.reorder())
+
+    @classmethod
+    @torch.no_grad()
+    def from_factors(cls, factors: Factors, bias: Tensor | None, dtype: torch.dtype) -> "PivotedLinear":
+        """The layer of given factors."""
+        left, right = factors.left.double(), factors.right.double()
+        pivots, coefficients = _pivot_rows(left)
+        layer = _blank(cls, left, right, bias, dtype)
+        layer.right.weight.copy_(left[pivots] @ right)
+        layer.left.weight.copy_(coefficients)
+        layer.pivots.copy_(pivots)
+        layer.reorder()
+        if layer.bias is not None and bias is not None:
+            layer.bias.copy_(bias)
+        return layer
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """W', multiplied anew at each access."""
+        rows = self.right.weight
+        return torch.cat([rows, self.left.weight @ rows])[self.order]
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """W' in float64."""
+        rows = self.right.weight.detach().double()
+        return torch.cat([rows, self.left.weight.detach().double() @ rows])[self.order]
+
+    def reorder(self) -> None:
+        """`order`, where each output stands in (y_P, y_~P), from `pivots`."""
+        chosen = torch.zeros(self.out_features, dtype=torch.bool, device=self.pivots.device)
+        chosen[self.pivots] = True
+        places = torch.cat([self.pivots, (~chosen).nonzero().squeeze(1)])
+        self.order = torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device=places.device))
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        rows = self.right(x)
+        y = torch.cat([rows, self.left(rows)], dim=-1).index_select(-1, self.order)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def _blank(cls: type[Any], left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:
+    """An uninitialised layer for factors of given shapes, on their device."""
+    sizes = (right.shape[1], left.shape[0], right.shape[0])
+    with torch.device("meta"):
+        layer = cls(*sizes, bias=bias is not None, dtype=dtype)
+    return layer.to_empty(device=left.device)
+
+
+def _pivot_rows(left: Float[Tensor, "out rank"]) -> tuple[Int[Tensor, " rank"], Float[Tensor, "rest rank"]]:
+    """Rows P that determine the others, and C with left[~P] = C left[P], |C| <= `LARGEST`; ~P in ascending order.
+
+    LU with partial pivoting finds independent rows; then a row that C weighs too heavily takes the place of the pivot it
+    leans on, which multiplies the volume of the pivot rows by |C| > 1 each time and so comes to an end (maxvol).
+    """
+    basis = torch.linalg.qr(left).Q  # the same column space, well conditioned
+    rank = basis.shape[1]
+    lower, permutation = _lu(basis)
+    coefficients = torch.linalg.solve_triangular(
+        lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True
+    )
+    pivots, others = permutation[:rank].clone(), permutation[rank:].clone()
+    while coefficients.numel():
+        row, column = divmod(int(coefficients.abs().argmax()), rank)
+        pivot = coefficients[row, column].clone()
+        if pivot.abs() <= LARGEST:
+            break
+        new_row, old_column = coefficients[row] / pivot, coefficients[:, column].clone()
+        coefficients -= torch.outer(old_column, new_row)
+        coefficients[:, column] = old_column / pivot
+        coefficients[row] = -new_row
+        coefficients[row, column] = 1 / pivot
+        pivots[column], others[row] = others[row].clone(), pivots[column].clone()
+    others = others.sort().values
+    return pivots, torch.linalg.solve(basis[pivots].T, basis[others].T).T
+
+
+def _lu(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The unit lower triangular factor, `(out, rank)`, and the order of the rows in it."""
+    packed, swaps = torch.linalg.lu_factor(basis)
+    permutation = torch.arange(len(basis), device=basis.device)
+    for row, other in enumerate(swaps.tolist()):
+        permutation[[row, other - 1]] = permutation[[other - 1, row]]
+    return packed.tril(-1), permutation
+
+
+class PackedLinear(nn.Module):
+    """A packed projection (fused q, k, v) as separate linear layers with one input, whose outputs are joined again."""
+
+    def __init__(self, parts: Sequence[nn.Linear], names: Sequence[str]) -> None:
+        super().__init__()
+        for name, part in zip(names, parts, strict=True):
+            self.add_module(name, part)
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        return torch.cat([part(x) for part in self.children()], dim=-1)
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """The packed weight in float64; every part must be an `nn.Linear`."""
+        parts: list[Any] = list(self.children())
+        return torch.cat([part.weight.detach().double() for part in parts])
+
+    @property
+    def bias(self) -> Tensor | None:
+        parts: list[Any] = list(self.children())
+        return None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+
+
+def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] = ("q", "k", "v")) -> list[str]:
+    """Replaces packed projections by their parts, in place; the outputs stay the same.
+
+    timm packs q, k and v into one `qkv` weight, `(3 d, d)`, in this order. Apart, each has a rank of its own.
+
+    **Arguments:** `layers`: names or patterns of the packed layers. `parts`: their names, in the order of the rows, all of
+    one size.
+
+    **Returns:** the names of the new layers.
+
+    **Raises:** `ValueError`: a layer whose outputs do not divide evenly.
+    """
+    packed = find_linears(model, layers)
+    for name, layer in packed.items():
+        if layer.out_features % len(parts):
+            raise ValueError(
+                f"`layers` must pack {len(parts)} equal parts, got {layer.out_features} outputs in {name!r}."
+            )
+    for name, layer in packed.items():
+        biases = [None] * len(parts) if layer.bias is None else layer.bias.detach().chunk(len(parts))
+        weights = layer.weight.detach().chunk(len(parts))
+        made = [as_linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        replace_module(model, name, PackedLinear(made, parts).train(layer.training))
+    return [f"{name}.{part}" for name in packed for part in parts]
+
+
+def unify_linears(model: nn.Module) -> list[str]:
+    """Replaces every `Conv1D` of transformers (GPT-2), which stores W transposed, by an `nn.Linear`, in place.
+
+    **Returns:** the names of the replaced layers.
+    """
+    found = [name for name, module in model.named_modules() if is_conv1d(module)]
+    for name in found:
+        layer: Any = model.get_submodule(name)
+        replace_module(model, name, as_linear(layer.weight.detach().T, layer.bias.detach()).train(layer.training))
+    return found
+
+
+def as_linear(weight: Float[Tensor, "out in"], bias: Tensor | None) -> nn.Linear:
+    """An `nn.Linear` with copies of a weight and a bias."""
+    out, inputs = weight.shape
+    with torch.device("meta"):
+        layer = nn.Linear(inputs, out, bias=bias is not None)
+    layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(memory_format=torch.contiguous_format))
+    return layer
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of the one at a dotted name."""
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
+
+
+FACTORED: dict[str, type[Any]] = {kind.storage: kind for kind in (LowRankLinear, PivotedLinear)}

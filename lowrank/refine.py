@@ -1,0 +1,142 @@
+"""Training the factors of a compressed model: one factor after the other by LoRA, or all of them together.
+
+Rank and number of parameters stay exactly what they were: a LoRA update of a factor is merged into the factor.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.batches import Batch, labels, logits
+from lowrank.modules import FACTORED
+from lowrank.training import Recipe, fit
+
+ORDERS = {"left-right": ("left", "right"), "right-left": ("right", "left")}
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss that a transformers model computes from the labels of its batch; the cross-entropy of other classifiers."""
+    if isinstance(batch, dict) and "labels" in batch:
+        outputs: Any = model(**batch)
+        if getattr(outputs, "loss", None) is not None:
+            return outputs.loss
+    return nn.functional.cross_entropy(logits(model, batch), labels(batch))
+
+
+def factor_names(model: nn.Module, factor: str) -> list[str]:
+    """The dotted names of one factor, 'left' or 'right', of every factored layer.
+
+    **Raises:** `ValueError`: the model has no factored layer.
+    """
+    found = [
+        f"{name}.{factor}" for name, module in model.named_modules() if isinstance(module, tuple(FACTORED.values()))
+    ]
+    if not found:
+        raise ValueError("`model` must have factored layers, as lowrank.factored.compress makes them, got none.")
+    return found
+
+
+def refine_factors(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    order: str = "left-right",
+    *,
+    recipe: Recipe | None = None,
+    loss: Callable[[nn.Module, Batch], Tensor] = model_loss,
+    r: int = 8,
+    lora_alpha: int = 16,
+    lora_dropout: float = 0.0,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Trains one factor of every layer by LoRA with all else frozen, merges it, then the other; in place.
+
+    **Arguments:** `model`: with factored layers. `batches`: gone through again and again, as often as the steps need.
+    `order`: 'left-right' or 'right-left'; `left` is the factor next to the outputs (C where the storage is pivoted).
+    `recipe`: its steps are those of both stages together, half for each. `loss`: `(model, batch) -> scalar`. `r`,
+    `lora_alpha`, `lora_dropout`: peft's, r at most the rank of the layer. `checkpoint`: a folder; a call that follows a
+    killed one resumes from it, in either stage.
+
+    **Returns:** one row per step: `stage` ('left' or 'right'), `step`, `loss`, `learning_rate`.
+
+    **Raises:** `ValueError`: an unknown order, a model without factored layers, fewer than 2 steps.
+
+    **Reference:** Wang et al., SVD-LLM, ICLR 2025, arXiv:2403.07378, section 3.3.
+    """
+    import peft  # noqa: PLC0415
+
+    recipe = recipe or Recipe(steps=200, learning_rate=1e-4)
+    if order not in ORDERS:
+        raise ValueError(f"`order` must be one of {sorted(ORDERS)}, got {order!r}.")
+    if recipe.steps < 2:
+        raise ValueError(f"`recipe` must have at least 2 steps, one for each stage, got {recipe.steps}.")
+    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    history: list[dict[str, Any]] = []
+    for stage, steps in zip(ORDERS[order], (recipe.steps - recipe.steps // 2, recipe.steps // 2), strict=True):
+        names = factor_names(model, stage)
+        ranks = {name: min(r, *model.get_submodule(name).weight.shape) for name in names}  # pyright: ignore
+        smaller = {rf"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank < r}
+        config = peft.LoraConfig(
+            r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=names, rank_pattern=smaller
+        )
+        torch.manual_seed(recipe.seed)  # of the new adapters
+        adapted: Any = peft.get_peft_model(model, config)  # pyright: ignore[reportArgumentType] (any module will do)
+        rows = fit(
+            adapted,
+            endless(batches),
+            replace(recipe, steps=steps),
+            loss,
+            checkpoint=checkpoint / stage if checkpoint else None,
+            progress=progress,
+        )
+        adapted.merge_and_unload(safe_merge=True)
+        history += [{"stage": stage} | row for row in rows]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen[name])
+    return history
+
+
+def tune_factors(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    recipe: Recipe | None = None,
+    loss: Callable[[nn.Module, Batch], Tensor] = model_loss,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Trains both factors of every layer together with all else frozen, in place: the plain way that `refine_factors` is to
+    be compared with. With `loss` the divergence from the dense model this is distillation.
+
+    **Arguments, returns, raises:** as for `refine_factors`; the rows have no `stage`.
+    """
+    names = set(factor_names(model, "left")) | set(factor_names(model, "right"))
+    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.removesuffix(".weight") in names)
+    rows = fit(
+        model,
+        endless(batches),
+        recipe or Recipe(steps=200, learning_rate=1e-4),
+        loss,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen[name])
+    return rows
+
+
+def endless(batches: Iterable[Batch]) -> Callable[[int], Iterator[Batch]]:
+    """`(steps done) -> the batches of the steps that follow`, the same ones gone through again and again."""
+
+    def following(done: int) -> Iterator[Batch]:
+        return itertools.islice(itertools.chain.from_iterable(itertools.repeat(batches)), done, None)
+
+    return following
