@@ -51,16 +51,19 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
     return output.logits if hasattr(output, "logits") else output[0]  # a bare encoder gives its hidden states first
 
 
+def has_labels(batch: Batch) -> bool:
+    """Whether a batch holds labels."""
+    return "labels" in batch if isinstance(batch, Mapping) else isinstance(batch, Sequence) and len(batch) > 1
+
+
 def labels(batch: Batch) -> Tensor:
     """The labels of a batch.
 
     **Raises:** `ValueError`: the batch has none.
     """
-    if isinstance(batch, Mapping) and "labels" in batch:
-        return batch["labels"]
-    if isinstance(batch, Sequence) and len(batch) > 1:
-        return batch[1]
-    raise ValueError("`batch` must hold labels: a mapping with the key 'labels', or (inputs, labels).")
+    if not has_labels(batch):
+        raise ValueError("`batch` must hold labels: a mapping with the key 'labels', or (inputs, labels).")
+    return batch["labels"] if isinstance(batch, Mapping) else batch[1]
 
 
 def token_mask(batch: Batch) -> Tensor | None:

@@ -112,7 +112,7 @@ def allocate_ranks(
     **Raises:** `ValueError`: `keep` or `floor` outside its range, a budget too small for rank 1 everywhere, spectra or weights
     of other layers or lengths.
 
-    **Reference:** Golub, Klema and Peters' threshold rule as in Swift-SVD, arXiv:2604.01609, with a floor.
+    **Reference:** the Lagrange condition of the problem above; floors as in Swift-SVD, arXiv:2604.01609.
     """
     _check_keep(keep)
     if not 0.0 <= floor <= 1.0:
@@ -120,10 +120,10 @@ def allocate_ranks(
     for what, given in (("spectra", spectra), ("weights", weights)):
         if given is not None and (missing := next((name for name in shapes if name not in given), None)):
             raise ValueError(f"`{what}` must have every layer of `shapes`, got none for {missing!r}.")
-    curves = {
-        name: _curve(name, shape, keep, storage, floor, spectra, 1.0 if weights is None else weights[name])
-        for name, shape in shapes.items()
-    }
+    weights = weights or dict.fromkeys(shapes, 1.0)
+    if wrong := next((name for name in shapes if not 0.0 <= weights[name] < float("inf")), None):
+        raise ValueError(f"`weights` must be finite and >= 0, got {weights[wrong]} for layer {wrong!r}.")
+    curves = {name: _curve(name, shape, keep, storage, floor, spectra, weights[name]) for name, shape in shapes.items()}
     left = int(keep * sum(out * inputs for out, inputs in shapes.values()) + 1e-9)
     left -= sum(int(curve.costs[0]) for curve in curves.values())
     if left < 0:
@@ -160,7 +160,7 @@ def _curve(
     costs = _cost(storage)(out, inputs, ranks)
     smaller = costs < out * inputs
     ranks, costs = np.append(ranks[smaller], min(shape)), np.append(costs[smaller], out * inputs)
-    least = max(1, int(floor * (costs <= keep * out * inputs).sum()))  # of its uniform rank
+    least = max(1, int(floor * (costs <= keep * out * inputs + 1e-9).sum() + 1e-9))  # of its uniform rank
     if spectra is None:
         gains = -((1 - costs / (out * inputs)) ** 2) * out * inputs  # the best next parameter: in the emptiest layer
     else:

@@ -22,6 +22,8 @@ from lowrank.modules import FACTORED, PackedLinear, replace_module
 FORMAT = "lowrank.compressed/1"
 RECORD = "lowrank_record"  # the attribute of a compressed model that tells how it was made
 TENSORS, ABOUT = "model.safetensors", "lowrank.json"
+FILES = {TENSORS, ABOUT, "config.json", "generation_config.json"}
+KEYS = {"base", "model", "layers", "tensors", "tied"}
 
 
 def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -39,8 +41,12 @@ def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any
     **Raises:** `ValueError`: a folder with other content; an architecture that `base` does not rebuild.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / ABOUT).exists():
-        raise ValueError(f"`folder` must be new, empty or a compressed model to replace, got {str(folder)!r}.")
+    other = {path.name for path in folder.iterdir()} - FILES if folder.exists() else set()
+    if other:
+        raise ValueError(
+            f"`folder` must be new, empty or with nothing but a compressed model to replace, got {sorted(other)[0]!r} in "
+            f"{str(folder)!r}."
+        )
     tensors, tied = _distinct_tensors(model)
     record: dict[str, Any] = getattr(model, RECORD, {})
     about = {
@@ -56,13 +62,17 @@ def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _save_config(model, partial)
-    about["layers"] = _structure(model, _skeleton(about["base"], partial), record.get("layers", {}))
-    if (built := _skeleton(about["base"], partial)) is not None:
-        _restructure(built, about["layers"])
-        _compare({name: t.shape for name, t in built.state_dict().items()}, _all_shapes(tensors, tied), "`base`")
-    save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
-    (partial / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf8")
+    try:
+        _save_config(model, partial)
+        about["layers"] = _structure(model, _skeleton(about["base"], partial), record.get("layers", {}))
+        if (built := _skeleton(about["base"], partial)) is not None:
+            _restructure(built, about["layers"])
+            _compare({name: t.shape for name, t in built.state_dict().items()}, _all_shapes(tensors, tied), "`base`")
+        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+        (partial / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf8")
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return about
@@ -91,8 +101,10 @@ def load_compressed(
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         found = about.get("format") if isinstance(about, dict) else about
         raise ValueError(f"`folder` must have format {FORMAT!r}, got {found!r} in {str(folder)!r}.")
-    try:
-        tensors = load_file(folder / TENSORS, device=str(device))
+    if lacking := sorted(KEYS - about.keys()):
+        raise ValueError(f"`folder` must hold a whole {ABOUT}, got {str(folder)!r} without {lacking}.")
+    try:  # copies, for what is read stands in the file until it is touched
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS, device=str(device)).items()}
     except SafetensorError as error:
         raise ValueError(f"`folder` must hold a whole {TENSORS}, got {str(folder)!r}: {error}.") from error
     model = architecture if architecture is not None else _skeleton(about["base"], folder)
@@ -167,7 +179,14 @@ def _build_transformers(name: str, folder: Path) -> nn.Module:
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ValueError(f"`base` must name a model class of transformers, got {name!r}.")
-    model = kind(transformers.AutoConfig.from_pretrained(folder))
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"`folder` must hold the config.json of the base model, got {str(folder)!r} without it."
+        )
+    try:
+        model = kind(transformers.AutoConfig.from_pretrained(folder))
+    except (AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"`folder` must hold a config.json of {name}, got one of another model: {error}.") from error
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
@@ -203,11 +222,13 @@ def _structure(model: nn.Module, skeleton: nn.Module | None, rows: Mapping[str, 
 
 
 def _is_new(name: str, module: nn.Module, before: Mapping[str, nn.Module], found: Mapping[str, Any]) -> bool:
-    """A linear layer that the base architecture does not have: a part of a packed one, or one that was a Conv1D."""
+    """A linear layer that the base architecture does not have, a part of a packed one or one that was a Conv1D; or may not
+    have, where the architecture is not known."""
     parent = name.rpartition(".")[0]
     if found.get(parent, {}).get("kind") in FACTORED:
         return False
-    return found.get(parent, {}).get("kind") == "packed" or (name in before and type(before[name]) is not type(module))
+    packed = found.get(parent, {}).get("kind") == "packed"
+    return packed or not before or (name in before and type(before[name]) is not type(module))
 
 
 def _restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
@@ -222,6 +243,8 @@ def _restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> N
                 known = True
             except AttributeError:
                 known = name.rpartition(".")[0] in layers  # a part of a packed layer
+            if kind not in {*FACTORED, "packed", "linear"}:
+                raise ValueError(f"`layers` must be of a known kind, got {kind!r} for layer {name!r}.")
             if not known:
                 raise ValueError(f"`base` must have a layer {name!r}, as the compressed model has, got none.")
             if kind == "packed":

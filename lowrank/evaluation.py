@@ -19,14 +19,15 @@ class Objective(NamedTuple):
 
     `losses(outputs, targets)`: one loss per target, `(targets,)`. `predict(outputs)`: what metrics compare with the labels,
     None where the loss alone counts (perplexity). `sample(outputs, generator)`: targets drawn from the model's own
-    prediction, as the true Fisher information asks for. `divergence(outputs, teacher)`: per target, how far the outputs are
-    from a teacher's: KL(teacher || outputs), or the squared difference.
+    prediction, as the true Fisher information asks for. `divergence(outputs, teacher, targets)`: per target, how far the
+    outputs are from a teacher's: KL(teacher || outputs), or the squared difference; targets, where there are any, only say
+    which positions count.
     """
 
     losses: Callable[[Tensor, Tensor], Tensor]
     predict: Callable[[Tensor], Tensor] | None
     sample: Callable[[Tensor, torch.Generator], Tensor]
-    divergence: Callable[[Tensor, Tensor], Tensor]
+    divergence: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def _wide(outputs: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def _sampled_classes(outputs: Tensor, generator: torch.Generator) -> Tensor:
     return drawn.view(outputs.shape[:-1]).to(outputs.device)
 
 
-def _class_divergence(outputs: Tensor, teacher: Tensor) -> Tensor:
+def _class_divergence(outputs: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
     ours, theirs = (_wide(side).log_softmax(-1) for side in (outputs, teacher))
     return functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
 
@@ -54,8 +55,9 @@ def _squared_difference(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _sampled_values(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """The squared error is the negative log-likelihood of a variance of 1/2."""
     means = _wide(outputs).squeeze(-1)
-    return means + torch.randn(means.shape, generator=generator).to(means)
+    return means + 0.5**0.5 * torch.randn(means.shape, generator=generator).to(means)
 
 
 def _next_token_losses(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -72,18 +74,26 @@ def _sampled_tokens(outputs: Tensor, generator: torch.Generator) -> Tensor:
     return functional.pad(_sampled_classes(outputs[:, :-1], generator), (1, 0))
 
 
+def _next_token_divergence(outputs: Tensor, teacher: Tensor, targets: Tensor | None) -> Tensor:
+    found = _class_divergence(outputs[:, :-1], teacher[:, :-1])
+    return found.reshape(-1) if targets is None else found[targets[:, 1:] != IGNORED]
+
+
 OBJECTIVES = {
     "classification": Objective(
         _classification_losses, lambda outputs: outputs.argmax(-1), _sampled_classes, _class_divergence
     ),
     "regression": Objective(
-        _squared_difference, lambda outputs: outputs.squeeze(-1), _sampled_values, _squared_difference
+        _squared_difference,
+        lambda outputs: outputs.squeeze(-1),
+        _sampled_values,
+        lambda outputs, teacher, targets: _squared_difference(outputs, teacher),
     ),
     "language_modelling": Objective(
         _next_token_losses,
         None,
         _sampled_tokens,
-        lambda outputs, teacher: _class_divergence(outputs[:, :-1].flatten(0, 1), teacher[:, :-1].flatten(0, 1)),
+        _next_token_divergence,
     ),
 }
 

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch import nn
 
 from lowrank.budget import STORAGES, kept_parameters
 from lowrank.checkpoint import RECORD, load_compressed, save_compressed
-from lowrank.factorize import METHODS, NORMS, Factors
+from lowrank.factorize import METHODS, NORMS, READS, Factors
 from lowrank.fingerprint import hash_model, hash_tensors
-from lowrank.layers import BLOCKS, find_linears
+from lowrank.layers import BLOCKS, find_linears, is_conv1d
 from lowrank.modules import FACTORED, LowRankLinear, PackedLinear, PivotedLinear, as_linear, replace_module
 from lowrank.moments import LayerStatistics, centred
 
@@ -45,7 +46,7 @@ def decompose(
     **Arguments:** as for `compress`.
     """
     linears = find_linears(model, layers)
-    _check(model, linears, dict.fromkeys(linears, 1), method, statistics, "factors")
+    _check(model, linears, dict.fromkeys(linears, 1), method, statistics, "factors", centre)
     return {
         name: METHODS[method](
             layer.weight.detach().double(), min(layer.weight.shape), _moments(layer, name, statistics, centre)
@@ -87,10 +88,15 @@ def compress(
 
     **Reference:** see the methods in `lowrank.factorize`.
     """
-    linears = find_linears(model, ranks)
-    if not linears:
-        raise ValueError("`ranks` must name at least one layer, got none.")
-    _check(model, linears, ranks, method, statistics, storage)
+    linears = _named(model, ranks)
+    _check(model, linears, ranks, method, statistics, storage, centre)
+    for name, given in ({} if factors is None else {name: factors.get(name) for name in linears}).items():
+        sizes = None if given is None else (given.left.shape[0], given.right.shape[1], given.rank)
+        if sizes is None or sizes[:2] != tuple(linears[name].weight.shape) or sizes[2] < ranks[name]:
+            raise ValueError(
+                f"`factors` must fit layer {name!r} of shape {tuple(linears[name].weight.shape)} at rank {ranks[name]}, "
+                f"got {'none' if sizes is None else f'shape {sizes[:2]}, rank {sizes[2]}'}."
+            )
     record: dict[str, Any] = getattr(model, RECORD, None) or {"model": hash_model(model), "layers": {}}
     rows: dict[str, dict[str, Any]] = {}
     for name, layer in reversed(linears.items()):
@@ -163,6 +169,21 @@ def _hash(statistics: LayerStatistics) -> str:
     return hash_tensors({name: part for name, part in parts.items() if part is not None})
 
 
+def _named(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, nn.Linear]:
+    """The layers of `ranks`, in the order of the model."""
+    if not ranks:
+        raise ValueError("`ranks` must name at least one layer, got none.")
+    modules = dict(model.named_modules())
+    for name in ranks:
+        if is_conv1d(modules.get(name)):
+            raise ValueError(
+                f"`ranks` must name nn.Linear layers, got {name!r}, a Conv1D: call lowrank.modules.unify_linears(model) first."
+            )
+        if not isinstance(modules.get(name), nn.Linear):
+            raise ValueError(f"`ranks` must name nn.Linear layers of the model, not patterns or others, got {name!r}.")
+    return {name: module for name, module in modules.items() if name in ranks and isinstance(module, nn.Linear)}
+
+
 def _check(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
@@ -170,27 +191,26 @@ def _check(
     method: str,
     statistics: Mapping[str, LayerStatistics] | None,
     storage: str,
+    centre: bool,
 ) -> None:
     """Everything that can be wrong, found before anything is changed."""
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {sorted(METHODS)}, got {method!r}.")
     if storage not in STORAGES:
         raise ValueError(f"`storage` must be one of {sorted(STORAGES)}, got {storage!r}.")
-    if statistics is None and method != "svd":
+    if statistics is None and (READS[method] or centre):
         raise ValueError(
-            f"`statistics` must be given for method {method!r}: see lowrank.statistics.collect_statistics."
+            f"`statistics` must be given for method {method!r}{', centred' * centre}: see "
+            "lowrank.statistics.collect_statistics."
         )
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for name, layer in linears.items():
-        rank = ranks.get(name)
-        if rank is None:
-            raise ValueError(f"`ranks` must name layers, not patterns, got no rank for layer {name!r}.")
-        if not 1 <= rank <= min(layer.weight.shape):
+        shape = tuple(layer.weight.shape)
+        if not 1 <= ranks[name] <= min(shape):
             raise ValueError(
-                f"`ranks` must be in [1, {min(layer.weight.shape)}] for layer {name!r} of shape "
-                f"{tuple(layer.weight.shape)}, got {rank}."
+                f"`ranks` must be in [1, {min(shape)}] for layer {name!r} of shape {shape}, got {ranks[name]}."
             )
         if len(names := owners[id(layer.weight)]) > 1:
             raise ValueError(
@@ -201,18 +221,25 @@ def _check(
             raise ValueError(f"`model` must have finite weights, got NaN or infinity in layer {name!r}.")
         if statistics is not None and name not in statistics:
             raise ValueError(f"`statistics` must hold every layer of `ranks`, got none for layer {name!r}.")
-        if isinstance(statistics, dict):  # others make theirs on demand, for this model
-            found = statistics[name]
-            outs = layer.out_features if found.gradient_gram is None else len(found.gradient_gram)
-            if (outs, len(found.gram)) != tuple(layer.weight.shape):
-                raise ValueError(
-                    f"`statistics` must be of this model: layer {name!r} has shape {tuple(layer.weight.shape)}, "
-                    f"got moments for {(outs, len(found.gram))}."
-                )
-            if not bool(torch.isfinite(found.gram).all()) or found.tokens < 1:
-                raise ValueError(
-                    f"`statistics` must be finite and of at least one token, got others for layer {name!r}."
-                )
+        if isinstance(statistics, dict | MappingProxyType):  # others are made on demand, for this model, at a cost
+            _check_statistics(name, layer, method, statistics[name], centre)
+
+
+def _check_statistics(name: str, layer: nn.Linear, method: str, found: LayerStatistics, centre: bool) -> None:
+    out, inputs = layer.weight.shape
+    outs = out if found.gradient_gram is None else len(found.gradient_gram)
+    if (outs, len(found.gram)) != (out, inputs):
+        raise ValueError(
+            f"`statistics` must be of this model: layer {name!r} has shape {(out, inputs)}, got moments for "
+            f"{(outs, len(found.gram))}."
+        )
+    try:
+        for part in READS[method]:
+            part(found, layer.weight)
+    except ValueError as error:
+        raise ValueError(f"{error} (layer {name!r})") from error
+    if centre and not bool(torch.isfinite(found.mean).all()):
+        raise ValueError(f"`statistics` must be finite, got NaN or infinity in the mean of layer {name!r}.")
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -220,16 +247,18 @@ def fold(model: nn.Module) -> nn.Module:
 
     **Returns:** the model: the layout of the dense one, with weights of low rank.
     """
-    for kinds in (tuple(FACTORED.values()), (PackedLinear,)):  # the parts first
-        found: list[tuple[str, Any]] = [(name, part) for name, part in model.named_modules() if isinstance(part, kinds)]
-        for name, module in found:
-            own = next(module.parameters())
-            layer = as_linear(module.dense().to(own.dtype), module.bias)
-            replace_module(model, name, layer.requires_grad_(own.requires_grad).train(module.training))
+    kinds = (*FACTORED.values(), PackedLinear)
+    found: list[tuple[str, Any]] = [(name, part) for name, part in model.named_modules() if isinstance(part, kinds)]
+    for name, module in reversed(found):  # the parts before what they are parts of
+        own = next(module.parameters())
+        layer = as_linear(module.dense().to(own.dtype), module.bias)
+        replace_module(model, name, layer.requires_grad_(own.requires_grad).train(module.training))
+    if hasattr(model, RECORD):
+        delattr(model, RECORD)
     return model
 
 
-def parameter_counts(model: nn.Module, dense: nn.Module, layers: Iterable[str]) -> dict[str, float]:
+def parameter_counts(model: nn.Module, dense: nn.Module, layers: Iterable[str]) -> dict[str, int | float]:
     """How much of a dense model its compressed form stores: `targeted` weights of the layers named, of the dense model and of
     this one, biases left out; `model`: all parameters; the two shares kept."""
     names = list(find_linears(dense, layers))

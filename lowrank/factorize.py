@@ -249,6 +249,15 @@ Method = Callable[[Tensor, int, LayerStatistics], Factors]
 
 METHODS: dict[str, Method] = {"svd": svd, "asvd": asvd, "fwsvd": fwsvd, "whitened": whitened, "two_sided": two_sided}
 
+# What a method reads of the statistics; each raises ValueError where that is missing, of another size or not finite.
+READS: dict[str, tuple[Callable[[LayerStatistics, Tensor], Tensor], ...]] = {
+    "svd": (),
+    "asvd": (_channel_scales,),
+    "fwsvd": (_row_fisher,),
+    "whitened": (_gram,),
+    "two_sided": (_gram, _output_moment),
+}
+
 # The norm ||H D S||_F in which each method is the best, of any difference D of weights: what `Factors.error` predicts.
 NORMS: dict[str, Callable[[Tensor, LayerStatistics], float]] = {
     "svd": lambda d, statistics: d.double().norm().item(),

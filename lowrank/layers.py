@@ -38,7 +38,7 @@ def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, 
     return {name: module for name, module in linears.items() if name in wanted}
 
 
-def is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module | None) -> bool:
     """Whether it is the `Conv1D` of transformers: a linear layer with its weight transposed, `(in, out)`."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 

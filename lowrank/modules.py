@@ -87,13 +87,18 @@ class PivotedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
         self.register_buffer("pivots", torch.arange(rank))
         self.register_buffer("order", torch.arange(out_features), persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module.reorder())
+        self.register_load_state_dict_post_hook(_reorder)
 
     @classmethod
     @torch.no_grad()
     def from_factors(cls, factors: Factors, bias: Tensor | None, dtype: torch.dtype) -> "PivotedLinear":
-        """The layer of given factors."""
+        """The layer of given factors.
+
+        **Raises:** `ValueError`: a rank that is not below the number of outputs; the weight itself is as small then.
+        """
         left, right = factors.left.double(), factors.right.double()
+        if factors.rank >= len(left):
+            raise ValueError(f"`factors` must have a rank below the {len(left)} outputs, got {factors.rank}.")
         pivots, coefficients = _pivot_rows(left)
         layer = _blank(cls, left, right, bias, dtype)
         layer.right.weight.copy_(left[pivots] @ right)
@@ -129,6 +134,10 @@ class PivotedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def _reorder(module: Any, _: object) -> None:
+    module.reorder()
 
 
 def _blank(cls: type[Any], left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:
@@ -220,7 +229,7 @@ def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] =
         biases = [None] * len(parts) if layer.bias is None else layer.bias.detach().chunk(len(parts))
         weights = layer.weight.detach().chunk(len(parts))
         made = [as_linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-        replace_module(model, name, PackedLinear(made, parts).train(layer.training))
+        replace_module(model, name, _like(PackedLinear(made, parts), layer))
     return [f"{name}.{part}" for name in packed for part in parts]
 
 
@@ -232,8 +241,13 @@ def unify_linears(model: nn.Module) -> list[str]:
     found = [name for name, module in model.named_modules() if is_conv1d(module)]
     for name in found:
         layer: Any = model.get_submodule(name)
-        replace_module(model, name, as_linear(layer.weight.detach().T, layer.bias.detach()).train(layer.training))
+        replace_module(model, name, _like(as_linear(layer.weight.detach().T, layer.bias.detach()), layer))
     return found
+
+
+def _like(made: nn.Module, layer: nn.Module) -> nn.Module:
+    """The new layer, trained or frozen, in training or evaluation mode as the one that it replaces."""
+    return made.requires_grad_(next(layer.parameters()).requires_grad).train(layer.training)
 
 
 def as_linear(weight: Float[Tensor, "out in"], bias: Tensor | None) -> nn.Linear:

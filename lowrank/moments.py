@@ -58,7 +58,8 @@ def _sum_of_both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def centred(statistics: LayerStatistics) -> LayerStatistics:
     """The same statistics with the second moment about the mean, G - N mu mu^T, in the place of G.
 
-    What a layer does to the mean input is then left to its bias: b + (W - W') mu restores it exactly.
+    What a layer does to the mean input is then left to its bias: b + (W - W') mu restores it exactly. The mean is kept for
+    that, so this is for statistics that have not been centred before.
     """
     gram = checked_gram(statistics)
     return replace(statistics, gram=gram - statistics.tokens * torch.outer(statistics.mean, statistics.mean))

@@ -6,6 +6,7 @@ Rank and number of parameters stay exactly what they were: a LoRA update of a fa
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,19 +54,22 @@ def refine_factors(
     lora_alpha: int = 16,
     lora_dropout: float = 0.0,
     checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Trains one factor of every layer by LoRA with all else frozen, merges it, then the other; in place.
 
-    **Arguments:** `model`: with factored layers. `batches`: gone through again and again, as often as the steps need.
+    **Arguments:** `model`: with factored layers. `batches`: gone through again and again, as often as the steps need, so no
+    generator; to resume exactly, in the same order each time.
     `order`: 'left-right' or 'right-left'; `left` is the factor next to the outputs (C where the storage is pivoted).
     `recipe`: its steps are those of both stages together, half for each. `loss`: `(model, batch) -> scalar`. `r`,
     `lora_alpha`, `lora_dropout`: peft's, r at most the rank of the layer. `checkpoint`: a folder; a call that follows a
-    killed one resumes from it, in either stage.
+    killed one resumes from it, in either stage. `checkpoint_every`: steps between saves.
 
     **Returns:** one row per step: `stage` ('left' or 'right'), `step`, `loss`, `learning_rate`.
 
-    **Raises:** `ValueError`: an unknown order, a model without factored layers, fewer than 2 steps.
+    **Raises:** `ValueError`: an unknown order, a model without factored layers, fewer than 2 steps, batches that are empty or
+    cannot be gone through again. `FloatingPointError`: a loss that is not finite; the stage is undone.
 
     **Reference:** Wang et al., SVD-LLM, ICLR 2025, arXiv:2403.07378, section 3.3.
     """
@@ -76,29 +80,33 @@ def refine_factors(
         raise ValueError(f"`order` must be one of {sorted(ORDERS)}, got {order!r}.")
     if recipe.steps < 2:
         raise ValueError(f"`recipe` must have at least 2 steps, one for each stage, got {recipe.steps}.")
-    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
-    history: list[dict[str, Any]] = []
-    for stage, steps in zip(ORDERS[order], (recipe.steps - recipe.steps // 2, recipe.steps // 2), strict=True):
-        names = factor_names(model, stage)
-        ranks = {name: min(r, *model.get_submodule(name).weight.shape) for name in names}  # pyright: ignore
-        smaller = {rf"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank < r}
-        config = peft.LoraConfig(
-            r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=names, rank_pattern=smaller
-        )
-        torch.manual_seed(recipe.seed)  # of the new adapters
-        adapted: Any = peft.get_peft_model(model, config)  # pyright: ignore[reportArgumentType] (any module will do)
-        rows = fit(
-            adapted,
-            endless(batches),
-            replace(recipe, steps=steps),
-            loss,
-            checkpoint=checkpoint / stage if checkpoint else None,
-            progress=progress,
-        )
-        adapted.merge_and_unload(safe_merge=True)
-        history += [{"stage": stage} | row for row in rows]
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(frozen[name])
+    following, history = endless(batches), []
+    halves = (recipe.steps - recipe.steps // 2, recipe.steps // 2)
+    with flags_restored(model):
+        for stage, steps in zip(ORDERS[order], halves, strict=True):
+            names = factor_names(model, stage)
+            ranks = {name: min(r, *model.get_submodule(name).weight.shape) for name in names}  # pyright: ignore
+            smaller = {rf"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank < r}
+            config = peft.LoraConfig(
+                r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=names, rank_pattern=smaller
+            )
+            torch.manual_seed(recipe.seed)  # of the new adapters
+            adapted: Any = peft.get_peft_model(model, config)  # pyright: ignore[reportArgumentType] (any module will do)
+            try:
+                rows = fit(
+                    adapted,
+                    following,
+                    replace(recipe, steps=steps),
+                    loss,
+                    checkpoint=checkpoint / stage if checkpoint else None,
+                    checkpoint_every=checkpoint_every,
+                    progress=progress,
+                )
+            except BaseException:
+                adapted.unload()
+                raise
+            adapted.merge_and_unload(safe_merge=True)
+            history += [{"stage": stage} | row for row in rows]
     return history
 
 
@@ -109,6 +117,7 @@ def tune_factors(
     recipe: Recipe | None = None,
     loss: Callable[[nn.Module, Batch], Tensor] = model_loss,
     checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Trains both factors of every layer together with all else frozen, in place: the plain way that `refine_factors` is to
@@ -117,26 +126,47 @@ def tune_factors(
     **Arguments, returns, raises:** as for `refine_factors`; the rows have no `stage`.
     """
     names = set(factor_names(model, "left")) | set(factor_names(model, "right"))
-    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.removesuffix(".weight") in names)
-    rows = fit(
-        model,
-        endless(batches),
-        recipe or Recipe(steps=200, learning_rate=1e-4),
-        loss,
-        checkpoint=checkpoint,
-        progress=progress,
-    )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(frozen[name])
-    return rows
+    following = endless(batches)
+    with flags_restored(model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.removesuffix(".weight") in names)
+        return fit(
+            model,
+            following,
+            recipe or Recipe(steps=200, learning_rate=1e-4),
+            loss,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            progress=progress,
+        )
+
+
+@contextmanager
+def flags_restored(model: nn.Module) -> Iterator[None]:
+    """Which parameters require gradients is after the block as it was before."""
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
 
 
 def endless(batches: Iterable[Batch]) -> Callable[[int], Iterator[Batch]]:
-    """`(steps done) -> the batches of the steps that follow`, the same ones gone through again and again."""
+    """`(steps done) -> the batches of the steps that follow`, the same ones gone through again and again.
 
-    def following(done: int) -> Iterator[Batch]:
-        return itertools.islice(itertools.chain.from_iterable(itertools.repeat(batches)), done, None)
+    **Raises:** `ValueError`: batches that are empty or cannot be gone through again.
+    """
+    if isinstance(batches, Iterator):
+        raise ValueError("`batches` must be gone through more than once: pass a list or a loader, got an iterator.")
 
-    return following
+    def again() -> Iterator[Batch]:
+        while True:
+            empty = True
+            for batch in batches:
+                empty = False
+                yield batch
+            if empty:
+                raise ValueError("`batches` must hold at least one batch, got none.")
+
+    return lambda done: itertools.islice(again(), done, None)

@@ -8,20 +8,21 @@ are collected too.
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowrank.batches import Batch, device_of, evaluating, logits, to_device, token_mask
-from lowrank.layers import BLOCKS, find_linears
+from lowrank.layers import BLOCKS, depth_and_kind, find_linears
 from lowrank.moments import LayerStatistics, Moments, whitening_factor
 
 TOKENS_PER_INPUT = 5  # fewer than this leave G poorly known, see notebook 01
-__all__ = ["LayerStatistics", "collect_inputs", "collect_statistics", "visit_inputs", "whitening_factor"]
+__all__ = ["LayerStatistics", "OnDemand", "collect_inputs", "collect_statistics", "visit_inputs", "whitening_factor"]
 
 
 class FewTokensWarning(UserWarning):
@@ -105,11 +106,18 @@ class _Collector:
         if not same:
             self._seen[id(value)] = (weakref.ref(value), value._version, name)
 
-    def see_gradient(self, name: str, value: Tensor, gradient: Tensor) -> None:
-        self.add_gradient_sums(name, gradient.shape[-1])
-        with exact_products(gradient.device):
-            self.gradients[name].add(token_rows(gradient, self.mask, name))
-            self.row_fisher[name] += _row_fisher(value.detach(), gradient).to(self.row_fisher[name])
+    def see_gradients(self, name: str, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """The inputs and output gradients of all calls of a layer in one pass."""
+        self.add_gradient_sums(name, gradients[0].shape[-1])
+        with exact_products(gradients[0].device):
+            for gradient in gradients:
+                self.gradients[name].add(token_rows(gradient, self.mask, name))
+            x, g = (
+                torch.cat([part.detach().reshape(len(part), -1, part.shape[-1]) for part in parts], dim=1)
+                for parts in (values, gradients)
+            )
+            wide = torch.promote_types(g.dtype, self.products)
+            self.row_fisher[name] += _row_fisher(x.to(wide), g.to(wide)).to(self.row_fisher[name])
 
     def add_gradient_sums(self, name: str, outputs: int) -> None:
         if name not in self.gradients:
@@ -124,10 +132,11 @@ class _Collector:
                     raise ValueError(f"`batches` must give finite {what}, got NaN or infinity in layer {name!r}.")
 
 
-def _row_fisher(inputs: Float[Tensor, "samples *tokens n"], gradients: Float[Tensor, "samples *tokens m"]) -> Tensor:
-    """sum over samples and columns of the squared gradient of the weight, sum_t g_t x_t^T, never forming it: `(m,)`."""
-    x, g = (value.reshape(len(value), -1, value.shape[-1]).float() for value in (inputs, gradients))
-    return ((x @ x.mT) @ g * g).sum(dim=(0, 1), dtype=torch.float64).clamp_min(0.0)
+def _row_fisher(x: Float[Tensor, "samples tokens n"], g: Float[Tensor, "samples tokens m"]) -> Float[Tensor, " m"]:
+    """sum over samples and columns of the squared gradient of the weight, sum_t g_t x_t^T, never forming it."""
+    scale = g.abs().amax(dim=(0, 1)).clamp_min(torch.finfo(g.dtype).tiny)  # squares must not vanish
+    g = g / scale
+    return ((x @ x.mT) @ g * g).sum(dim=(0, 1), dtype=torch.float64).clamp_min(0.0) * scale.double().square()
 
 
 def collect_statistics(
@@ -170,10 +179,53 @@ def collect_statistics(
                 with torch.no_grad():
                     logits(model, batch)
             else:
-                _run_backward(model, batch, loss, linears, collector.see_gradient)
+                _run_backward(model, batch, loss, linears, collector.see_gradients)
             collector.end_batch()
     _sum_over_processes(collector, linears, with_gradients=loss is not None)
     return _finished(collector)
+
+
+class OnDemand(Mapping[str, LayerStatistics]):
+    """Statistics that are collected when they are asked for, one block of layers at a time, and dropped for the next.
+
+    For models whose moments do not fit in memory together: a pass over the batches for every block, and the moments of one
+    block held. What is asked for is measured on the model as it is then; `compress` asks for the last block first, so that
+    the inputs of every block are still those of the dense model.
+
+    **Arguments:** those of `collect_statistics`; `batches` is gone through once per block, so no generator.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Batch], layers: Iterable[str] = BLOCKS, **options: Any
+    ) -> None:
+        if isinstance(batches, Iterator):
+            raise ValueError("`batches` must be gone through once per block: pass a list or a loader, got an iterator.")
+        self.model, self.batches, self.options = model, batches, options
+        self.blocks: dict[str, list[str]] = {}
+        for name in find_linears(model, layers):
+            self.blocks.setdefault(self._block(name), []).append(name)
+        self.held: dict[str, LayerStatistics] = {}
+
+    @staticmethod
+    def _block(name: str) -> str:
+        return name.removesuffix(depth_and_kind(name)[1])
+
+    def __getitem__(self, name: str) -> LayerStatistics:
+        if name not in self:
+            raise KeyError(name)
+        if name not in self.held:
+            self.held = {}  # dropped before the next are made
+            self.held = collect_statistics(self.model, self.batches, self.blocks[self._block(name)], **self.options)
+        return self.held[name]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self.blocks.get(self._block(name), ())
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for names in self.blocks.values() for name in names)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.blocks.values()))
 
 
 def _run_backward(
@@ -181,16 +233,16 @@ def _run_backward(
     batch: Batch,
     loss: Callable[[nn.Module, Batch], Tensor],
     linears: Mapping[str, nn.Linear],
-    visit: Callable[[str, Tensor, Tensor], None],
+    visit: Callable[[str, Sequence[Tensor], Sequence[Tensor]], None],
 ) -> None:
-    """One forward and backward pass; `visit(name, input, gradient)` for every call of every layer, `.grad` untouched."""
+    """One forward and backward pass; `visit(name, inputs, gradients)` of all calls of each layer, `.grad` untouched."""
     calls: list[tuple[str, Tensor, Tensor]] = []
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
             output = output if output.requires_grad else output.requires_grad_()  # all weights may be frozen
             calls.append((name, args[0] if args else named["input"], output))
-            return output
+            return output.clone()  # what follows may work in place
 
         return hook
 
@@ -201,8 +253,9 @@ def _run_backward(
     finally:
         for handle in handles:
             handle.remove()
-    for (name, value, _), gradient in zip(calls, gradients, strict=True):
-        visit(name, value, gradient)
+    for layer in dict.fromkeys(name for name, _, _ in calls):
+        own = [(value, g) for (name, value, _), g in zip(calls, gradients, strict=True) if name == layer]
+        visit(layer, *zip(*own, strict=True))
 
 
 def _sum_over_processes(collector: _Collector, linears: Mapping[str, nn.Linear], with_gradients: bool) -> None:

@@ -130,7 +130,7 @@ def fit(
     **Returns:** one row per step: `step`, `loss`, `learning_rate`.
 
     **Raises:** `FloatingPointError`: the loss is not finite, at the step where it happens. `ValueError`: the batches end
-    before the steps do.
+    before the steps do, or the checkpoint is of more steps.
     """
     accelerator = Accelerator()
     seed_everything(recipe.seed)
@@ -140,6 +140,10 @@ def fit(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule)
     history = _resume(accelerator, checkpoint)
+    if len(history) > recipe.steps:
+        raise ValueError(
+            f"`checkpoint` must be of at most the {recipe.steps} steps of the recipe, got one of {len(history)} in {checkpoint}."
+        )
 
     bar = tqdm(total=recipe.steps, initial=len(history), desc="train", unit="step", mininterval=2, disable=not progress)
     wrapped.train()

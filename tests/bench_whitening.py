@@ -6,75 +6,30 @@ peak of a process of its own.
 
 import multiprocessing
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
-from torch import nn
+from benchmarks import bert, llama, peak_megabytes, recorder
 
 from lowrank.batches import evaluating
+from lowrank.efficiency import time_in_turns
 from lowrank.factorize import whitened
 from lowrank.moments import statistics_of_rows
 from lowrank.recipes import cholesky_inverse, compare_recipes
-from lowrank.report import environment
 from lowrank.statistics import collect_statistics
 
 ROUNDS = 3
-ROWS: list[dict[str, object]] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def table() -> Iterator[None]:
-    yield
-    if ROWS:
-        folder = ROOT / "outputs" / "bench"
-        folder.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(ROWS).assign(device=environment()["device"]).to_csv(
-            folder / "whitening.csv", index=False, float_format="%.3g"
-        )
-
-
-def row(what: str, case: str, figure: str, value: float) -> None:
-    ROWS.append({"what": what, "case": case, "figure": figure, "value": value})
+row, table = recorder("whitening")
 
 
 def take_turns(*functions: Callable[[], object]) -> list[float]:
     """The median seconds of each function, called in turn."""
-    times: list[list[float]] = [[] for _ in functions]
-    for turn in range(ROUNDS + 1):
-        for function, seconds in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            if turn:  # the first is a warm-up
-                seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds) for seconds in times]
-
-
-def bert(hidden: int, layers: int) -> nn.Module:
-    import transformers  # noqa: PLC0415
-
-    config = transformers.BertConfig(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64, intermediate_size=4 * hidden
+    times = time_in_turns(
+        {str(number): function for number, function in enumerate(functions)}, repeats=ROUNDS, warmup=1
     )
-    return transformers.BertModel(config)
-
-
-def llama(hidden: int, layers: int) -> nn.Module:
-    import transformers  # noqa: PLC0415
-
-    config = transformers.LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 256,
-        intermediate_size=11 * hidden // 4,
-        vocab_size=8000,
-    )
-    return transformers.LlamaForCausalLM(config)
+    return [statistics.median(seconds) for seconds in times.values()]
 
 
 MODELS = {
@@ -114,15 +69,14 @@ def _peak(count: int, collect: bool, answer) -> None:
     torch.manual_seed(0)
     model = bert(384, 2)
     data = batches(1) * count  # the tokens themselves are the same few, whatever their number
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    if collect:
-        collect_statistics(model, data)
-    else:
-        with evaluating(model), torch.no_grad():
-            for batch in data:
-                model(**batch)
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    answer.put(int(peak.split()[1]) / 1024)
+    with peak_megabytes() as peak:
+        if collect:
+            collect_statistics(model, data)
+        else:
+            with evaluating(model), torch.no_grad():
+                for batch in data:
+                    model(**batch)
+    answer.put(peak())
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a part of a process needs Linux")

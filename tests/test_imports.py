@@ -15,6 +15,7 @@ FLOORS = [
     {"recipes", "tasks", "modules"},
     {"training", "checkpoint"},
     {"baseline", "factored", "refine"},
+    {"sweep"},
 ]
 SIDE = {"parameters", "report", "run", "pair", "readme"}
 REPORTING = {"matplotlib", "pandas", "seaborn", "yaml", "papermill", "jupytext", "IPython"}

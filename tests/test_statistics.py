@@ -2,6 +2,8 @@
 
 import json
 import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -205,6 +207,174 @@ def test_gradient_moments_against_a_second_method(model, generator, frozen) -> N
     whole = collect_statistics(model, [{"input_ids": ids, "labels": target}], ["blocks.1.up"], loss=loss)
     assert torch.allclose(whole["blocks.1.up"].gradient_gram, found["blocks.1.up"].gradient_gram)
     assert close(whole["blocks.1.up"], found["blocks.1.up"])
+
+
+class Mixing(Model):
+    """Tokens see the mean of the tokens of their sample; one output per token."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        for block in self.blocks:
+            seen = (x * mask[..., None]).sum(1, keepdim=True) / mask.sum(1)[:, None, None]
+            x = block(x + seen)
+        return self.head(x)
+
+
+@pytest.fixture
+def mixing() -> Mixing:
+    torch.manual_seed(1)
+    return Mixing().double()
+
+
+def token_loss(net: nn.Module, batch) -> Tensor:
+    """Summed over the tokens that are not padding."""
+    outputs = net(batch["input_ids"], batch.get("attention_mask"))
+    losses = nn.functional.cross_entropy(outputs.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+    return losses[batch["attention_mask"].flatten() > 0].sum() if "attention_mask" in batch else losses.sum()
+
+
+def token_batches(generator: torch.Generator, padded: bool) -> list[dict[str, Tensor]]:
+    whole = {"input_ids": tokens(7, 6, generator), "labels": torch.randint(0, 3, (7, 6), generator=generator)}
+    if padded:
+        lengths = torch.tensor([6, 2, 5, 1, 6, 3, 4])
+        whole["attention_mask"] = (torch.arange(6) < lengths[:, None]).long()
+    parts = [value.split([4, 3]) for value in whole.values()]
+    return [dict(zip(whole, part, strict=True)) for part in zip(*parts, strict=True)]
+
+
+def row_fisher_by_autograd(
+    net: nn.Module, batches: Sequence[dict[str, Tensor]], layer: str, loss: Callable[[nn.Module, dict], Tensor]
+) -> Tensor:
+    """One backward pass per sample to the weight itself; its gradient squared and summed over samples and columns."""
+    weight = net.get_submodule(layer).weight
+    before = weight.requires_grad
+    weight.requires_grad_(True)
+    total = torch.zeros(len(weight), dtype=torch.float64)
+    for batch in batches:
+        for i in range(len(next(iter(batch.values())))):
+            value = loss(net, {key: part[i : i + 1] for key, part in batch.items()})
+            total += torch.autograd.grad(value, weight)[0].double().square().sum(1)
+    weight.requires_grad_(before)
+    return total
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_row_fisher_is_that_of_one_backward_pass_per_sample(mixing, generator, padded, frozen) -> None:
+    mixing.requires_grad_(not frozen)
+    batches = token_batches(generator, padded)
+    found = collect_statistics(mixing, batches, loss=token_loss)
+    assert len(found) == 8
+    for name, layer in found.items():
+        expected = row_fisher_by_autograd(mixing, batches, name, token_loss)
+        assert layer.row_fisher.dtype == torch.float64
+        assert torch.allclose(layer.row_fisher, expected, rtol=1e-5, atol=1e-7 * expected.max().item())
+    assert all(p.grad is None and p.requires_grad is not frozen for p in mixing.parameters())
+
+
+def test_products_in_float64_give_row_fisher_in_float64(mixing, generator) -> None:
+    batches = token_batches(generator, padded=True)
+    found = collect_statistics(mixing, batches, ["blocks.0.up"], loss=token_loss, products=torch.float64)
+    expected = row_fisher_by_autograd(mixing, batches, "blocks.0.up", token_loss)
+    assert torch.allclose(found["blocks.0.up"].row_fisher, expected, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e-12, 1e12])
+def test_the_scale_of_the_loss_scales_the_gradient_moments(mixing, generator, scale) -> None:
+    batches = token_batches(generator, padded=False)
+    one = collect_statistics(mixing, batches, ["blocks.0.up"], loss=token_loss)["blocks.0.up"]
+    two = collect_statistics(mixing, batches, ["blocks.0.up"], loss=lambda n, b: scale * token_loss(n, b))[
+        "blocks.0.up"
+    ]
+    assert torch.allclose(two.gradient_gram / scale / scale, one.gradient_gram, rtol=1e-6, atol=1e-12)
+    assert torch.allclose(two.row_fisher / scale / scale, one.row_fisher, rtol=1e-4, atol=0)
+
+
+def test_padding_does_not_count_in_the_gradient_moments(mixing, generator) -> None:
+    batch = token_batches(generator, padded=True)[0]
+    lengths = batch["attention_mask"].sum(1).tolist()
+    alone = [
+        {key: batch[key][i : i + 1, :n] for key in ("input_ids", "labels")} for i, n in enumerate(lengths)
+    ]  # each without its padding
+    one, two = (collect_statistics(mixing, batches, loss=token_loss) for batches in ([batch], alone))
+    for name in one:
+        assert torch.allclose(one[name].gradient_gram, two[name].gradient_gram)
+        assert torch.allclose(one[name].row_fisher, two[name].row_fisher, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_activation_that_works_in_place_does_not_change_the_gradients(generator, frozen) -> None:
+    def made(inplace: bool) -> nn.Module:
+        torch.manual_seed(2)
+        return nn.Sequential(nn.Linear(4, 9), nn.ReLU(inplace=inplace), nn.Linear(9, 3)).requires_grad_(not frozen)
+
+    x, target = torch.randn(30, 4, generator=generator), torch.randint(0, 3, (30,), generator=generator)
+
+    def loss(net: nn.Module, batch) -> Tensor:
+        return nn.functional.cross_entropy(net(batch[0]), batch[1], reduction="sum")
+
+    apart, in_place = (collect_statistics(made(kind), [(x, target)], ["0"], loss=loss)["0"] for kind in (False, True))
+    assert torch.allclose(in_place.gradient_gram, apart.gradient_gram)
+    assert torch.allclose(in_place.row_fisher, apart.row_fisher)
+
+
+def test_row_fisher_of_weights_that_are_called_twice_is_that_of_the_weight(generator) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[0](torch.tanh(self.blocks[0](x)))
+
+    torch.manual_seed(3)
+    net = Shared()
+    batches = [{"x": torch.randn(5, 4, generator=generator)}]
+
+    def loss(model: nn.Module, batch) -> Tensor:
+        return model(batch["x"]).square().sum()
+
+    found = collect_statistics(net, batches, ["blocks.0"], loss=loss)["blocks.0"]
+    expected = row_fisher_by_autograd(net, batches, "blocks.0", loss)
+    assert torch.allclose(found.row_fisher, expected, rtol=1e-4)
+
+
+def test_gradient_moments_merge_and_split_like_the_others(mixing, generator) -> None:
+    batches = token_batches(generator, padded=True)
+    whole = collect_statistics(mixing, batches, loss=token_loss)
+    one, two = (collect_statistics(mixing, [batch], loss=token_loss) for batch in batches)
+    plain = collect_statistics(mixing, batches)
+    for name in whole:
+        for merged in (one[name] + two[name], two[name] + one[name]):
+            assert torch.allclose(merged.gradient_gram, whole[name].gradient_gram)
+            assert torch.allclose(merged.row_fisher, whole[name].row_fisher)
+        assert close(plain[name], whole[name])  # the loss changes nothing in the moments of the inputs
+        assert plain[name].gradient_gram is plain[name].row_fisher is None
+        with pytest.raises(ValueError, match="must hold gradient moments exactly where this one does"):
+            one[name] + plain[name]
+
+
+def test_files_bring_gradient_moments_back(mixing, generator, tmp_path) -> None:
+    found = collect_statistics(mixing, token_batches(generator, padded=True), loss=token_loss)
+    found["blocks.1.up"] = replace(
+        found["blocks.1.up"], gradient_gram=None, row_fisher=None
+    )  # not every layer need have them
+    save_statistics(tmp_path / "s.safetensors", found, mixing, "some data")
+    again = load_statistics(tmp_path / "s.safetensors", mixing, "some data")
+    assert again.keys() == found.keys()
+    for name in found.keys() - {"blocks.1.up"}:
+        assert torch.equal(again[name].gradient_gram, found[name].gradient_gram)
+        assert torch.equal(again[name].row_fisher, found[name].row_fisher)
+        assert again[name].row_fisher.dtype == torch.float64
+    assert again["blocks.1.up"].gradient_gram is again["blocks.1.up"].row_fisher is None
+    assert again["blocks.0.q"].gram.data_ptr() == again["blocks.0.k"].gram.data_ptr()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_are_named(mixing, generator, bad) -> None:
+    with pytest.raises(ValueError, match="must give finite gradients, got NaN or infinity in layer"):
+        collect_statistics(mixing, token_batches(generator, False), loss=lambda n, b: token_loss(n, b) * bad)
 
 
 def test_inputs_can_be_collected_themselves(model, generator) -> None:

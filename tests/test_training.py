@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank import training
 from lowrank.baseline import load_baseline, load_calibration
 from lowrank.tasks import Task, load_task
-from lowrank.training import Recipe, sample_order, train
+from lowrank.training import Recipe, fit, sample_order, train
 
 RECIPE = Recipe(steps=24, batch_size=16, learning_rate=1e-2, seed=1)
 
@@ -159,4 +159,74 @@ def test_only_whole_states_are_resumed_from(task: Task, tmp_path: Path) -> None:
     history = train(fresh(task), task, RECIPE, checkpoint=tmp_path, checkpoint_every=10, progress=False)
     assert len(history) == RECIPE.steps
     assert (tmp_path / "unrelated").read_text() == "kept"
-    assert [p.name for p in tmp_path.glob(training.STATES)] == ["step-000000020"]
+    assert [p.name for p in tmp_path.glob(training.STATES)] == ["step-000000024"]  # at every tenth step and at the last
+
+
+def squares(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().mean()
+
+
+@pytest.mark.parametrize("held", [0, 3])
+def test_batches_that_end_before_the_steps_do_are_named(generator, held) -> None:
+    batches = list(torch.randn(held, 8, 4, generator=generator))
+    with pytest.raises(ValueError, match=rf"`batches` must hold 5 batches, one for each step, got {held}"):
+        fit(nn.Linear(4, 2), lambda done: batches[done:], Recipe(steps=5), squares, progress=False)
+
+
+def test_batches_beyond_the_steps_are_not_asked_for(generator) -> None:
+    asked: list[int] = []
+
+    def batches(done: int):
+        for i in range(done, 9):
+            asked.append(i)
+            yield torch.randn(8, 4, generator=generator)
+
+    assert len(fit(nn.Linear(4, 2), batches, Recipe(steps=5), squares, progress=False)) == 5
+    assert asked == [0, 1, 2, 3, 4]
+
+
+def test_only_parameters_that_require_gradients_are_trained(generator) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    data = torch.randn(8, 16, 4, generator=generator)
+    recipe = Recipe(steps=8, learning_rate=1e-2, weight_decay=0.5)  # decay alone would move the frozen ones
+    fit(model, lambda done: data[done:], recipe, squares, progress=False)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == flags[name]
+        assert torch.equal(parameter, before[name]) is not flags[name]
+
+
+def test_a_finished_training_is_not_trained_again(generator, tmp_path: Path) -> None:
+    data = torch.randn(6, 16, 4, generator=generator)
+
+    def run() -> tuple[nn.Module, list]:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        return model, fit(
+            model, lambda done: data[done:], Recipe(steps=6), squares, checkpoint=tmp_path, progress=False
+        )
+
+    (first, history), (second, again) = run(), run()
+    assert same(first, second)
+    assert history == again
+
+
+def test_gradients_are_clipped_to_their_norm(generator) -> None:
+    """The first step of plain AdamW does not see the size of a gradient; the norm that reaches it does not exceed `clip`."""
+    data, seen = torch.randn(3, 16, 4, generator=generator), []
+    model = nn.Linear(4, 2)
+    original = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        recipe = Recipe(steps=3, clip=0.25)
+        fit(model, lambda done: data[done:], recipe, lambda m, b: 1e3 * squares(m, b), progress=False)
+    assert seen == pytest.approx([0.25] * 3, rel=1e-4)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from lowrank.batches import Batch, labels, logits
+from lowrank.batches import Batch, has_labels, labels, logits
 from lowrank.evaluation import IGNORED, OBJECTIVES, evaluate
 from lowrank.layers import BLOCKS, find_linears
 
@@ -114,13 +114,15 @@ class Task:
         return loss
 
     def divergence(self, teacher: nn.Module) -> Callable[[nn.Module, Batch], Tensor]:
-        """How far a model's outputs are from a teacher's, mean over the targets of a batch: a loss to distil with."""
+        """How far a model's outputs are from a teacher's, mean over the targets of a batch: a loss to distil with. Where a batch
+        has no labels, every position counts."""
         measure = OBJECTIVES[self.objective].divergence
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             with torch.no_grad():
                 wanted = logits(teacher, batch)
-            return measure(logits(model, batch), wanted).mean()
+            given = labels(batch) if has_labels(batch) else None
+            return measure(logits(model, batch), wanted, given).mean()
 
         return loss
 

@@ -1,0 +1,168 @@
+"""Costs of compressing, and what compressed layers are worth: `make bench`. The table goes to outputs/bench/factored.csv.
+
+Ratios are of medians of calls that take turns in one process. Memory is the peak of a process of its own.
+"""
+
+import copy
+import multiprocessing
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from benchmarks import bert, llama, peak_megabytes, recorder
+from torch import Tensor, nn
+
+from lowrank.batches import evaluating
+from lowrank.budget import STORAGES, allocate_ranks, kept_parameters, rank_for_keep
+from lowrank.efficiency import count_flops, time_in_turns
+from lowrank.factored import compress
+from lowrank.factorize import Factors
+from lowrank.layers import find_linears
+from lowrank.modules import FACTORED
+from lowrank.statistics import OnDemand, collect_statistics
+
+row, table = recorder("factored")
+TOKENS = 4096
+
+
+def svd_llm(model: nn.Module, ranks: dict[str, int], batches: list[dict[str, Tensor]]) -> None:
+    """The recipe of SVD-LLM's code: a float32 Gram for every layer, Cholesky of it in float64, on failure an absolute ridge;
+    explicit inverse; full SVD of W S in float32; two factors with the root of the singular values on each."""
+    linears = find_linears(model, ranks)
+    grams = {name: torch.zeros(layer.in_features, layer.in_features) for name, layer in linears.items()}
+
+    def watch(name: str):
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0].flatten(0, -2)
+            grams[name] += x.T @ x
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in linears.items()]
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    for name, layer in linears.items():
+        gram = grams[name].double()
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            smallest = torch.linalg.eigvalsh(gram)[0]
+            factor = torch.linalg.cholesky(gram + (smallest.abs() + 1e-6) * torch.eye(len(gram), dtype=gram.dtype))
+        inverse = torch.linalg.inv(factor).float()
+        u, sigma, vt = torch.linalg.svd(layer.weight.detach() @ factor.float(), full_matrices=False)
+        root = sigma[: ranks[name]].sqrt()
+        right = nn.Linear(layer.in_features, ranks[name], bias=False)
+        left = nn.Linear(ranks[name], layer.out_features, bias=layer.bias is not None)
+        right.weight.data = (root[:, None] * vt[: ranks[name]]) @ inverse
+        left.weight.data = u[:, : ranks[name]] * root
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, nn.Sequential(right, left))
+
+
+MODELS = {"BERT 768, 2 layers": lambda: bert(768, 2), "Llama 1024, 1 layer": lambda: llama(1024, 1)}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_compressing_against_the_svd_llm_recipe(case: str, benchmark) -> None:
+    torch.manual_seed(0)
+    model = MODELS[case]()
+    batches = [{"input_ids": torch.randint(0, 8000, (16, 128))} for _ in range(4)]
+    ranks = allocate_ranks({name: tuple(layer.weight.shape) for name, layer in find_linears(model).items()}, 0.5)
+    statistics = collect_statistics(model, batches)
+
+    def ours(method: str = "whitened", storage: str = "factors", given=None) -> None:
+        smaller = copy.deepcopy(model)
+        compress(smaller, ranks, method, given or collect_statistics(smaller, batches), storage)
+
+    seconds = time_in_turns(
+        {
+            "ours": ours,
+            "theirs": lambda: svd_llm(copy.deepcopy(model), ranks, batches),
+            "statistics": lambda: collect_statistics(model, batches),
+            "pivoted": lambda: ours(storage="pivoted", given=statistics),
+            "factors": lambda: ours(given=statistics),
+        },
+        repeats=3,
+        warmup=1,
+    )
+    middle = {name: median(times) for name, times in seconds.items()}
+    row("SVD-LLM recipe over compress, statistics included", case, "time ratio", middle["theirs"] / middle["ours"])
+    row("statistics, share of our time", case, "share", middle["statistics"] / middle["ours"])
+    row("pivoted over factor storage, without statistics", case, "time ratio", middle["pivoted"] / middle["factors"])
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+@pytest.mark.parametrize("shape", [(3072, 768), (1024, 1024), (4096, 4096)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("keep", [0.5, 0.2])
+def test_layers_against_dense(shape: tuple[int, int], keep: float, benchmark) -> None:
+    out, inputs = shape
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    x = torch.randn(TOKENS, inputs, device=device, dtype=dtype)
+    layers: dict[str, nn.Module] = {"dense": nn.Linear(inputs, out, bias=True, device=device, dtype=dtype)}
+    for storage in STORAGES:
+        for multiple in (1, 8, 64):
+            rank = rank_for_keep(shape, keep, storage, multiple)
+            left, right = torch.randn(out, rank), torch.randn(rank, inputs)
+            made = FACTORED[storage].from_factors(
+                Factors(left, right, torch.zeros(min(shape))), torch.zeros(out), dtype
+            )
+            layers[f"{storage}, rank {rank} (multiple of {multiple})"] = made.to(device)
+    with torch.no_grad():
+        calls = {name: (lambda layer=layer: layer(x)) for name, layer in layers.items()}
+        times = time_in_turns(calls, repeats=7, warmup=2, device=device)
+        flops = {name: count_flops(call) for name, call in calls.items()}
+    for name in list(layers)[1:]:
+        speedup = median(times["dense"]) / median(times[name])
+        case = f"{out}x{inputs}, keep {keep}, {TOKENS} tokens, {str(dtype).removeprefix('torch.')}"
+        row(f"speed over dense: {name}", case, "time ratio", speedup)
+        row(f"share of the FLOP ratio: {name}", case, "share", speedup / (flops["dense"] / flops[name]))
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+SIZE = dict(hidden=1024, layers=16, vocabulary=32000)
+
+
+def _compress_large(answer) -> None:
+    """A model of hundreds of millions of bfloat16 parameters, compressed block by block: (model MB, peak over it MB)."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = llama(**SIZE).to(torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02)
+    for buffer in model.buffers():
+        buffer.data.fill_(0.5)
+    shapes = {name: tuple(layer.weight.shape) for name, layer in find_linears(model).items()}
+    batches = [{"input_ids": torch.randint(0, SIZE["vocabulary"], (1, 128))}]
+    size = sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        model(**batches[0])  # what a forward pass takes is not what compressing takes
+    with peak_megabytes() as peak:
+        compress(model, allocate_ranks(shapes, 0.5), "whitened", OnDemand(model, batches))
+    out, inputs = max(shapes.values(), key=lambda shape: (shape[1], shape[0]))
+    formula = 8 * (2 * out * inputs + 3 * inputs**2 + 3 * min(out, inputs) ** 2) / 1e6
+    stored = sum(
+        kept_parameters(shape, rank)
+        for shape, rank in zip(shapes.values(), allocate_ranks(shapes, 0.5).values(), strict=True)
+    )
+    answer.put((size, peak(), formula, stored))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a part of a process needs Linux")
+def test_memory_of_compressing_a_large_model(benchmark) -> None:
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=_compress_large, args=(answer,))
+    process.start()
+    size, peak, formula, _ = answer.get(timeout=1800)
+    process.join()
+    case = f"Llama of {size / 1e6:.0f} M bfloat16 parameters, {SIZE['layers']} layers"
+    row("compress, peak memory beyond the model", case, "MB", peak)
+    row("the same by the formula 8 (2 m n + 3 n^2 + 3 min(m, n)^2) of the widest layer", case, "MB", formula)
+    row("a second copy of the model would be", case, "MB", 2 * size / 1e6)
+    row("all factors in float64 would be", case, "MB", 8 * size * 0.5 / 1e6)
+    benchmark.pedantic(lambda: None, rounds=1)
