@@ -70,7 +70,8 @@ def compress(
     A layer whose factors would hold as many parameters as its weight stays as it is, bit for bit. Beyond the model, memory
     is that of one layer: for a weight (m, n) about 8 (2 m n + n^2 + 3 min(m, n)^2) bytes in float64 for `whitened`, and
     8 (m n + 3 m^2) more for `two_sided`. The last layer comes first, so that statistics which are collected on demand
-    (`lowrank.statistics.OnDemand`) are those of the dense model.
+    (`lowrank.statistics.OnDemand`) see the inputs of the dense model. Gradients come through the layers behind, which are
+    compressed by then: collect them beforehand.
 
     **Arguments:** `ranks`: layer -> rank, in [1, min(out, in)], for instance from `allocate_ranks`. `method`: a key of
     `METHODS`. `statistics`: layer -> `LayerStatistics`; `svd` needs none. `storage`: 'factors' (`LowRankLinear`) or
@@ -139,7 +140,7 @@ def _compress_layer(
     difference = weight - made.dense()
     centre = centre and bias is not None
     if centre and bias is not None:
-        made.bias.data.copy_(bias.double() + difference @ moments.mean.to(difference.device))
+        made.set_bias(bias.double() + difference @ moments.mean.to(difference.device))
     made.requires_grad_(layer.weight.requires_grad).train(layer.training)
     replace_module(model, name, made)
     whole = factors.spectrum.norm().item() or 1.0

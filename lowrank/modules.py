@@ -40,13 +40,18 @@ class LowRankLinear(nn.Module):
         layer = _blank(cls, left, right, bias, dtype)
         layer.left.weight.copy_(left * scale)
         layer.right.weight.copy_(right / scale[:, None])
-        if bias is not None:
-            layer.left.bias.copy_(bias)
+        layer.set_bias(bias)
         return layer
 
     @property
     def bias(self) -> Tensor | None:
         return self.left.bias
+
+    @torch.no_grad()
+    def set_bias(self, bias: Tensor | None) -> None:
+        """Another bias in the place of the one there is."""
+        if bias is not None:
+            self.left.bias.copy_(bias)
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
@@ -68,26 +73,26 @@ class PivotedLinear(nn.Module):
     """y_P = W_P x and y_~P = C y_P: the same rank-r weight in r (out + in) - r^2 parameters and r indices.
 
     r independent rows P of W' = B A determine the others: W'[~P] = C W'[P] with C = B[~P] B[P]^-1. `right`:
-    `nn.Linear(in, rank)` holding W'[P]; `left`: `nn.Linear(rank, out - rank)` holding C; `pivots`: P, `(rank,)`, int64.
+    `nn.Linear(in, rank)` holding W'[P] and b_P; `left`: `nn.Linear(rank, out - rank)` holding C and b_~P - C b_P; `pivots`: P,
+    `(rank,)`, int64.
 
     **Reference:** Zhao et al., PIFA, arXiv:2501.19090, section 3. The rows are chosen here so that |C| <= 1.25.
     """
 
     storage = "pivoted"
     pivots: Tensor
-    order: Tensor
+    others: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool = True, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.right = nn.Linear(in_features, rank, bias=False, dtype=dtype)
-        self.left = nn.Linear(rank, out_features - rank, bias=False, dtype=dtype)
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
+        self.right = nn.Linear(in_features, rank, bias=bias, dtype=dtype)
+        self.left = nn.Linear(rank, out_features - rank, bias=bias, dtype=dtype)
         self.register_buffer("pivots", torch.arange(rank))
-        self.register_buffer("order", torch.arange(out_features), persistent=False)
-        self.register_load_state_dict_post_hook(_reorder)
+        self.register_buffer("others", torch.arange(rank, out_features), persistent=False)
+        self.register_load_state_dict_post_hook(_find_others)
 
     @classmethod
     @torch.no_grad()
@@ -104,40 +109,56 @@ class PivotedLinear(nn.Module):
         layer.right.weight.copy_(left[pivots] @ right)
         layer.left.weight.copy_(coefficients)
         layer.pivots.copy_(pivots)
-        layer.reorder()
-        if layer.bias is not None and bias is not None:
-            layer.bias.copy_(bias)
+        layer.find_others()
+        layer.set_bias(bias)
         return layer
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b, from where it is stored."""
+        rows = self.right.bias
+        return None if rows is None else self._joined(rows, self.left(rows))
+
+    @torch.no_grad()
+    def set_bias(self, bias: Tensor | None) -> None:
+        """Another bias in the place of the one there is."""
+        if bias is not None:
+            self.right.bias.copy_(bias[self.pivots])
+            rows = self.left.weight.double() @ self.right.bias.double()
+            self.left.bias.copy_(bias[self.others].double() - rows)
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """W', multiplied anew at each access."""
         rows = self.right.weight
-        return torch.cat([rows, self.left.weight @ rows])[self.order]
+        return self._joined(rows.T, (self.left.weight @ rows).T).T
 
     def dense(self) -> Float[Tensor, "out in"]:
         """W' in float64."""
         rows = self.right.weight.detach().double()
-        return torch.cat([rows, self.left.weight.detach().double() @ rows])[self.order]
+        return self._joined(rows.T, (self.left.weight.detach().double() @ rows).T).T
 
-    def reorder(self) -> None:
-        """`order`, where each output stands in (y_P, y_~P), from `pivots`."""
+    def find_others(self) -> None:
+        """`others`, the rows that are not pivots, ascending, from `pivots`."""
         chosen = torch.zeros(self.out_features, dtype=torch.bool, device=self.pivots.device)
         chosen[self.pivots] = True
-        places = torch.cat([self.pivots, (~chosen).nonzero().squeeze(1)])
-        self.order = torch.empty_like(places).scatter_(0, places, torch.arange(len(places), device=places.device))
+        self.others = (~chosen).nonzero().squeeze(1)
+
+    def _joined(self, pivots: Tensor, others: Tensor) -> Tensor:
+        """Both parts of the outputs in their places; one new tensor, which costs less than joining and permuting."""
+        y = pivots.new_empty(*pivots.shape[:-1], self.out_features)
+        return y.index_copy_(-1, self.pivots, pivots).index_copy_(-1, self.others, others)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         rows = self.right(x)
-        y = torch.cat([rows, self.left(rows)], dim=-1).index_select(-1, self.order)
-        return y if self.bias is None else y + self.bias
+        return self._joined(rows, self.left(rows))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
-def _reorder(module: Any, _: object) -> None:
-    module.reorder()
+def _find_others(module: Any, _: object) -> None:
+    module.find_others()
 
 
 def _blank(cls: type[Any], left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:

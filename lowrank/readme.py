@@ -55,13 +55,35 @@ def baselines() -> str:
     return pd.DataFrame(rows).to_markdown(index=False)
 
 
+SHOWN_KEEPS = (0.8, 0.5, 0.4, 0.2)  # of the budgets that were measured, those in the README
+
+
+def comparison() -> str:
+    """Held-out loss of each way of compressing, by set and share kept; the dense model and the headline metric besides."""
+    rows = []
+    for name, folder in _results("03_svd_comparison").items():
+        table = pd.read_csv(folder / "quality_by_keep.csv")
+        metric = next(key for key in ("accuracy", "perplexity") if key in table)
+        dense = table[table.way == "dense"].iloc[0]
+        rows.append({"set": name, "way": "dense", "keep 1": f"{dense.loss:.3f} / {dense[metric]:.3g}"})
+        for way, found in table[table.way != "dense"].groupby("way", sort=False):
+            by_keep = found.set_index("keep")
+            cells = {
+                f"keep {keep}": f"{by_keep.loss[keep]:.3f} / {by_keep[metric][keep]:.3g}"
+                for keep in SHOWN_KEEPS
+                if keep in by_keep.index
+            }
+            rows.append({"set": "", "way": way} | cells)
+    return pd.DataFrame(rows).fillna("").to_markdown(index=False)
+
+
 def benchmarks() -> str:
     """The measured ratios of `make bench`."""
-    table = pd.read_csv(OUTPUTS / "bench" / "whitening.csv")
+    table = pd.concat([pd.read_csv(path) for path in sorted((OUTPUTS / "bench").glob("*.csv"))])
     return table.assign(value=[f"{value:.3g}" for value in table.value]).to_markdown(index=False)
 
 
-BLOCKS = {"claims": claims, "baselines": baselines, "benchmarks": benchmarks}
+BLOCKS = {"claims": claims, "baselines": baselines, "comparison": comparison, "benchmarks": benchmarks}
 
 
 def filled(text: str) -> str:

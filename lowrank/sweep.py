@@ -147,7 +147,7 @@ class Sweep:
         compress(smaller, ranks, way.method, self._given(way.method), way.storage, centre=way.centre, factors=factors)
         return smaller
 
-    def quality(self, smaller: nn.Module) -> dict[str, float]:
+    def quality(self, smaller: nn.Module) -> dict[str, int | float]:
         """What a model stores and how good it is on the held-out split; `added_loss`: over the dense model."""
         found = self.task.evaluate(smaller, batch_size=self.batch_size)
         counts = parameter_counts(smaller, self.model, self.task.layers)

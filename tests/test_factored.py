@@ -36,7 +36,7 @@ from lowrank.fingerprint import hash_model
 from lowrank.layers import BLOCKS, find_linears
 from lowrank.modules import FACTORED, split_packed, unify_linears
 from lowrank.moments import LayerStatistics
-from lowrank.statistics import collect_statistics
+from lowrank.statistics import OnDemand, collect_statistics
 
 VOCABULARY = 60
 LAYERS = (rf"{BLOCKS[0]}|\d+",)  # those in numbered blocks, and the numbered layers of a plain sequence
@@ -408,7 +408,7 @@ def test_two_calls_are_one_and_extend_the_record() -> None:
         assert record["layers"] == {row["layer"]: row for row in rows}
 
 
-class OnDemand(Mapping[str, LayerStatistics]):
+class LayerByLayer(Mapping[str, LayerStatistics]):
     """Statistics that are collected when a layer asks for them, from the model as it is then."""
 
     def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
@@ -444,7 +444,7 @@ def unchecked() -> Iterator[None]:
 def test_statistics_on_demand_are_those_of_the_dense_inputs(family, method) -> None:
     model, batches, statistics = made(family, torch.float64)
     other = copy.deepcopy(model)
-    mapping, ranks = OnDemand(other, batches), ranks_of(model)
+    mapping, ranks = LayerByLayer(other, batches), ranks_of(model)
     rows = compress(model, ranks, method, statistics)
     found = compress(other, ranks, method, mapping)
     assert list(dict.fromkeys(mapping.asked)) == list(reversed(ranks))
@@ -452,6 +452,27 @@ def test_statistics_on_demand_are_those_of_the_dense_inputs(family, method) -> N
         assert late["measured_error"] == pytest.approx(row["measured_error"], abs=1e-10)
         name = row["layer"]
         assert relative(other.get_submodule(name).dense(), model.get_submodule(name).dense()) <= 1e-9
+
+
+@pytest.mark.parametrize("method", ["asvd", "whitened"])
+@pytest.mark.parametrize("family", ["bert", "llama", "vit"])
+@pytest.mark.usefixtures("unchecked")
+def test_blocks_on_demand_give_the_same_model_and_one_block_is_held(family, method) -> None:
+    model, batches, statistics = made(family, torch.float64)
+    other, ranks = copy.deepcopy(model), ranks_of(model)
+    mapping = OnDemand(other, batches, ranks)
+    assert list(mapping) == list(ranks)
+    assert len(mapping) == len(ranks)
+    assert "nope" not in mapping
+    with pytest.raises(KeyError):
+        mapping["nope"]
+    rows, found = compress(model, ranks, method, statistics), compress(other, ranks, method, mapping)
+    for row, late in zip(rows, found, strict=True):
+        assert late["measured_error"] == pytest.approx(row["measured_error"], abs=1e-10)
+        assert relative(other.get_submodule(row["layer"]).dense(), model.get_submodule(row["layer"]).dense()) <= 1e-7
+    assert set(mapping.held) == set(next(names for names in mapping.blocks.values() if next(iter(ranks)) in names))
+    with pytest.raises(ValueError, match="`batches` must be gone through once per block"):
+        OnDemand(other, iter(batches))
 
 
 # --- back to dense layers ---------------------------------------------------------------------------------------------
@@ -542,7 +563,7 @@ def test_bfloat16_models_run_close_to_float32_ones(family, storage) -> None:
     found = outputs(model, halves)
     assert found.dtype == torch.bfloat16
     assert relative(found, expected) <= 0.1
-    assert {b.dtype for name, b in model.named_buffers() if name.endswith((".pivots", ".order"))} <= {torch.int64}
+    assert {b.dtype for name, b in model.named_buffers() if name.endswith((".pivots", ".others"))} <= {torch.int64}
 
 
 def test_bfloat16_models_are_compressed_in_their_dtype() -> None:

@@ -171,7 +171,7 @@ def test_state_fills_a_new_layer(shape, kind, assign, generator) -> None:
     weight, _, bias = problem(shape, generator)
     layer = kind.from_factors(svd(weight, 7), bias, torch.float64)
     state = layer.state_dict()
-    assert "order" not in state
+    assert "others" not in state
     if assign:
         with torch.device("meta"):
             other = kind(shape[1], shape[0], 7)
@@ -209,11 +209,11 @@ def test_a_layer_can_be_sent_to_another_process(shape, kind, generator) -> None:
 def test_a_cast_keeps_the_indices(shape, dtype, generator) -> None:
     weight, _, bias = problem(shape, generator)
     layer = PivotedLinear.from_factors(svd(weight, 7), bias, torch.float64)
-    pivots, order = layer.pivots.clone(), layer.order.clone()
+    pivots, others = layer.pivots.clone(), layer.others.clone()
     layer.to(dtype)
-    assert layer.pivots.dtype == layer.order.dtype == torch.int64
+    assert layer.pivots.dtype == layer.others.dtype == torch.int64
     assert torch.equal(layer.pivots, pivots)
-    assert torch.equal(layer.order, order)
+    assert torch.equal(layer.others, others)
     assert layer(torch.ones(shape[1], dtype=dtype)).dtype == dtype
 
 

@@ -15,7 +15,8 @@ def test_tables_are_those_of_the_outputs() -> None:
     assert filled(README) == README, "run `python -m lowrank.readme`"
 
 
-def test_the_example_prints_what_it_shows() -> None:
+def test_the_example_prints_what_it_shows(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (example, shown), *_ = re.findall(r"```python\n(.*?)```\n+```text\n(.*?)```", README, flags=re.DOTALL)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
