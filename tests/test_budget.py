@@ -348,8 +348,14 @@ FLAT = {name: np.ones(6) for name in TWO}
         (lambda: allocate_ranks(TWO, 0.5, FLAT | {"b": np.ones(5)}), r"`spectra` must hold 6 .* 'b', got \(5,\)"),
         (lambda: allocate_ranks(TWO, 0.5, FLAT | {"b": np.arange(6)}), "`spectra` must hold 6 .*descending.* 'b'"),
         (lambda: allocate_ranks(TWO, 0.5, FLAT | {"b": np.full(6, np.nan)}), "`spectra` must hold 6 finite .* 'b'"),
-        (lambda: allocate_ranks(TWO, 0.5, FLAT, weights={"a": 1.0, "b": -1.0}), "`weights` .*'b'.* got -1.0"),
-        (lambda: allocate_ranks(TWO, 0.5, FLAT, weights={"a": np.nan, "b": 1.0}), "`weights` .*'a'.* got nan"),
+        (
+            lambda: allocate_ranks(TWO, 0.5, FLAT, weights={"a": 1.0, "b": -1.0}),
+            "`weights` must be finite and >= 0, got -1.0 for layer 'b'",
+        ),
+        (
+            lambda: allocate_ranks(TWO, 0.5, FLAT, weights={"a": np.nan, "b": 1.0}),
+            "`weights` must be finite and >= 0, got nan for layer 'a'",
+        ),
         (lambda: allocate_ranks(TWO, 0.25), "`keep` must allow the least rank of every layer, got 0.25: 5 parameters"),
     ],
 )
