@@ -536,7 +536,7 @@ print("weights take less memory than dense at every keep:", bool((smaller.weight
 # At equal stored parameters the norm of the truncation orders the methods, and most of what the best combination gains over
 # whitening comes from one idea: an error counts by what it does to the loss, not by its size. That makes layers comparable, so
 # that ranks can be moved to where they are needed; the same with one-sided errors is a gamble. The claims say which of this held
-# here, and where a set loses next to nothing, they are about noise. Speed is to be read beside the FLOP ratio, its ceiling. Models
+# here; where a set loses next to nothing, they are about noise. Speed is to be read beside its ceiling, the FLOP ratio. Models
 # this small have more to give away than large pretrained ones: read the set of the pretrained model first. Whether training can
 # prepare a model for truncation is the subject of notebook 02.
 
