@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import nn
 
 from lowrank.budget import STORAGES, kept_parameters
@@ -16,7 +15,7 @@ from lowrank.factorize import METHODS, NORMS, READS, Factors
 from lowrank.fingerprint import hash_model, hash_tensors
 from lowrank.layers import BLOCKS, find_linears, is_conv1d
 from lowrank.modules import FACTORED, LowRankLinear, PackedLinear, PivotedLinear, as_linear, replace_module
-from lowrank.moments import LayerStatistics, centred
+from lowrank.moments import LayerStatistics, all_finite, centred
 
 __all__ = [
     "LowRankLinear",
@@ -67,10 +66,11 @@ def compress(
 ) -> list[dict[str, Any]]:
     """Replaces linear layers by factored ones, in place, one layer at a time.
 
-    A layer whose factors would hold as many parameters as its weight stays as it is, bit for bit. Beyond the model, memory
-    is that of one layer: for a weight (m, n) about 8 (2 m n + n^2 + 3 min(m, n)^2) bytes in float64 for `whitened`, and
-    8 (m n + 3 m^2) more for `two_sided`. The last layer comes first, so that statistics which are collected on demand
-    (`lowrank.statistics.OnDemand`) see the inputs of the dense model. Gradients come through the layers behind, which are
+    A layer whose factors would hold as many parameters as its weight stays as it is, bit for bit. Each dense weight goes as
+    its factors come, so that beyond the model memory is that of one layer and of the statistics held: for a weight (m, n)
+    about 40 m n bytes in float64, and 16 m^2 more for `two_sided`; with `lowrank.statistics.OnDemand`, 8 n^2 for each
+    distinct input of one block, and as much again for the widest while they are collected. The last layer comes first, so
+    that statistics on demand see the inputs of the dense model. Gradients come through the layers behind, which are
     compressed by then: collect them beforehand.
 
     **Arguments:** `ranks`: layer -> rank, in [1, min(out, in)], for instance from `allocate_ranks`. `method`: a key of
@@ -100,11 +100,13 @@ def compress(
             )
     record: dict[str, Any] = getattr(model, RECORD, None) or {"model": hash_model(model), "layers": {}}
     rows: dict[str, dict[str, Any]] = {}
-    for name, layer in reversed(linears.items()):
+    order = list(linears)
+    for name in reversed(order):
+        layer = linears.pop(name)  # each dense weight goes as its factors come
         given = None if factors is None else factors[name].truncate(ranks[name])
         rows[name] = _compress_layer(model, name, layer, ranks[name], method, statistics, storage, centre, given)
     setattr(model, RECORD, record | {"layers": record["layers"] | rows})
-    return [rows[name] for name in linears]
+    return [rows[name] for name in order]
 
 
 def _compress_layer(
@@ -132,8 +134,8 @@ def _compress_layer(
     row |= {"predicted_error": 0.0, "measured_error": 0.0, "statistics": None}
     if parameters == dense:
         return row
+    moments = _moments(layer, name, statistics, centre)  # may be collected only now: hold nothing else meanwhile
     weight = layer.weight.detach().double()
-    moments = _moments(layer, name, statistics, centre)
     factors = factors or METHODS[method](weight, rank, moments)
     bias = None if layer.bias is None else layer.bias.detach()
     made = FACTORED[storage].from_factors(factors, bias, layer.weight.dtype)
@@ -218,7 +220,7 @@ def _check(
                 f"`ranks` must leave out layer {name!r}: its weight is shared ({', '.join(names)}), and factors of one copy "
                 "would be stored beside the other."
             )
-        if not bool(torch.isfinite(layer.weight).all()):
+        if not all_finite(layer.weight):
             raise ValueError(f"`model` must have finite weights, got NaN or infinity in layer {name!r}.")
         if statistics is not None and name not in statistics:
             raise ValueError(f"`statistics` must hold every layer of `ranks`, got none for layer {name!r}.")
@@ -239,7 +241,7 @@ def _check_statistics(name: str, layer: nn.Linear, method: str, found: LayerStat
             part(found, layer.weight)
     except ValueError as error:
         raise ValueError(f"{error} (layer {name!r})") from error
-    if centre and not bool(torch.isfinite(found.mean).all()):
+    if centre and not all_finite(found.mean):
         raise ValueError(f"`statistics` must be finite, got NaN or infinity in the mean of layer {name!r}.")
 
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowrank.moments import LayerStatistics, checked_gram, output_norm
+from lowrank.moments import LayerStatistics, all_finite, checked_gram, output_norm
 
 ALPHA = 0.5  # exponent of ASVD's channel scales
 RIDGE = 0.03  # of two_sided, relative to the mean eigenvalue of E[g g^T]
@@ -65,7 +65,7 @@ def _checked(weight: Tensor, rank: int) -> Tensor:
         raise ValueError(
             f"`rank` must be in [1, {min(weight.shape)}] for a weight of shape {tuple(weight.shape)}, got {rank}."
         )
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise ValueError("`weight` must be finite, got NaN or infinity.")
     return weight.detach().double()
 
@@ -82,7 +82,8 @@ def _leading(matrix: Tensor, rank: int, weighted: Callable[[Tensor], Tensor]) ->
     reflectors = torch.geqrf(matrix) if tall else None  # M = Q R: work on the cheaper side, never form Q
     core = reflectors[0][: matrix.shape[1]].triu() if reflectors else matrix
     product = weighted(core) @ core.T
-    values, basis = torch.linalg.eigh((product + product.T) / 2)
+    product = (product + product.T).div_(2)  # two of them alive, not three
+    values, basis = torch.linalg.eigh(product)
     values, basis = values.flip(0).clamp_min(0.0), basis.flip(1)
     excited = int((values > values[0] * torch.finfo(values.dtype).eps * len(values)).sum())
     values[excited:] = 0.0  # rounding, not energy
@@ -109,7 +110,7 @@ def _fitting(values: Tensor | None, size: int, what: str, weight: Tensor) -> Ten
         raise ValueError(
             f"`statistics` must have {what} of size {size} for a weight of shape {tuple(weight.shape)}, got {len(values)}."
         )
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise ValueError(f"`statistics` must be finite, got NaN or infinity in the {what}.")
     return values.double().to(weight.device)
 

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 BLOCK_TOKENS = 4096  # tokens per product: bounds its memory, and in float32 its rounding
+SLAB = 1024  # rows of a product that are widened to float64 at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,9 +123,14 @@ def checked_gram(statistics: LayerStatistics) -> Float[Tensor, "n n"]:
     """
     if statistics.tokens < 1:
         raise ValueError(f"`statistics` must count at least one token, got {statistics.tokens}.")
-    if not bool(torch.isfinite(statistics.gram).all()):
+    if not all_finite(statistics.gram):
         raise ValueError("`statistics.gram` must be finite, got NaN or infinity.")
     return statistics.gram.double()
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite. Looks at the extremes: `isfinite` would make a copy of the size of the tensor."""
+    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 class Moments:
@@ -140,14 +146,16 @@ class Moments:
     def add(self, rows: Float[Tensor, "tokens n"]) -> None:
         for block in rows.detach().split(BLOCK_TOKENS):
             block = block.to(torch.promote_types(block.dtype, self.products))
-            self.gram += _outer_sum(block).to(self.gram)
+            parts = _outer_sum(block).to(self.gram.device).split(SLAB)
+            for gram, part in zip(self.gram.split(SLAB), parts, strict=True):
+                gram += part
             self.sum += block.sum(0).to(self.sum)  # torch sums pairwise: rounding does not grow with the block
             self.abs_sum += block.abs().sum(0).to(self.sum)
         self.tokens += len(rows)
 
     def finish(self) -> LayerStatistics:
         return LayerStatistics(
-            gram=(self.gram + self.gram.T) / 2,
+            gram=(self.gram + self.gram.T).div_(2),
             tokens=self.tokens,
             mean=self.sum / self.tokens,
             abs_mean=self.abs_sum / self.tokens,

@@ -300,8 +300,9 @@ def _finished(collector: _Collector) -> dict[str, LayerStatistics]:
             FewTokensWarning,
             stacklevel=3,
         )
-    shared = {name: sums.finish() for name, sums in collector.moments.items()}
-    gradients = {name: sums.finish().gram for name, sums in collector.gradients.items()}
+    # each sum is dropped once it is finished: two of one layer at most
+    shared = {name: collector.moments.pop(name).finish() for name in list(collector.moments)}
+    gradients = {name: collector.gradients.pop(name).finish().gram for name in list(collector.gradients)}
     fisher = collector.row_fisher
     return {
         name: replace(shared[collector.leader[name]], gradient_gram=gradients.get(name), row_fisher=fisher.get(name))

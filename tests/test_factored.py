@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -35,7 +36,7 @@ from lowrank.factorize import METHODS
 from lowrank.fingerprint import hash_model
 from lowrank.layers import BLOCKS, find_linears
 from lowrank.modules import FACTORED, split_packed, unify_linears
-from lowrank.moments import LayerStatistics
+from lowrank.moments import LayerStatistics, statistics_of_rows
 from lowrank.statistics import OnDemand, collect_statistics
 
 VOCABULARY = 60
@@ -836,3 +837,21 @@ def test_a_layer_under_two_names_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'0': its weight is shared \(0.weight, 2.weight\)"):
         compress(model, {"0": 2}, "svd")
     assert model[0] is model[2] is layer
+
+
+def test_each_dense_weight_goes_as_its_factors_come(monkeypatch) -> None:
+    """Memory beyond the model stays that of one layer: nothing keeps the layers that were replaced."""
+    model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(4)))
+    given = {str(number): statistics_of_rows(torch.randn(40, 12)) for number in range(4)}
+    weights = [weakref.ref(layer.weight) for layer in model]
+    alive: list[int] = []
+    whitened = METHODS["whitened"]
+
+    def watched(*arguments: Any) -> Any:
+        alive.append(sum(weight() is not None for weight in weights))
+        return whitened(*arguments)
+
+    monkeypatch.setitem(METHODS, "whitened", watched)
+    compress(model, dict.fromkeys(given, 3), "whitened", given)
+    assert alive == [4, 3, 2, 1]
+    assert not any(weight() is not None for weight in weights)
