@@ -13,7 +13,7 @@ from lowrank.budget import STORAGES, kept_parameters
 from lowrank.checkpoint import RECORD, load_compressed, save_compressed
 from lowrank.factorize import METHODS, NORMS, READS, Factors
 from lowrank.fingerprint import hash_model, hash_tensors
-from lowrank.layers import BLOCKS, find_linears, is_conv1d
+from lowrank.layers import BLOCKS, find_linears, is_conv1d, shared_weights
 from lowrank.modules import FACTORED, LowRankLinear, PackedLinear, PivotedLinear, as_linear, replace_module
 from lowrank.moments import LayerStatistics, all_finite, centred
 
@@ -206,19 +206,17 @@ def _check(
             f"`statistics` must be given for method {method!r}{', centred' * centre}: see "
             "lowrank.statistics.collect_statistics."
         )
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    shared = shared_weights(model, linears)
     for name, layer in linears.items():
         shape = tuple(layer.weight.shape)
         if not 1 <= ranks[name] <= min(shape):
             raise ValueError(
                 f"`ranks` must be in [1, {min(shape)}] for layer {name!r} of shape {shape}, got {ranks[name]}."
             )
-        if len(names := owners[id(layer.weight)]) > 1:
+        if name in shared:
             raise ValueError(
-                f"`ranks` must leave out layer {name!r}: its weight is shared ({', '.join(names)}), and factors of one copy "
-                "would be stored beside the other."
+                f"`ranks` must leave out layer {name!r}: its weight is shared ({', '.join(shared[name])}), and factors of one "
+                "copy would be stored beside the other."
             )
         if not all_finite(layer.weight):
             raise ValueError(f"`model` must have finite weights, got NaN or infinity in layer {name!r}.")

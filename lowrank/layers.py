@@ -1,7 +1,7 @@
 """Which linear layers a method works on: dotted module names, or patterns of them."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -36,6 +36,15 @@ def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, 
             raise ValueError(f"`layers` must match nn.Linear modules of the model, got {entry!r}; it has: {some} ...")
         wanted |= matched
     return {name: module for name, module in linears.items() if name in wanted}
+
+
+def shared_weights(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, list[str]]:
+    """layer -> the names of its weight, for those whose weight another module holds too."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found = {name: names[id(layer.weight)] for name, layer in linears.items()}
+    return {name: held for name, held in found.items() if len(held) > 1}
 
 
 def is_conv1d(module: nn.Module | None) -> bool:

@@ -115,6 +115,7 @@ def fit(
     recipe: Recipe,
     loss: Callable[[nn.Module, Batch], Tensor],
     *,
+    log: Callable[[], dict[str, float]] = dict,
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
     progress: bool = True,
@@ -125,9 +126,10 @@ def fit(
     as an undisturbed run.
 
     **Arguments:** `batches`: `(steps done) -> the batches of the steps that follow`, one for each. `loss`: `(model, batch)
-    -> scalar`. `checkpoint`: a folder for saved states; it is left in place. `checkpoint_every`: steps between saves.
+    -> scalar`. `log`: called in every step while the gradients are there, not yet clipped; what it returns joins the row.
+    `checkpoint`: a folder for saved states; it is left in place. `checkpoint_every`: steps between saves.
 
-    **Returns:** one row per step: `step`, `loss`, `learning_rate`.
+    **Returns:** one row per step: `step`, `loss`, `learning_rate`, and what `log` said.
 
     **Raises:** `FloatingPointError`: the loss is not finite, at the step where it happens. `ValueError`: the batches end
     before the steps do, or the checkpoint is of more steps.
@@ -156,10 +158,12 @@ def fit(
                 f"{recipe.learning_rate}), lengthen `warmup`, or train in fp32."
             )
         accelerator.backward(value)
+        said = log()
         accelerator.clip_grad_norm_(parameters, recipe.clip)
         optimizer.step()
         optimizer.zero_grad()
-        history.append({"step": len(history), "loss": value.item(), "learning_rate": float(schedule.get_last_lr()[0])})
+        row = {"step": len(history), "loss": value.item(), "learning_rate": float(schedule.get_last_lr()[0])}
+        history.append(row | said)
         schedule.step()
         bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
         bar.update()

@@ -9,13 +9,13 @@ from lowrank.imports import PACKAGE, imported_modules, sources
 
 # Floor of each room; a folder's rooms share one. `tasks` stands on `evaluation`, whose losses and metrics its sets name.
 FLOORS = [
-    {"imports", "fingerprint", "layers", "batches", "spectra", "moments", "budget"},
+    {"imports", "fingerprint", "layers", "batches", "spectra", "moments", "budget", "penalties"},
     {"cache", "statistics", "efficiency", "evaluation"},
     {"factorize", "statistics_file", "output_error"},
     {"recipes", "tasks", "modules"},
     {"training", "checkpoint"},
     {"baseline", "factored", "refine"},
-    {"sweep"},
+    {"sweep", "prehab"},
 ]
 SIDE = {"parameters", "report", "run", "pair", "readme"}
 REPORTING = {"matplotlib", "pandas", "seaborn", "yaml", "papermill", "jupytext", "IPython"}

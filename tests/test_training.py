@@ -173,6 +173,22 @@ def test_batches_that_end_before_the_steps_do_are_named(generator, held) -> None
         fit(nn.Linear(4, 2), lambda done: batches[done:], Recipe(steps=5), squares, progress=False)
 
 
+def test_what_is_logged_sees_the_gradients_and_survives_a_resume(generator, tmp_path: Path) -> None:
+    batches = list(torch.randn(6, 8, 4, generator=generator))
+    model = nn.Linear(4, 2)
+    seen: list[float] = []
+
+    def log() -> dict[str, float]:
+        seen.append(float(model.weight.grad.norm()))  # pyright: ignore[reportOptionalMemberAccess]
+        return {"gradient": seen[-1]}
+
+    options = dict(loss=squares, log=log, checkpoint=tmp_path, checkpoint_every=2, progress=False)
+    fit(model, lambda done: batches[done:], Recipe(steps=4, clip=1e-6), **options)
+    rows = fit(model, lambda done: batches[done:], Recipe(steps=6, clip=1e-6), **options)
+    assert [row["gradient"] for row in rows] == seen
+    assert min(seen) > 1e-3  # before they are clipped
+
+
 def test_batches_beyond_the_steps_are_not_asked_for(generator) -> None:
     asked: list[int] = []
 
