@@ -78,9 +78,17 @@ def comparison() -> str:
 
 
 def benchmarks() -> str:
-    """The measured ratios of `make bench`."""
-    table = pd.concat([pd.read_csv(path) for path in sorted((OUTPUTS / "bench").glob("*.csv"))])
-    return table.assign(value=[f"{value:.3g}" for value in table.value]).to_markdown(index=False)
+    """The measured ratios of `make bench`: those of layers side by side, the others one to a row."""
+    found = [pd.read_csv(path) for path in sorted((OUTPUTS / "bench").glob("*.csv"))]
+    table = pd.concat(part for part in found if "value" in part)
+    parts = [table.assign(value=[f"{value:.3g}" for value in table.value]).to_markdown(index=False)]
+    for layers in (part for part in found if "speedup" in part):
+        layers["cell"] = layers.speedup.map("{:.2f}".format) + layers.share.map(" ({:.0%})".format)
+        layers["way"] = layers.storage + layers.multiple.map(", multiples of {}".format)
+        case = ["layer", "keep", "tokens", "dtype", "device"]
+        wide = layers.pivot(index=case, columns="way", values="cell")[layers.way.unique()]
+        parts.append(wide.reset_index().to_markdown(index=False))
+    return "\n\n".join(parts)
 
 
 BLOCKS = {"claims": claims, "baselines": baselines, "comparison": comparison, "benchmarks": benchmarks}

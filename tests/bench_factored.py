@@ -1,4 +1,5 @@
-"""Costs of compressing, and what compressed layers are worth: `make bench`. The table goes to outputs/bench/factored.csv.
+"""Costs of compressing, and what compressed layers are worth: `make bench`. The tables go to outputs/bench/, factored.csv and
+layers.csv.
 
 Ratios are of medians of calls that take turns in one process. Memory is the peak of a process of its own.
 """
@@ -24,6 +25,8 @@ from lowrank.modules import FACTORED
 from lowrank.statistics import OnDemand, collect_statistics
 
 row, table = recorder("factored")
+LAYERS = ("layer", "tokens", "dtype", "keep", "storage", "multiple", "rank", "speedup", "flop_ratio", "share")
+layer_row, layer_table = recorder("layers", *LAYERS)
 TOKENS = 4096
 
 
@@ -125,24 +128,24 @@ def test_layers_against_dense(shape: tuple[int, int], keep: float, benchmark) ->
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x = torch.randn(TOKENS, inputs, device=device, dtype=dtype)
-    layers: dict[str, nn.Module] = {"dense": nn.Linear(inputs, out, bias=True, device=device, dtype=dtype)}
+    layers: dict[tuple[object, ...], nn.Module] = {}
     for storage in STORAGES:
         for multiple in (1, 8, 64):
             rank = rank_for_keep(shape, keep, storage, multiple)
             left, right = torch.randn(out, rank), torch.randn(rank, inputs)
-            made = FACTORED[storage].from_factors(
-                Factors(left, right, torch.zeros(min(shape))), torch.zeros(out), dtype
-            )
-            layers[f"{storage}, rank {rank} (multiple of {multiple})"] = made.to(device)
+            factors = Factors(left, right, torch.zeros(min(shape)))
+            made = FACTORED[storage].from_factors(factors, torch.zeros(out), dtype)
+            layers[storage, multiple, rank] = made.to(device)
+    layers["dense",] = nn.Linear(inputs, out, bias=True, device=device, dtype=dtype)
     with torch.no_grad():
-        calls = {name: (lambda layer=layer: layer(x)) for name, layer in layers.items()}
-        times = time_in_turns(calls, repeats=7, warmup=2, device=device)
-        flops = {name: count_flops(call) for name, call in calls.items()}
-    for name in list(layers)[1:]:
-        speedup = median(times["dense"]) / median(times[name])
-        case = f"{out}x{inputs}, keep {keep}, {TOKENS} tokens, {str(dtype).removeprefix('torch.')}"
-        row(f"speed over dense: {name}", case, "time ratio", speedup)
-        row(f"share of the FLOP ratio: {name}", case, "share", speedup / (flops["dense"] / flops[name]))
+        calls = {key: (lambda layer=layer: layer(x)) for key, layer in layers.items()}
+        seconds = time_in_turns(calls, repeats=7, warmup=2, device=device)
+        flops = {key: count_flops(call) for key, call in calls.items()}
+    dense = flops.pop(("dense",)), median(seconds.pop(("dense",)))
+    for key, own in flops.items():
+        speedup, ceiling = dense[1] / median(seconds[key]), dense[0] / own
+        about = f"{out}x{inputs}", TOKENS, str(dtype).removeprefix("torch.")
+        layer_row(*about, keep, *key, speedup, ceiling, speedup / ceiling)
     benchmark.pedantic(lambda: None, rounds=1)
 
 

@@ -12,12 +12,13 @@ from torch import nn
 from lowrank.report import environment
 
 
-def recorder(name: str) -> tuple[Callable[[str, str, str, float], None], object]:
-    """`row(what, case, figure, value)` and a fixture that writes the rows to outputs/bench/`name`.csv at the end."""
+def recorder(name: str, *columns: str) -> tuple[Callable[..., None], object]:
+    """`row(...)`, which takes the values of the columns, by default `what`, `case`, `figure` and `value`, and a fixture that
+    writes the rows to outputs/bench/`name`.csv at the end."""
     rows: list[dict[str, object]] = []
 
-    def row(what: str, case: str, figure: str, value: float) -> None:
-        rows.append({"what": what, "case": case, "figure": figure, "value": value})
+    def row(*values: object) -> None:
+        rows.append(dict(zip(columns or ("what", "case", "figure", "value"), values, strict=True)))
 
     @pytest.fixture(scope="module", autouse=True)
     def table() -> Iterator[None]:
