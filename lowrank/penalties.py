@@ -18,14 +18,15 @@ SMOOTHING = 1e-9  # of `nuclear` and `entropy_rank`, in units of the root mean s
 
 def basis_of(weight: Float[Tensor, "m n"]) -> Float[Tensor, "k k"]:
     """The singular vectors of the shorter side, k = min(m, n), by descending singular value; no gradient flows through."""
-    matrix = _scaled(_wide(weight.detach()))
+    matrix = _wide(weight.detach())
+    matrix = matrix / _positive(matrix.abs().amax())
     gram = matrix @ matrix.T
     return torch.linalg.eigh((gram + gram.T) / 2).eigenvectors.flip(1)
 
 
 def power_step(weight: Float[Tensor, "m n"], basis: Float[Tensor, "k c"]) -> Float[Tensor, "k c"]:
     """One step of the power iteration from the first vector of a basis, which alone is renewed."""
-    matrix = _scaled(_wide(weight.detach()))
+    matrix = _wide(weight.detach())
     first = matrix @ (matrix.T @ basis[:, :1])
     norm = first.norm()
     return torch.cat([torch.where(norm > 0, first / norm, basis[:, :1]), basis[:, 1:]], dim=1)
@@ -40,9 +41,9 @@ def stable_rank(
 
     **Reference:** Qin et al., Low-Rank Prehab, arXiv:2512.01980, for BERT.
     """
-    matrix = _scaled(_wide(weight))
+    matrix = _wide(weight)
     first = (basis_of(weight) if basis is None else basis)[:, :1]
-    return matrix.square().sum() / _positive((first.T @ matrix).square().sum())
+    return _energy(matrix) / _positive(_energy(first.T @ matrix))
 
 
 def nuclear(
@@ -54,7 +55,7 @@ def nuclear(
 
     **Reference:** Qin et al., Low-Rank Prehab, arXiv:2512.01980, for ViT.
     """
-    return _singular_values(weight, basis).sum() * weight.detach().abs().amax()
+    return _singular_values(weight, basis).sum()
 
 
 def entropy_rank(
@@ -68,8 +69,8 @@ def entropy_rank(
     """
     values = _singular_values(weight, basis)
     total = values.sum()
-    found = torch.special.entr(values / total).sum().exp()
-    return found * (weight.detach().abs().amax() > 0)
+    p = (values / _positive(total)).clamp_min(torch.finfo(values.dtype).tiny)  # the slope of p log p at 0 is infinite
+    return torch.special.entr(p).sum().exp() * (total.detach() > 0)
 
 
 def tail(
@@ -83,10 +84,9 @@ def tail(
     rank = max(1, int(TARGET_KEEP * weight.numel() / sum(weight.shape))) if rank is None else rank
     if not 0 <= rank <= min(weight.shape):
         raise ValueError(f"`rank` must be in [0, {min(weight.shape)}], got {rank}.")
-    matrix = _scaled(_wide(weight))
+    matrix = _wide(weight)
     kept = (basis_of(weight) if basis is None else basis)[:, :rank]
-    rest = matrix - kept @ (kept.T @ matrix)
-    return rest.square().sum() / _positive(matrix.square().sum())
+    return _energy(matrix - kept @ (kept.T @ matrix)) / _positive(_energy(matrix))
 
 
 Penalty = Callable[..., Tensor]
@@ -111,9 +111,9 @@ def _wide(weight: Tensor) -> Tensor:
     return weight if weight.shape[0] <= weight.shape[1] else weight.T
 
 
-def _scaled(matrix: Tensor) -> Tensor:
-    """The matrix over its largest entry, a constant: ratios of squares neither overflow nor vanish."""
-    return matrix / _positive(matrix.detach().abs().amax())
+def _energy(matrix: Tensor) -> Tensor:
+    """The sum of squares; one pass over the matrix, and one back."""
+    return torch.linalg.vector_norm(matrix).square()
 
 
 def _positive(value: Tensor) -> Tensor:
@@ -122,8 +122,7 @@ def _positive(value: Tensor) -> Tensor:
 
 
 def _singular_values(weight: Tensor, basis: Tensor | None) -> Tensor:
-    """Of A over its largest entry."""
-    rows = (basis_of(weight) if basis is None else basis).T @ _scaled(_wide(weight))
-    energies = rows.square().sum(1)
-    floor = energies.detach().mean() * SMOOTHING**2
-    return (energies + floor.clamp_min(torch.finfo(energies.dtype).tiny)).sqrt()
+    energies = ((basis_of(weight) if basis is None else basis).T @ _wide(weight)).square().sum(1)
+    mean = energies.detach().mean()
+    floor = (SMOOTHING**2 * mean).clamp_min(torch.finfo(mean.dtype).tiny)
+    return (energies + torch.where(mean > 0, floor, 1.0)).sqrt() * (mean > 0)

@@ -331,7 +331,7 @@ def _checked(
         "refresh": (refresh, refresh >= 1, ">= 1"),
         "checkpoint_every": (
             checkpoint_every,
-            checkpoint_every >= 1 and checkpoint_every % refresh == 0,
+            refresh >= 1 and checkpoint_every >= 1 and checkpoint_every % refresh == 0,
             f"a multiple of `refresh`, {refresh}",
         ),
     }

@@ -77,6 +77,21 @@ def comparison() -> str:
     return pd.DataFrame(rows).fillna("").to_markdown(index=False)
 
 
+def preparation() -> str:
+    """Metric after whitened truncation at the target keep, and after refinement of that, by kind of training before."""
+    rows = []
+    for name, folder in _results("02_prehab").items():
+        kept = json.loads((folder / "run.json").read_text(encoding="utf8"))["parameters"]["target_keep"]
+        quality, refined = (pd.read_csv(folder / f"quality_by_{what}.csv") for what in ("keep", "refinement"))
+        metric = next(key for key in ("accuracy", "perplexity", "matthews", "f1", "pearson") if key in quality)
+        truncated = quality[(quality.method == "whitened") & ((quality.keep - kept).abs() < 1e-9)]
+        for when, table in (("truncated", truncated), ("and refined", refined)):
+            found = table.groupby("variant", sort=False)[metric].agg(["mean", "std"])
+            cells = {variant: f"{row['mean']:.3g} ± {row['std']:.2g}" for variant, row in found.iterrows()}
+            rows.append({"set": f"{name}, {metric} at keep {kept}" if when == "truncated" else "", "": when} | cells)
+    return pd.DataFrame(rows).fillna("").to_markdown(index=False)
+
+
 def benchmarks() -> str:
     """The measured ratios of `make bench`: those of layers side by side, the others one to a row."""
     found = [pd.read_csv(path) for path in sorted((OUTPUTS / "bench").glob("*.csv"))]
@@ -91,7 +106,13 @@ def benchmarks() -> str:
     return "\n\n".join(parts)
 
 
-BLOCKS = {"claims": claims, "baselines": baselines, "comparison": comparison, "benchmarks": benchmarks}
+BLOCKS = {
+    "claims": claims,
+    "baselines": baselines,
+    "comparison": comparison,
+    "preparation": preparation,
+    "benchmarks": benchmarks,
+}
 
 
 def filled(text: str) -> str:
