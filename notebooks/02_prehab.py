@@ -104,6 +104,7 @@ def quality_of(own):
 dense, metric, untouched = quality_of(model), data.metric, hash_model(model)
 report.record(task=data.identity, model=untouched, dtype=str(next(model.parameters()).dtype))
 variants = ["no training", "lambda = 0", *strengths]
+colors = dict(zip(variants, ["0.6", "black", *sns.color_palette()], strict=False))
 
 
 def prepared(variant, draw):
@@ -201,7 +202,7 @@ log = pd.DataFrame(logs)
 log = log[log.step % refresh == 0][[*columns, "stable_rank", "effective_rank", "tail_energy"]]
 report.table(log, "log_by_step")
 long = log.melt(["variant", "seed", "step"], ["task_loss", "penalty", "gradient_ratio", "tail_energy"])
-style = dict(x="step", y="value", hue="variant", errorbar="sd", palette=sns.color_palette()[1 : len(variants)])
+style = dict(x="step", y="value", hue="variant", errorbar="sd", palette=colors)
 grid = sns.relplot(long, kind="line", col="variable", height=2.9, aspect=1.05, facet_kws={"sharey": False}, **style)
 grid.set_titles("{col_name}").set(xlabel="step", ylabel="")
 for axis in grid.axes.flat[1:]:
@@ -217,7 +218,7 @@ report.figure(grid, "log_by_step")
 # %%
 quality = pd.DataFrame(qualities)
 report.table(quality, "quality_by_keep")
-style = dict(x="keep", y=metric, hue="variant", style="variant", errorbar="sd", markers=True, dashes=False)
+style = dict(x="keep", y=metric, hue="variant", errorbar="sd", marker="o", palette=colors)
 grid = sns.relplot(quality[quality.method != "whole"], kind="line", col="method", height=3.8, aspect=1.15, **style)
 for axis in grid.axes.flat:
     axis.axhline(dense[metric], ls="--", color="0.3")
@@ -276,7 +277,7 @@ spectrum = pd.DataFrame(rows, columns=["variant", "index_share", "sigma_share"])
 spectrum = spectrum.groupby(["variant", "index_share"], sort=False).sigma_share.mean().reset_index()
 report.table(spectrum, "spectrum_by_index")
 drawn, axis = plt.subplots(figsize=(7, 3.8))
-sns.lineplot(spectrum, x="index_share", y="sigma_share", hue="variant", ax=axis)
+sns.lineplot(spectrum, x="index_share", y="sigma_share", hue="variant", palette=colors, ax=axis)
 axis.set(yscale="log", ylim=(1e-4, 1.2), xlabel="index of the singular value / their number", ylabel="sigma / sigma_1")
 axis.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
 report.figure(drawn, "spectrum_by_index")
