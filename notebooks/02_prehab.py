@@ -207,6 +207,7 @@ grid = sns.relplot(long, kind="line", col="variable", height=2.9, aspect=1.05, f
 grid.set_titles("{col_name}").set(xlabel="step", ylabel="")
 for axis in grid.axes.flat[1:]:
     axis.set_yscale("log")
+    axis.yaxis.set_minor_formatter("")
 report.figure(grid, "log_by_step")
 
 # %% [markdown]
