@@ -1,9 +1,9 @@
 """PREHAB: training that prepares a model for truncation, by a rank penalty on its whitened weights.
 
 W = W0 + D S^-1 with D = 0 at the start; what is trained is D, what is penalised is W S = W0 S + D. The penalty is the mean
-over layers of each layer's own over its value at the start (`tail`: as it is, a share of the energy), so one strength means
-the same in every layer and model: the rise of the task loss that wiping the penalty out is worth. At the end D is folded
-into the weight; the statistics of the new model have to be collected anew.
+over layers of each layer's own over its value at the start, so one strength means the same in every layer and model: the
+rise of the task loss that wiping the penalty out is worth. At the end D is folded into the weight; the statistics of the new
+model have to be collected anew.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +29,7 @@ from lowrank.training import Recipe, fit
 
 __all__ = ["PENALTIES", "SCHEDULES", "PrehabResult", "WhitenedLinear", "prehab"]
 
-SMALLEST = 1e-4  # unit of a penalty
+SMALLEST = 1e-4  # unit of a penalty: a layer whose own is below this at the start has next to nothing to give
 RAMP = 0.3  # share of the steps in which a schedule reaches its end
 
 # The share of the strength at a share of the ramp, in [0, 1].

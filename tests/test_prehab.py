@@ -146,8 +146,7 @@ def test_the_penalty_falls_and_without_strength_it_need_not(penalty, generator) 
     assert free.loss.iloc[-4:].mean() < free.loss.iloc[:4].mean()  # lambda = 0 trains
     assert (free.strength == 0).all()
     assert (pressed.loss - pressed.task_loss - 30.0 * pressed.penalty).abs().max() < 1e-4
-    if penalty != "tail":
-        assert pressed.penalty[0] == pytest.approx(1.0, abs=1e-5)  # in units of the start
+    assert pressed.penalty[0] == pytest.approx(1.0, abs=1e-5)  # in units of the start
 
 
 def test_the_history_says_what_was_done(generator) -> None:

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from lowrank import parameters as module
+from lowrank.parameters import set_names
 from lowrank.run import main
 
 NOTEBOOK = """# %% tags=["parameters"]
@@ -127,7 +128,7 @@ def snakemake(*words: str, outputs: Path) -> subprocess.CompletedProcess[str]:
 def test_the_workflow_names_bad_sets(tmp_path: Path) -> None:
     done = snakemake("--config", "sets=no-such-set", outputs=tmp_path)
     assert done.returncode != 0
-    assert "error: `set` must be one of ['digits-vit'" in done.stderr + done.stdout
+    assert f"error: `set` must be one of {set_names()}, got 'no-such-set'" in done.stderr + done.stdout
 
 
 def test_the_workflow_plans_one_job_per_notebook_and_set(tmp_path: Path) -> None:
