@@ -205,9 +205,7 @@ long = log.melt(["variant", "seed", "step"], ["task_loss", "penalty", "gradient_
 style = dict(x="step", y="value", hue="variant", errorbar="sd", palette=colors)
 grid = sns.relplot(long, kind="line", col="variable", height=2.9, aspect=1.05, facet_kws={"sharey": False}, **style)
 grid.set_titles("{col_name}").set(xlabel="step", ylabel="")
-for axis in grid.axes.flat[1:]:
-    axis.set_yscale("log")
-    axis.yaxis.set_minor_formatter("")
+grid.axes_dict["gradient_ratio"].set_yscale("log")
 report.figure(grid, "log_by_step")
 
 # %% [markdown]
@@ -326,7 +324,7 @@ report.table(refinement, "quality_by_refinement", rows=21)
 drawn, axis = plt.subplots(figsize=(7, 3.4))
 style = dict(y="variant", errorbar="sd", linestyle="none", ax=axis)
 sns.pointplot(at_target, x=metric, color="0.6", label="truncated", **style)
-sns.pointplot(refinement, x=metric, label=f"and refined, {refine_steps} steps", **style)
+sns.pointplot(refinement, x=metric, label="and refined", **style)
 axis.axvline(dense[metric], ls="--", color="0.3", label="dense")
 axis.set(xlabel=f"held-out {metric} at keep {target_keep}", ylabel="")
 axis.legend(bbox_to_anchor=(1.02, 1), loc="upper left")

@@ -13,7 +13,7 @@ FLOORS = [
     {"cache", "statistics", "efficiency", "evaluation"},
     {"factorize", "statistics_file", "output_error"},
     {"recipes", "tasks", "modules"},
-    {"training", "checkpoint"},
+    {"training", "checkpoint", "whitened_linear"},
     {"baseline", "factored", "refine"},
     {"sweep", "prehab"},
 ]

@@ -18,10 +18,11 @@ from lowrank.fingerprint import hash_model
 from lowrank.layers import find_linears
 from lowrank.modules import split_packed
 from lowrank.moments import second_moment_eigh
-from lowrank.prehab import PENALTIES, SCHEDULES, PrehabResult, WhitenedLinear, prehab
+from lowrank.prehab import PENALTIES, SCHEDULES, PrehabResult, prehab
 from lowrank.refine import model_loss
 from lowrank.statistics import collect_statistics
 from lowrank.training import Recipe
+from lowrank.whitened_linear import WhitenedLinear
 
 RECIPE = Recipe(steps=1, learning_rate=1e-2, weight_decay=0.0, warmup=0.0, seed=3)
 every_penalty = pytest.mark.parametrize("penalty", PENALTIES)
