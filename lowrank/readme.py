@@ -92,6 +92,29 @@ def preparation() -> str:
     return pd.DataFrame(rows).fillna("").to_markdown(index=False)
 
 
+def fixed_bases() -> str:
+    """Metric, the three sizes, and the time and memory of a training step, by kind of training."""
+    rows = []
+    for name, folder in _results("04_stability").items():
+        table = pd.read_csv(folder / "comparison.csv").set_index("variant")
+        metric = table.columns[0]
+        for variant, row in table.iterrows():
+            timed = pd.notna(row.step_ms)
+            rows.append(
+                {
+                    "set": name if variant == table.index[0] else "",
+                    "training": variant,
+                    "metric": f"{metric} {row[metric]:.3f}" + (f" ± {row['std']:.2g}" if pd.notna(row["std"]) else ""),
+                    "trainable": f"{row.trainable:,.0f} ({row.trainable_share:.1%})",
+                    "stored": f"{row.stored:,.0f} ({row.stored_share:.1%})",
+                    "dense": f"{row.dense:,.0f}",
+                    "step, of dense": f"{row.step_ms / table.step_ms.dense:.2f}" if timed else "",
+                    "memory, of dense": f"{row.memory_mb / table.memory_mb.dense:.2f}" if timed else "",
+                }
+            )
+    return pd.DataFrame(rows).to_markdown(index=False)
+
+
 def benchmarks() -> str:
     """The measured ratios of `make bench`: those of layers side by side, the others one to a row."""
     found = [pd.read_csv(path) for path in sorted((OUTPUTS / "bench").glob("*.csv"))]
@@ -111,6 +134,7 @@ BLOCKS = {
     "baselines": baselines,
     "comparison": comparison,
     "preparation": preparation,
+    "fixed bases": fixed_bases,
     "benchmarks": benchmarks,
 }
 
