@@ -30,7 +30,7 @@ FORMAT = "lowrank.oialr/1"
 THINNEST = 10  # a weight whose sides differ by more than this factor has little to give
 
 
-def cut_rank(singular_values: Tensor | Sequence[float], rank: int, sigma_cutoff: float, minimum: int) -> int:
+def cut_rank(singular_values: Tensor | Sequence[float], rank: int, sigma_cutoff: float | int, minimum: int) -> int:
     """The rank to go on with: the number of values >= `sigma_cutoff` times the largest, at most halved, at least `minimum`.
 
     **Arguments:** `singular_values`: `(rank,)`, any order, compared in their own dtype. `rank`: the rank now.
@@ -89,11 +89,11 @@ class OIALR:
         exclude: Iterable[str] = ENDS,
         delay: int = 1000,
         frequency: int = 100,
-        sigma_cutoff: float = 0.1,
-        minimum: float = 0.01,
-        coverage: float = 0.1,
+        sigma_cutoff: float | int = 0.1,
+        minimum: float | int = 0.01,
+        coverage: float | int = 0.1,
         trigger: str = "schedule",
-        threshold: float = 0.99,
+        threshold: float | int = 0.99,
         checks: int = 3,
     ) -> None:
         rules = {

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from lowrank.imports import ROOT
@@ -98,18 +99,19 @@ def fixed_bases() -> str:
     for name, folder in _results("04_stability").items():
         table = pd.read_csv(folder / "comparison.csv").set_index("variant")
         metric = table.columns[0]
-        for variant, row in table.iterrows():
-            timed = pd.notna(row.step_ms)
+        for row in table.reset_index().to_dict("records"):
+            spread = "" if np.isnan(row["std"]) else f" ± {row['std']:.2g}"
+            step, memory = (row[key] / table[key]["dense"] for key in ("step_ms", "memory_mb"))
             rows.append(
                 {
-                    "set": name if variant == table.index[0] else "",
-                    "training": variant,
-                    "metric": f"{metric} {row[metric]:.3f}" + (f" ± {row['std']:.2g}" if pd.notna(row["std"]) else ""),
-                    "trainable": f"{row.trainable:,.0f} ({row.trainable_share:.1%})",
-                    "stored": f"{row.stored:,.0f} ({row.stored_share:.1%})",
-                    "dense": f"{row.dense:,.0f}",
-                    "step, of dense": f"{row.step_ms / table.step_ms.dense:.2f}" if timed else "",
-                    "memory, of dense": f"{row.memory_mb / table.memory_mb.dense:.2f}" if timed else "",
+                    "set": name if row["variant"] == table.index[0] else "",
+                    "training": row["variant"],
+                    "metric": f"{metric} {row[metric]:.3f}{spread}",
+                    "trainable": f"{row['trainable']:,.0f} ({row['trainable_share']:.1%})",
+                    "stored": f"{row['stored']:,.0f} ({row['stored_share']:.1%})",
+                    "dense": f"{row['dense']:,.0f}",
+                    "step, of dense": "" if np.isnan(step) else f"{step:.2f}",
+                    "memory, of dense": "" if np.isnan(memory) else f"{memory:.2f}",
                 }
             )
     return pd.DataFrame(rows).to_markdown(index=False)

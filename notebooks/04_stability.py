@@ -359,7 +359,11 @@ oialr, whole, static = (table.loc[name] for name in ("OIALR", "dense", "static l
 report.claim("ours: OIALR ends within 1 point of the dense training (mean)", oialr[metric] >= whole[metric] - 0.01)
 report.claim("ours: OIALR trains at most 30 % of the dense parameters", oialr.trainable_share <= 0.3)
 report.claim("ours: at its end OIALR stores less than the dense model", oialr.stored_share < 1)
-report.claim("ours: OIALR beats static low rank of the same size", oialr[metric] > static[metric])
+margin = np.nanmax([oialr["std"], static["std"], 0.0])
+report.claim(
+    "ours: OIALR beats static low rank of the same size, by more than one standard deviation",
+    oialr[metric] > static[metric] + margin,
+)
 report.claim("ours: after the last cut a training step takes less time than a dense one", oialr.step_ms < whole.step_ms)
 
 # %% [markdown]
