@@ -52,11 +52,10 @@ class _Bases(nn.Module):
             self.s = nn.Parameter(usv.s.to(self.s).contiguous(), requires_grad=self.s.requires_grad)
         return self.s
 
-    @property
-    def thin(self) -> bool:
-        """Whether three products cost less than one with the whole weight, r (m + r + n) < m n."""
+    def thin(self, tokens: int) -> bool:
+        """Whether three products with `tokens` vectors cost less than to multiply the weight out and use it."""
         (m, r), n = self.u.shape, self.vh.shape[1]
-        return r * (m + r + n) < m * n
+        return tokens * r * (m + r + n) < tokens * m * n + r * m * (r + n)
 
     def flat_weight(self) -> Float[Tensor, "out flat"]:
         """U S V^T, multiplied anew at each call; gradients reach S."""
@@ -71,8 +70,8 @@ class _Bases(nn.Module):
 class USVLinear(_Bases):
     """y = U (S (V^T x)) + b with S, `s`, `(rank, rank)`, trained; `u` `(out, rank)` and `vh` `(rank, in)` are buffers.
 
-    Three thin products where they cost less than the whole weight, otherwise one product with U S V^T: low rank saves compute,
-    full rank does not cost more than it must. The matrices are kept in at least float32, where bases stay orthonormal.
+    Three thin products where they cost less, otherwise one product with U S V^T multiplied out: low rank saves compute, full rank
+    does not cost more than it must. The matrices are kept in at least float32, where bases stay orthonormal.
 
     **Reference:** Coquelin et al., arXiv:2401.08505, section 4 (which multiplies the whole weight out in every pass).
     """
@@ -97,7 +96,7 @@ class USVLinear(_Bases):
         return self.flat_weight()
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        if not self.thin:
+        if not self.thin(x.shape[:-1].numel()):
             return functional.linear(x, self.flat_weight().to(x.dtype), self.bias)
         u, s, vh = (part.to(x.dtype) for part in (self.u, self.s, self.vh))
         return functional.linear(functional.linear(functional.linear(x, vh), s), u, self.bias)
@@ -136,7 +135,9 @@ class USVConv2d(_Bases):
         return flat.unflatten(1, (self.in_channels, *self.kernel_size))
 
     def forward(self, x: Float[Tensor, "*batch channels height width"]) -> Float[Tensor, "*batch out h w"]:
-        if not self.thin:
+        if not self.thin(
+            x.shape[:-3].numel() * x.shape[-2:].numel() // (self.moves["stride"][0] * self.moves["stride"][1])
+        ):
             return functional.conv2d(x, self.weight.to(x.dtype), self.bias, **self.moves)
         u, s, vh = (part.to(x.dtype) for part in (self.u, self.s, self._kernel(self.vh)))
         y = functional.conv2d(functional.conv2d(x, vh, **self.moves), s[:, :, None, None])

@@ -151,7 +151,9 @@ def random_usv(m: int, n: int, rank: int) -> USV:
 
 @pytest.mark.parametrize("rank", [1, 3, 12, 24])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_linear_layer_is_its_weight(shape: tuple[int, int], rank: int, bias: bool) -> None:
+def test_the_linear_layer_is_its_weight(
+    shape: tuple[int, int], rank: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(rank)
     dense = nn.Linear(shape[1], shape[0], bias=bias)
     layer = USVLinear.from_dense(dense, random_usv(*shape, rank))
@@ -159,14 +161,20 @@ def test_the_linear_layer_is_its_weight(shape: tuple[int, int], rank: int, bias:
     wanted = functional.linear(x, layer.weight, dense.bias)
     torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layer.merged()(x), wanted, rtol=1e-4, atol=1e-4)
-    assert layer.thin == (rank * (sum(shape) + rank) < shape[0] * shape[1])
+    m, n = shape
+    for tokens in (1, 10, 10**9):
+        assert layer.thin(tokens) == (tokens * rank * (m + rank + n) < tokens * m * n + m * rank * rank + m * rank * n)
+    whole = functional.linear(x, layer.flat_weight(), layer.bias)
+    for thin in (True, False):
+        monkeypatch.setattr(USVLinear, "thin", lambda self, tokens, thin=thin: thin)
+        torch.testing.assert_close(layer(x), whole, rtol=1e-4, atol=1e-4)
     assert layer.bias is dense.bias
     assert layer.merged().bias is dense.bias
 
 
 @pytest.mark.parametrize("rank", [2, 6])
 @pytest.mark.parametrize("moves", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": "same"}], ids=str)
-def test_the_convolution_is_its_kernel(rank: int, moves: dict[str, Any]) -> None:
+def test_the_convolution_is_its_kernel(rank: int, moves: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(rank)
     dense = nn.Conv2d(5, 6, (3, 2), **moves)
     layer = USVConv2d.from_dense(dense, random_usv(6, 30, rank))
@@ -174,7 +182,10 @@ def test_the_convolution_is_its_kernel(rank: int, moves: dict[str, Any]) -> None
     made = layer.merged()
     assert made.weight.shape == dense.weight.shape
     torch.testing.assert_close(layer(x), made(x), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(layer(x)[0], layer(x[0]), rtol=1e-4, atol=1e-4)
+    for thin in (True, False):
+        monkeypatch.setattr(USVConv2d, "thin", lambda self, tokens, thin=thin: thin)
+        torch.testing.assert_close(layer(x), made(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer(x)[0], layer(x[0]), rtol=1e-4, atol=1e-4)
     dense.weight = made.weight
     torch.testing.assert_close(dense(x), made(x))
 
