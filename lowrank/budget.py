@@ -33,7 +33,7 @@ def _cost(storage: str) -> Callable[[int, int, Any], Any]:
     return STORAGES[storage]
 
 
-def _check_keep(keep: float) -> None:
+def _check_keep(keep: float | int) -> None:
     if not 0.0 < keep <= 1.0:
         raise ValueError(f"`keep` must be in (0, 1], got {keep}.")
 
@@ -54,7 +54,7 @@ def kept_parameters(shape: Shape, rank: int, storage: str = "factors") -> int:
     return min(_cost(storage)(out, inputs, rank), out * inputs)
 
 
-def rank_for_keep(shape: Shape, keep: float, storage: str = "factors", multiple: int = 1) -> int:
+def rank_for_keep(shape: Shape, keep: float | int, storage: str = "factors", multiple: int = 1) -> int:
     """The largest rank whose parameters are at most `keep` times the dense ones; min(out, in), which is dense, for keep 1.
 
     **Arguments:** `shape`: (out, in). `keep`: in (0, 1]. `storage`: see `kept_parameters`. `multiple`: the rank is rounded
@@ -85,7 +85,7 @@ def rank_for_keep(shape: Shape, keep: float, storage: str = "factors", multiple:
 
 def allocate_ranks(
     shapes: Mapping[str, Shape],
-    keep: float,
+    keep: float | int,
     spectra: Mapping[str, Any] | None = None,
     *,
     storage: str = "factors",
@@ -153,7 +153,13 @@ class _Curve(NamedTuple):
 
 
 def _curve(
-    name: str, shape: Shape, keep: float, storage: str, floor: float, spectra: Mapping[str, Any] | None, weight: float
+    name: str,
+    shape: Shape,
+    keep: float | int,
+    storage: str,
+    floor: float,
+    spectra: Mapping[str, Any] | None,
+    weight: float,
 ) -> _Curve:
     out, inputs = shape
     ranks = np.arange(1, min(shape) + 1)

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from lowrank.fingerprint import hash_tensors
 from lowrank.modules import FACTORED, PackedLinear, replace_module
+from lowrank.usv import USVLinear
 
 FORMAT = "lowrank.compressed/1"
 RECORD = "lowrank_record"  # the attribute of a compressed model that tells how it was made
 TENSORS, ABOUT = "model.safetensors", "lowrank.json"
 FILES = {TENSORS, ABOUT, "config.json", "generation_config.json"}
+KINDS: dict[str, type[Any]] = {**FACTORED, USVLinear.storage: USVLinear}
 KEYS = {"base", "model", "layers", "tensors", "tied"}
 
 
@@ -47,7 +49,7 @@ def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any
             f"`folder` must be new, empty or with nothing but a compressed model to replace, got {sorted(other)[0]!r} in "
             f"{str(folder)!r}."
         )
-    tensors, tied = _distinct_tensors(model)
+    tensors, tied = distinct_tensors(model)
     record: dict[str, Any] = getattr(model, RECORD, {})
     about = {
         "format": FORMAT,
@@ -125,7 +127,7 @@ def load_compressed(
     return model.to(device).eval()
 
 
-def _distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state without repeats, contiguous on the CPU; and the repeats: name -> the name that is stored."""
     distinct: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -208,7 +210,7 @@ def _structure(model: nn.Module, skeleton: nn.Module | None, rows: Mapping[str, 
     found: dict[str, dict[str, Any]] = {}
     before = {} if skeleton is None else dict(skeleton.named_modules())
     for name, module in model.named_modules():
-        if isinstance(module, tuple(FACTORED.values())):
+        if isinstance(module, tuple(KINDS.values())):
             sizes = {"in": module.in_features, "out": module.out_features, "rank": module.rank}
             found[name] = rows.get(name, {}) | {"kind": module.storage, **sizes, "bias": module.bias is not None}
         elif isinstance(module, PackedLinear):
@@ -225,7 +227,7 @@ def _is_new(name: str, module: nn.Module, before: Mapping[str, nn.Module], found
     """A linear layer that the base architecture does not have, a part of a packed one or one that was a Conv1D; or may not
     have, where the architecture is not known."""
     parent = name.rpartition(".")[0]
-    if found.get(parent, {}).get("kind") in FACTORED:
+    if found.get(parent, {}).get("kind") in KINDS:
         return False
     packed = found.get(parent, {}).get("kind") == "packed"
     return packed or not before or (name in before and type(before[name]) is not type(module))
@@ -243,7 +245,7 @@ def _restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> N
                 known = True
             except AttributeError:
                 known = name.rpartition(".")[0] in layers  # a part of a packed layer
-            if kind not in {*FACTORED, "packed", "linear"}:
+            if kind not in {*KINDS, "packed", "linear"}:
                 raise ValueError(f"`layers` must be of a known kind, got {kind!r} for layer {name!r}.")
             if not known:
                 raise ValueError(f"`base` must have a layer {name!r}, as the compressed model has, got none.")
@@ -252,7 +254,7 @@ def _restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> N
             elif kind == "linear":
                 replace_module(model, name, nn.Linear(layer["in"], layer["out"], bias=layer["bias"]))
             else:
-                made = FACTORED[kind](layer["in"], layer["out"], layer["rank"], bias=layer["bias"])
+                made = KINDS[kind](layer["in"], layer["out"], layer["rank"], bias=layer["bias"])
                 replace_module(model, name, made)
 
 

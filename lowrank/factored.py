@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lowrank.budget import STORAGES, kept_parameters
-from lowrank.checkpoint import RECORD, load_compressed, save_compressed
+from lowrank.checkpoint import KINDS, RECORD, load_compressed, save_compressed
 from lowrank.factorize import METHODS, NORMS, READS, Factors
 from lowrank.fingerprint import hash_model, hash_tensors
 from lowrank.layers import BLOCKS, find_linears, is_conv1d, shared_weights
@@ -248,7 +248,7 @@ def fold(model: nn.Module) -> nn.Module:
 
     **Returns:** the model: the layout of the dense one, with weights of low rank.
     """
-    kinds = (*FACTORED.values(), PackedLinear)
+    kinds = (*KINDS.values(), PackedLinear)
     found: list[tuple[str, Any]] = [(name, part) for name, part in model.named_modules() if isinstance(part, kinds)]
     for name, module in reversed(found):  # the parts before what they are parts of
         own = next(module.parameters())

@@ -1,13 +1,19 @@
-"""Which linear layers a method works on: dotted module names, or patterns of them."""
+"""Which layers a method works on: dotted module names, or patterns of them."""
 
 import re
 from collections.abc import Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 # Every linear layer inside a numbered block: `encoder.layer.0.…`, `model.layers.0.…`, `blocks.0.…`. Embeddings, poolers,
 # classifiers and `lm_head` stand outside the blocks, so one pattern serves BERT, Llama, OPT, ViT and their relatives.
 BLOCKS = (r".*\.\d+\..*|\d+\..*",)
+
+# Output layers and embeddings, as transformers, timm and torchvision call them.
+ENDS = (
+    r"(.*\.)?(head|heads|lm_head|cls|classifier|pre_classifier|score|qa_outputs)(\..*)?|fc",
+    r"(.*\.)?\w*embed\w*(\..*)?",
+)
 
 
 def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, nn.Linear]:
@@ -38,7 +44,46 @@ def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, 
     return {name: module for name, module in linears.items() if name in wanted}
 
 
-def shared_weights(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, list[str]]:
+def chosen(names: Iterable[str], include: Iterable[str], exclude: Iterable[str] = ()) -> list[str]:
+    """The names that some entry of `include` matches and none of `exclude`, in their order.
+
+    **Arguments:** entries are names, or regular expressions that must match a whole name.
+
+    **Raises:** `ValueError`: a single string instead of entries; an entry of `include` that matches no name.
+    """
+    names = list(names)
+    for what, entries in (("include", include), ("exclude", exclude)):
+        if isinstance(entries, str):
+            raise ValueError(f"`{what}` must be a list of names or patterns, got the single string {entries!r}.")
+    matches = {entry: {name for name in names if name == entry or re.fullmatch(entry, name)} for entry in include}
+    if idle := next((entry for entry, found in matches.items() if not found), None):
+        some = ", ".join(names[:6]) or "none at all"
+        raise ValueError(f"`include` must match layers of the model, got {idle!r}; it has: {some} ...")
+    wanted = set().union(*matches.values())
+    without = {name for name in wanted for entry in exclude if name == entry or re.fullmatch(entry, name)}
+    return [name for name in names if name in wanted - without]
+
+
+def find_weights(model: nn.Module, include: Iterable[str] = (".*",), exclude: Iterable[str] = ()) -> dict[str, Tensor]:
+    """The weights of linear layers, convolutions and the projections that `nn.MultiheadAttention` keeps as bare parameters.
+
+    **Returns:** layer -> weight; a packed projection of attention is `<module>.in_proj`, separate ones `<module>.q_proj` and
+    so on.
+
+    **Raises:** `ValueError`: as `chosen`.
+    """
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            found[name] = module.weight
+        elif isinstance(module, nn.MultiheadAttention):
+            for part in ("in_proj", "q_proj", "k_proj", "v_proj"):
+                if (weight := getattr(module, f"{part}_weight")) is not None:
+                    found[f"{name}.{part}"] = weight
+    return {name: found[name] for name in chosen(found, include, exclude)}
+
+
+def shared_weights(model: nn.Module, linears: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, list[str]]:
     """layer -> the names of its weight, for those whose weight another module holds too."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

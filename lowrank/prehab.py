@@ -55,12 +55,12 @@ def prehab(
     batches: Iterable[Batch],
     *,
     penalty: str = "tail",
-    strength: float = 1.0,
+    strength: float | int = 1.0,
     steps: int = 200,
-    target_keep: float = TARGET_KEEP,
+    target_keep: float | int = TARGET_KEEP,
     schedule: str = "cosine",
     others: bool = False,
-    shrinkage: float = 0.01,
+    shrinkage: float | int = 0.01,
     refresh: int = 10,
     recipe: Recipe | None = None,
     loss: Callable[[nn.Module, Batch], Tensor] = model_loss,
@@ -118,7 +118,7 @@ class _Phase:
     layers: dict[str, WhitenedLinear]
     ranks: dict[str, int]
     penalty: str
-    strength: float
+    strength: float | int
     schedule: Callable[[float], float]
     steps: int
     refresh: int
@@ -226,10 +226,10 @@ def _checked(
     model: nn.Module,
     statistics: Mapping[str, LayerStatistics],
     penalty: str,
-    strength: float,
+    strength: float | int,
     steps: int,
     schedule: str,
-    shrinkage: float,
+    shrinkage: float | int,
     refresh: int,
     checkpoint_every: int,
 ) -> dict[str, nn.Linear]:

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from lowrank.imports import ROOT
@@ -92,6 +93,30 @@ def preparation() -> str:
     return pd.DataFrame(rows).fillna("").to_markdown(index=False)
 
 
+def fixed_bases() -> str:
+    """Metric, the three sizes, and the time and memory of a training step, by kind of training."""
+    rows = []
+    for name, folder in _results("04_stability").items():
+        table = pd.read_csv(folder / "comparison.csv").set_index("variant")
+        metric = table.columns[0]
+        for row in table.reset_index().to_dict("records"):
+            spread = "" if np.isnan(row["std"]) else f" ± {row['std']:.2g}"
+            step, memory = (row[key] / table[key]["dense"] for key in ("step_ms", "memory_mb"))
+            rows.append(
+                {
+                    "set": name if row["variant"] == table.index[0] else "",
+                    "training": row["variant"],
+                    "metric": f"{metric} {row[metric]:.3f}{spread}",
+                    "trainable": f"{row['trainable']:,.0f} ({row['trainable_share']:.1%})",
+                    "stored": f"{row['stored']:,.0f} ({row['stored_share']:.1%})",
+                    "dense": f"{row['dense']:,.0f}",
+                    "step, of dense": "" if np.isnan(step) else f"{step:.2f}",
+                    "memory, of dense": "" if np.isnan(memory) else f"{memory:.2f}",
+                }
+            )
+    return pd.DataFrame(rows).to_markdown(index=False)
+
+
 def benchmarks() -> str:
     """The measured ratios of `make bench`: those of layers side by side, the others one to a row."""
     found = [pd.read_csv(path) for path in sorted((OUTPUTS / "bench").glob("*.csv"))]
@@ -111,6 +136,7 @@ BLOCKS = {
     "baselines": baselines,
     "comparison": comparison,
     "preparation": preparation,
+    "fixed bases": fixed_bases,
     "benchmarks": benchmarks,
 }
 

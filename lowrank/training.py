@@ -2,12 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from math import ceil, cos, isfinite, pi
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -23,7 +23,8 @@ STATES = "step-" + "[0-9]" * 9  # names of saved states; a name appears when its
 @dataclass(frozen=True)
 class Recipe:
     """How to train. `steps` optimiser steps of `batch_size` samples; `learning_rate` is the peak, reached after the
-    first `warmup` share of the steps and lowered to 0 on a cosine; gradients are clipped to norm `clip`; `precision`:
+    first `warmup` share of the steps; `decay`: 'cosine' lowers it to `floor`, a share of the peak, along the part `t` in [0, 1]
+    of the remaining steps to the power `decay_power`; 'constant' keeps it. Gradients are clipped to norm `clip`; `precision`:
     'fp32' or 'bf16' (autocast). `seed` orders the data and draws dropout and new weights.
     """
 
@@ -32,6 +33,9 @@ class Recipe:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.1
+    decay: str = "cosine"
+    decay_power: float = 1.0
+    floor: float = 0.0
     clip: float = 1.0
     precision: str = "fp32"
     seed: int = 0
@@ -44,6 +48,9 @@ class Recipe:
             "learning_rate": (self.learning_rate > 0, "> 0"),
             "weight_decay": (self.weight_decay >= 0, ">= 0"),
             "warmup": (0 <= self.warmup <= 1, "in [0, 1]"),
+            "decay": (self.decay in ("cosine", "constant"), "'cosine' or 'constant'"),
+            "decay_power": (self.decay_power > 0, "> 0"),
+            "floor": (0 <= self.floor <= 1, "in [0, 1]"),
             "clip": (self.clip > 0, "> 0"),
             "precision": (self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'"),
             "workers": (self.workers >= 0, ">= 0"),
@@ -56,8 +63,21 @@ class Recipe:
         """The share of the peak learning rate at a step, 0-based."""
         warm = ceil(self.warmup * self.steps)
         if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + cos(pi * (step - warm) / max(1, self.steps - warm)))
+            return self.floor + (1 - self.floor) * (step + 1) / warm
+        if self.decay == "constant":
+            return 1.0
+        power = self.decay_power
+        angle = pi * (step - warm) ** power / max(1, self.steps - warm) ** power
+        return self.floor + (1 - self.floor) * 0.5 * (1 + cos(angle))
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What is saved with a training and goes on with it."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
 
 
 def seed_everything(seed: int) -> None:
@@ -84,15 +104,13 @@ def train(
     recipe: Recipe,
     *,
     loss: Callable[[nn.Module, Batch], Tensor] | None = None,
-    checkpoint: Path | None = None,
-    checkpoint_every: int = 100,
-    progress: bool = True,
+    **options: Any,
 ) -> list[dict[str, int | float]]:
     """Trains a model in place on a task's training split: `fit` on its shuffled samples.
 
     Under `accelerate launch` each process takes its share of every batch.
 
-    **Arguments:** `loss`: `(model, batch) -> scalar`, by default the task's. The others are those of `fit`.
+    **Arguments:** `loss`: `(model, batch) -> scalar`, by default the task's. `options`: those of `fit`.
     """
     size = len(task.split("train"))
     processes = PartialState()
@@ -103,9 +121,7 @@ def train(
         lambda done: task.loader("train", order[done:], recipe.workers),
         recipe,
         loss or task.loss,
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
-        progress=progress,
+        **options,
     )
 
 
@@ -116,6 +132,8 @@ def fit(
     loss: Callable[[nn.Module, Batch], Tensor],
     *,
     log: Callable[[], dict[str, float]] = dict,
+    after_step: Callable[[Any], bool] = lambda optimizer: False,
+    states: Sequence[Stateful] = (),
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
     progress: bool = True,
@@ -127,6 +145,9 @@ def fit(
 
     **Arguments:** `batches`: `(steps done) -> the batches of the steps that follow`, one for each. `loss`: `(model, batch)
     -> scalar`. `log`: called in every step while the gradients are there, not yet clipped; what it returns joins the row.
+    `after_step`: called with the optimiser after each of its steps; it returns whether it put other parameters in the places
+    of those that the model and the optimiser held. `states`: saved with the checkpoint, and loaded before the model's own
+    tensors are, so that they may change its shape.
     `checkpoint`: a folder for saved states; it is left in place. `checkpoint_every`: steps between saves.
 
     **Returns:** one row per step: `step`, `loss`, `learning_rate`, and what `log` said.
@@ -136,12 +157,16 @@ def fit(
     """
     accelerator = Accelerator()
     seed_everything(recipe.seed)
+    saved = max(checkpoint.glob(STATES), default=None) if checkpoint else None
+    if saved and states:
+        for state, values in zip(states, torch.load(saved / "states.pt", weights_only=True), strict=True):
+            state.load_state_dict(values)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.rate(step))  # noqa: PLW0108 (a method would be saved)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule)
-    history = _resume(accelerator, checkpoint)
+    history = _resume(accelerator, saved)
     if len(history) > recipe.steps:
         raise ValueError(
             f"`checkpoint` must be of at most the {recipe.steps} steps of the recipe, got one of {len(history)} in {checkpoint}."
@@ -159,16 +184,20 @@ def fit(
             )
         accelerator.backward(value)
         said = log()
-        accelerator.clip_grad_norm_(parameters, recipe.clip)
+        accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], recipe.clip)
         optimizer.step()
         optimizer.zero_grad()
+        if after_step(optimizer) and wrapped is not model:
+            accelerator.free_memory()  # of the wrapper, which holds the parameters that were replaced
+            wrapped, optimizer = accelerator.prepare(model, optimizer)
+            wrapped.train()
         row = {"step": len(history), "loss": value.item(), "learning_rate": float(schedule.get_last_lr()[0])}
         history.append(row | said)
         schedule.step()
         bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
         bar.update()
         if checkpoint and (len(history) % checkpoint_every == 0 or len(history) == recipe.steps):
-            _save(accelerator, checkpoint, history)
+            _save(accelerator, checkpoint, history, states)
     bar.close()
     if len(history) < recipe.steps:
         raise ValueError(f"`batches` must hold {recipe.steps} batches, one for each step, got {len(history)}.")
@@ -176,12 +205,15 @@ def fit(
     return history
 
 
-def _save(accelerator: Accelerator, checkpoint: Path, history: list[dict[str, int | float]]) -> None:
+def _save(
+    accelerator: Accelerator, checkpoint: Path, history: list[dict[str, int | float]], states: Sequence[Stateful]
+) -> None:
     """A new state beside the old one, then the name moves: a kill leaves the old or the new, never a mixture."""
     partial = checkpoint / "partial"
     accelerator.save_state(str(partial))
     if accelerator.is_main_process:
         (partial / "history.json").write_text(json.dumps(history))
+        torch.save([state.state_dict() for state in states], partial / "states.pt")
         older = list(checkpoint.glob(STATES))
         partial.rename(checkpoint / f"step-{len(history):09d}")
         for state in older:
@@ -189,12 +221,11 @@ def _save(accelerator: Accelerator, checkpoint: Path, history: list[dict[str, in
     accelerator.wait_for_everyone()
 
 
-def _resume(accelerator: Accelerator, checkpoint: Path | None) -> list[dict[str, int | float]]:
-    states = sorted(checkpoint.glob(STATES)) if checkpoint else []
-    if not states:
+def _resume(accelerator: Accelerator, saved: Path | None) -> list[dict[str, int | float]]:
+    if saved is None:
         return []
-    accelerator.load_state(str(states[-1]))
-    return json.loads((states[-1] / "history.json").read_text())
+    accelerator.load_state(str(saved))
+    return json.loads((saved / "history.json").read_text())
 
 
 def recipe_options(recipe: Recipe) -> dict[str, Any]:

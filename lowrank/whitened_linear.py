@@ -68,7 +68,7 @@ def whitened_weights(
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
     statistics: Mapping[str, LayerStatistics],
-    shrinkage: float,
+    shrinkage: float | int,
     others: bool,
 ) -> Iterator[dict[str, WhitenedLinear]]:
     """The layers as `WhitenedLinear` inside, with D trained, and all else where `others`; folded and flagged as before after."""

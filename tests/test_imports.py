@@ -9,12 +9,12 @@ from lowrank.imports import PACKAGE, imported_modules, sources
 
 # Floor of each room; a folder's rooms share one. `tasks` stands on `evaluation`, whose losses and metrics its sets name.
 FLOORS = [
-    {"imports", "fingerprint", "layers", "batches", "spectra", "moments", "budget", "penalties"},
-    {"cache", "statistics", "efficiency", "evaluation"},
+    {"imports", "fingerprint", "layers", "batches", "spectra", "moments", "budget", "penalties", "optimizer_state"},
+    {"cache", "statistics", "efficiency", "evaluation", "stability", "usv"},
     {"factorize", "statistics_file", "output_error"},
     {"recipes", "tasks", "modules"},
     {"training", "checkpoint", "whitened_linear"},
-    {"baseline", "factored", "refine"},
+    {"baseline", "factored", "refine", "oialr"},
     {"sweep", "prehab"},
 ]
 SIDE = {"parameters", "report", "run", "pair", "readme"}

@@ -24,7 +24,12 @@ def test_every_set_fits_every_notebook_it_names(name: str) -> None:
         assert values["set_name"] == name
         options = inspect.signature(importlib.import_module(TASKS[values["task"]]).load).parameters
         assert set(values["task_options"]) <= set(options)
-        Recipe(values["steps"], values["batch_size"], values["learning_rate"], precision=values["precision"])
+        Recipe(
+            values.get("steps", values.get("epochs")),
+            values["batch_size"],
+            values["learning_rate"],
+            precision=values["precision"],
+        )
 
 
 @pytest.mark.parametrize("notebook", notebook_names())
@@ -35,6 +40,7 @@ def test_defaults_are_the_first_embedded_set(notebook: str) -> None:
 
 def test_the_sets_of_the_plan_exist() -> None:
     planned = {"digits-vit", "docs-bert", "docs-llama", "sst2-minilm", "sst2-bert", "imagenet-vit", "wikitext2-llama7b"}
+    planned |= {"cifar10-minivit", "cifar10-minivit-full"}
     assert planned <= set(set_names())
 
 

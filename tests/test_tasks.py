@@ -187,6 +187,13 @@ def test_imagenet_loads_from_class_folders(tmp_path: Path, monkeypatch: pytest.M
     images, targets = next(iter(task.batches("validation", 3)))
     assert images.shape == (3, 3, 224, 224)
     assert targets.tolist() == [0, 1, 2]
+    monkeypatch.undo()
+    scratch = load_task("imagenet", model="vit_tiny_patch16_224", data=str(tmp_path), pretrained=False)
+    assert scratch.identity != task.identity
+    assert scratch.make_model().head.out_features == 1000  # asks for no weights
+    names = [type(step).__name__ for step in scratch.split("train").transform.transforms]  # pyright: ignore
+    assert any(name.startswith("Random") for name in names)
+    assert torch.equal(scratch.split("validation")[1][0], task.split("validation")[1][0])
     with pytest.raises(FileNotFoundError, match=r"must be a folder with train/ and val/ .* lacks \['train', 'val'\]"):
         load_task("imagenet", data=str(tmp_path / "train"))
 

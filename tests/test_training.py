@@ -1,6 +1,7 @@
 """Training: the schedule, exact resume, clear failure; the cache of baselines and statistics."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,15 @@ def test_the_schedule_warms_up_and_ends_near_zero(task: Task) -> None:
     assert rates[-1] < 0.02
 
 
+def test_the_cosine_has_a_floor_and_a_power_and_can_be_left_out() -> None:
+    recipe = Recipe(steps=50, warmup=0.2, floor=0.1, decay_power=0.34)
+    assert [recipe.rate(step) for step in (0, 9)] == pytest.approx([0.1 + 0.9 / 10, 1.0])
+    wanted = [0.1 + 0.45 * (1 + math.cos(math.pi * (t**0.34) / 40**0.34)) for t in (0, 1, 20, 39)]
+    assert [recipe.rate(10 + t) for t in (0, 1, 20, 39)] == pytest.approx(wanted)
+    constant = Recipe(steps=50, warmup=0.2, decay="constant")
+    assert [constant.rate(step) for step in (0, 4, 10, 30, 49)] == [0.1, 0.5, 1.0, 1.0, 1.0]
+
+
 def test_every_sample_is_seen_once_per_epoch() -> None:
     order = list(sample_order(10, Recipe(steps=5, batch_size=4)))
     flat = [i for batch in order for i in batch]
@@ -106,6 +116,9 @@ def test_bf16_trains_in_fp32_weights(task: Task) -> None:
         ({"steps": -1}, "`steps` must be >= 0, got -1"),
         ({"steps": 1, "learning_rate": 0.0}, "`learning_rate` must be > 0, got 0.0"),
         ({"steps": 1, "warmup": 2.0}, r"`warmup` must be in \[0, 1\], got 2.0"),
+        ({"steps": 1, "decay": "linear"}, "`decay` must be 'cosine' or 'constant', got 'linear'"),
+        ({"steps": 1, "decay_power": 0.0}, "`decay_power` must be > 0, got 0.0"),
+        ({"steps": 1, "floor": 1.5}, r"`floor` must be in \[0, 1\], got 1.5"),
         ({"steps": 1, "precision": "fp16"}, "`precision` must be 'fp32' or 'bf16', got 'fp16'"),
     ],
 )

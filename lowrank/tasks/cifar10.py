@@ -19,12 +19,13 @@ def load(
     depth: int = 6,
     heads: int = 6,
     patch: int = 4,
+    qkv_bias: bool = True,
     train_samples: int = 50000,
 ) -> Task:
     """Which of ten classes? 32x32 colour images; a timm `VisionTransformer` trained from scratch.
 
-    **Arguments:** `data`: Hub name or folder. `width`, `depth`, `heads`, `patch`: of the ViT. `train_samples`: the first
-    so many training images (the data set is shuffled as published).
+    **Arguments:** `data`: Hub name or folder. `width`, `depth`, `heads`, `patch`, `qkv_bias`: of the ViT. `train_samples`: the
+    first so many training images (the data set is shuffled as published).
     """
     from timm.models.vision_transformer import VisionTransformer  # noqa: PLC0415
 
@@ -38,7 +39,13 @@ def load(
         return (pixels - mean) / spread
 
     options: dict[str, Any] = dict(
-        img_size=32, patch_size=patch, num_classes=10, embed_dim=width, depth=depth, num_heads=heads
+        img_size=32,
+        patch_size=patch,
+        num_classes=10,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        qkv_bias=qkv_bias,
     )
 
     parts = {"train": source["train"].select(range(train_samples)), "validation": source["test"]}
@@ -52,7 +59,7 @@ def load(
             "task": "cifar10",
             "data": {split: source[split]._fingerprint for split in ("train", "test")},
             "train_samples": train_samples,
-            "model": {"width": width, "depth": depth, "heads": heads, "patch": patch},
+            "model": {"width": width, "depth": depth, "heads": heads, "patch": patch, "qkv_bias": qkv_bias},
         },
         base={"timm": "VisionTransformer", "options": options},
     )
