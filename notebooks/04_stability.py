@@ -104,6 +104,7 @@ def loss(model, batch):
     return cross_entropy(logits(model, batch), labels(batch), label_smoothing=label_smoothing)
 
 
+# %%
 def trained(model, variant, seed, method=None):
     """Trains a model in one of the ways: quality at every look, and what the monitor saw."""
     options = dict(warmup=warmup, decay_power=decay_power, floor=floor, clip=clip, precision=precision, workers=workers)
@@ -151,8 +152,8 @@ for variant, seed in tqdm(runs, "trainings"):
             policy = dict(coverage=coverage, trigger=trigger, threshold=threshold)
             cuts = dict(delay=delay, frequency=frequency, sigma_cutoff=sigma_cutoff, minimum=minimum)
             method = OIALR(model, exclude=exclude, **cuts, **policy)
-        elif variant == "static low rank":
-            compress(model, dict(static_ranks(converted)), "svd")
+        elif variant == "static low rank" and (fitting := dict(static_ranks(converted))):
+            compress(model, fitting, "svd")  # nothing fits where OIALR has cut too little to store less
         found, seen = trained(model, variant, seed, method)
     qualities, looks = qualities + found, looks + seen
     stored = trainable = sum(p.numel() for p in model.parameters())
