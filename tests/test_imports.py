@@ -13,8 +13,8 @@ FLOORS = [
     {"cache", "statistics", "efficiency", "evaluation", "stability", "usv"},
     {"factorize", "statistics_file", "output_error"},
     {"recipes", "tasks", "modules"},
-    {"training", "checkpoint", "whitened_linear"},
-    {"baseline", "factored", "refine", "oialr"},
+    {"training", "checkpoint", "whitened_linear", "deltas"},
+    {"baseline", "factored", "refine", "oialr", "rank_config"},
     {"sweep", "prehab"},
 ]
 SIDE = {"parameters", "report", "run", "pair", "readme"}

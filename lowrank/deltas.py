@@ -1,0 +1,258 @@
+"""What fine-tuning changed: the spectra of W_tuned - W_base, from two checkpoints that are read one tensor at a time."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lowrank.fingerprint import hash_options
+from lowrank.layers import BLOCKS
+from lowrank.moments import all_finite
+from lowrank.spectra import effective_rank, retained_energy
+from lowrank.tasks.hub import found
+
+Source = Path | str | nn.Module
+SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SLAB = 1024  # rows that are widened to float64 at once
+
+
+@dataclass(frozen=True, eq=False)
+class DeltaSpectrum:
+    """The change of one weight.
+
+    `shape`: (out, in), kernels flattened to (out, in * kh * kw). `sigma`: its singular values, `(k,)`, descending, float64.
+    `total`: ||Delta||_F^2, exact. `weight_norm`: ||W_base||_F. `status`: 'zero' where nothing changed; 'noise' where no value
+    stands out of what a matrix of independent entries would have; else 'signal'.
+    """
+
+    shape: tuple[int, int]
+    sigma: Float[Tensor, " k"]
+    total: float
+    weight_norm: float
+
+    @property
+    def status(self) -> str:
+        if self.total == 0:
+            return "zero"
+        return "signal" if self.signal_rank else "noise"
+
+    @property
+    def signal_rank(self) -> int:
+        """How many singular values exceed the edge of the noise; the scale of the noise is read off their median.
+
+        **Reference:** Gavish and Donoho, The optimal hard threshold for singular values is 4/sqrt(3), 2014, for the scale;
+        Marchenko and Pastur for the edge, which is moved out by the width of its fluctuations.
+        """
+        return int((self.sigma.square() > noise_edge(self.shape) * self.sigma.square().median()).sum())
+
+    def energy(self, rank: int) -> float:
+        """The share of ||Delta||_F^2 in the `rank` largest values."""
+        return float(retained_energy(self.sigma, min(rank, len(self.sigma)))) if self.total else 1.0
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """For a table: sizes and single figures."""
+        ranks = {f"rank_{int(100 * share)}": self._rank(share) for share in (0.5, 0.9, 0.99)}
+        size = {"out": self.shape[0], "in": self.shape[1], "norm": self.total**0.5, "weight_norm": self.weight_norm}
+        rank = float(effective_rank(self.sigma))
+        return size | ranks | {"effective_rank": rank, "signal_rank": self.signal_rank, "status": self.status}
+
+    def _rank(self, share: float) -> int:
+        energy = self.sigma.square().cumsum(0)
+        return int((energy < share * energy[-1]).sum()) + 1 if self.total else 0
+
+
+def noise_edge(shape: tuple[int, int]) -> float:
+    """The largest sigma^2 that noise of independent entries has, over the median of its sigma^2: a matrix of this shape exceeds
+    it about once in a thousand times."""
+    short, long = sorted(shape)
+    ratio = short / long
+    low, high = (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2
+    x = np.linspace(low, high, 20001)[1:-1]
+    density = np.sqrt((high - x) * (x - low)) / x  # Marchenko and Pastur, up to a factor
+    median = np.interp(0.5, np.cumsum(density) / density.sum(), x)
+    # Tracy and Widom: the largest value fluctuates about the edge on the scale (1 + sqrt(ratio))^(4/3) ratio^(-1/6) / long^(2/3)
+    width = (1 + ratio**0.5) ** (4 / 3) * ratio ** (-1 / 6) / long ** (2 / 3)
+    return float((high + 4.0 * width) / median)
+
+
+def delta_spectra(
+    base: Source, tuned: Source, layers: Iterable[str] = BLOCKS, *, progress: bool = True
+) -> dict[str, DeltaSpectrum]:
+    """Spectra of the changes of all weights that two checkpoints share.
+
+    One matrix of each is in memory at a time: sigma^2 are the eigenvalues of the float64 Gram matrix on the short side, summed
+    over slabs of rows; memory: the two tensors, 8 min(out, in)^2 bytes twice, a slab. So a pair of 7B models needs about 1 GB.
+
+    **Arguments:** `base`, `tuned`: a folder with `model.safetensors` or its shards, a single such file, a Hub name, or a model in
+    memory; any dtype. `layers`: names or patterns of modules whose weights of two or more dimensions are meant; by default those
+    inside numbered blocks. `progress`: a bar.
+
+    **Returns:** module name -> `DeltaSpectrum`, in the order of names.
+
+    **Raises:** `FileNotFoundError`: no such checkpoint, or a shard that its index names. `ValueError`: another architecture, a
+    weight whose shape changed or that is not finite, by name; no weight in common.
+    """
+    with pair_of(base, tuned, layers) as (names, read):
+        spectra = {}
+        for name in tqdm(names, "spectra", unit="matrix", disable=not progress):
+            before, after = read(name)
+            spectra[name] = _spectrum(before, after, name)
+        return spectra
+
+
+def delta_factors(
+    base: Source, tuned: Source, ranks: Mapping[str, int], *, progress: bool = True
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors of the changes, for a warm start: Delta ~ B A, B = U sqrt(S) `(out, r)`, A = sqrt(S) V^T `(r, in)`, float32.
+
+    **Arguments:** as `delta_spectra`; `ranks`: module name -> rank; ranks of 0 are left out.
+
+    **Raises:** as `delta_spectra`; a name that is not in both checkpoints.
+    """
+    wanted = {name: rank for name, rank in ranks.items() if rank > 0}
+    with pair_of(base, tuned, list(wanted)) as (names, read):
+        if missing := sorted(wanted.keys() - set(names)):
+            raise ValueError(f"`ranks` must name weights of both checkpoints, got {missing[0]!r}.")
+        factors = {}
+        for name in tqdm(names, "factors", unit="matrix", disable=not progress):
+            before, after = read(name)
+            u, sigma, vh = torch.linalg.svd((after.double() - before.double()).flatten(1), full_matrices=False)
+            root, rank = sigma.sqrt(), wanted[name]
+            factors[name] = ((u * root)[:, :rank].float(), (root[:, None] * vh)[:rank].float())
+        return factors
+
+
+def _spectrum(before: Tensor, after: Tensor, name: str) -> DeltaSpectrum:
+    before, after = before.detach().flatten(1), after.detach().flatten(1)
+    for what, tensor in (("base", before), ("tuned", after)):
+        if not all_finite(tensor):
+            raise ValueError(f"`{what}` must have finite weights, got NaN or infinity in {name!r}.")
+    out, inputs = before.shape
+    gram = torch.zeros(min(out, inputs), min(out, inputs), dtype=torch.float64)
+    weight = 0.0
+    for first, second in zip(*(_slabs(side, along=out >= inputs) for side in (before, after)), strict=True):
+        first = first.double()
+        slab = (second.double() - first).cpu().numpy()
+        gram += torch.from_numpy(slab.T @ slab)  # NumPy sees one matrix twice, and does half the work
+        weight += float(first.square().sum())
+    values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
+    return DeltaSpectrum((out, inputs), values.sqrt(), float(gram.trace()), weight**0.5)
+
+
+def _slabs(matrix: Tensor, along: bool) -> Iterator[Tensor]:
+    """Pieces of the long side, each with the short side as its columns."""
+    for piece in matrix.split(SLAB, dim=0 if along else 1):
+        yield piece if along else piece.T
+
+
+@contextmanager
+def pair_of(
+    base: Source, tuned: Source, layers: Iterable[str]
+) -> Iterator[tuple[list[str], Callable[[str], tuple[Tensor, Tensor]]]]:
+    """Names of the modules that both have, and a function that reads the two weights of one."""
+    with ExitStack() as stack:
+        one, two = (stack.enter_context(_opened(side, what)) for side, what in ((base, "base"), (tuned, "tuned")))
+        kinds = one.architecture, two.architecture
+        if None not in kinds and kinds[0] != kinds[1]:
+            raise ValueError(f"`tuned` must have the architecture of `base`, {kinds[0]}, got {kinds[1]}.")
+        names = sorted(_named(one.shapes, layers) & _named(two.shapes, layers))
+        if not names:
+            raise ValueError(
+                f"`base` and `tuned` must have weights in common that `layers` names, got none of {len(one.shapes)} and "
+                f"{len(two.shapes)} tensors."
+            )
+        for name in names:
+            shapes = one.shapes[f"{name}.weight"], two.shapes[f"{name}.weight"]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"`tuned` must have the shapes of `base`: {name!r} has {shapes[1]}, `base` {shapes[0]}."
+                )
+        yield names, lambda name: (one.read(f"{name}.weight"), two.read(f"{name}.weight"))
+
+
+def source_identity(source: Source) -> str:
+    """A hash of what a checkpoint is made of: names, shapes, and sizes and times of its files; names and shapes of a model."""
+    with _opened(source, "source") as opened:
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in opened.files]
+        return hash_options({"shapes": sorted(opened.shapes.items()), "files": sorted(files)})
+
+
+def _named(shapes: Mapping[str, tuple[int, ...]], layers: Iterable[str]) -> set[str]:
+    entries = list(layers)
+    modules = {name.removesuffix(".weight") for name, s in shapes.items() if name.endswith(".weight") and len(s) >= 2}
+    return {name for name in modules if any(name == entry or re.fullmatch(entry, name) for entry in entries)}
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Tensors by name, read when they are asked for."""
+
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    architecture: str | None
+    files: list[Path]
+
+
+@contextmanager
+def _opened(source: Source, what: str) -> Iterator[_Opened]:
+    if isinstance(source, nn.Module):
+        state = source.state_dict()
+        config: Any = getattr(source, "config", None)
+        yield _Opened({n: tuple(t.shape) for n, t in state.items()}, state.__getitem__, _architecture(config), [])
+        return
+    with ExitStack() as stack:
+        holders: dict[str, Any] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        files = _files(source, what)
+        for path in files:
+            try:
+                file: Any = stack.enter_context(safe_open(path, "pt"))
+            except SafetensorError as error:
+                raise ValueError(f"`{what}` must hold whole safetensors files, got {str(path)!r}: {error}.") from error
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                holders[name], shapes[name] = file, tuple(file.get_slice(name).get_shape())
+        about = files[0].parent / CONFIG
+        config = json.loads(about.read_text(encoding="utf8")) if about.exists() else None
+        yield _Opened(shapes, lambda name: holders[name].get_tensor(name), _architecture(config), files)
+
+
+def _architecture(config: Any) -> str | None:
+    return (config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)) or None
+
+
+def _files(source: Path | str, what: str) -> list[Path]:
+    """The safetensors files of a checkpoint."""
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        if path.is_absolute() or str(source).count("/") > 1 or str(source).startswith("."):
+            raise FileNotFoundError(
+                f"`{what}` must be a folder, a safetensors file or a Hub name, got {str(source)!r}."
+            )
+        import huggingface_hub  # noqa: PLC0415
+
+        wanted = ["*.safetensors", "*.safetensors.index.json", CONFIG]
+        load = lambda: huggingface_hub.snapshot_download(str(source), allow_patterns=wanted)  # noqa: E731
+        path = Path(found("checkpoint", str(source), load))
+    if (index := path / INDEX).exists():
+        shards = sorted({path / name for name in json.loads(index.read_text(encoding="utf8"))["weight_map"].values()})
+        if missing := [shard.name for shard in shards if not shard.exists()]:
+            raise FileNotFoundError(
+                f"`{what}` must hold every shard of its index, got {str(path)!r} without {missing[0]!r}."
+            )
+        return shards
+    if (single := path / SINGLE).exists():
+        return [single]
+    raise FileNotFoundError(f"`{what}` must be a folder with {SINGLE} or {INDEX}, got {str(path)!r} with neither.")
