@@ -1,11 +1,10 @@
 """Two gloo processes on the CPU against one: moments are summed, whatever the share of each."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_in_two
 from torch import nn
 
 from lowrank.statistics import collect_statistics
@@ -54,10 +53,7 @@ def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 def test_two_processes_give_the_moments_of_one(share: str, tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path), share=share))
-    # what `accelerate launch` calls for several processes; on CPUs it would ask for mpirun itself
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two(script)
     model = make_model()
     alone = collect_statistics(model, make_batches(), ["blocks.0", "blocks.1", "blocks.2"], loss=loss)
     for rank in (0, 1):

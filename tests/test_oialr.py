@@ -3,14 +3,13 @@
 import copy
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run_in_two
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -633,9 +632,7 @@ torch.save([model.state_dict(), method.ranks, str(method.history)], {folder!r} +
 def test_two_processes_keep_equal_replicas(trigger: str, tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(tests=str(Path(__file__).parent), folder=str(tmp_path), trigger=trigger))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two(script)
     (one, ranks, history), (two, other_ranks, other_history) = (
         torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)
     )
