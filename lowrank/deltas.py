@@ -211,20 +211,24 @@ def _opened(source: Source, what: str) -> Iterator[_Opened]:
         config: Any = getattr(source, "config", None)
         yield _Opened({n: tuple(t.shape) for n, t in state.items()}, state.__getitem__, _architecture(config), [])
         return
-    with ExitStack() as stack:
-        holders: dict[str, Any] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        files = _files(source, what)
-        for path in files:
-            try:
-                file: Any = stack.enter_context(safe_open(path, "pt"))
-            except SafetensorError as error:
-                raise ValueError(f"`{what}` must hold whole safetensors files, got {str(path)!r}: {error}.") from error
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                holders[name], shapes[name] = file, tuple(file.get_slice(name).get_shape())
-        about = files[0].parent / CONFIG
-        config = json.loads(about.read_text(encoding="utf8")) if about.exists() else None
-        yield _Opened(shapes, lambda name: holders[name].get_tensor(name), _architecture(config), files)
+    where: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    files = _files(source, what)
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    where[name], shapes[name] = path, tuple(file.get_slice(name).get_shape())
+        except SafetensorError as error:
+            raise ValueError(f"`{what}` must hold whole safetensors files, got {str(path)!r}: {error}.") from error
+
+    def read(name: str) -> Tensor:
+        with safe_open(where[name], "pt") as file:  # opened anew: a file that stays open stays in memory once read
+            return file.get_tensor(name)
+
+    about = files[0].parent / CONFIG
+    config = json.loads(about.read_text(encoding="utf8")) if about.exists() else None
+    yield _Opened(shapes, read, _architecture(config), files)
 
 
 def _architecture(config: Any) -> str | None:
