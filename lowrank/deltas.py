@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lowrank.fingerprint import hash_options
 from lowrank.layers import BLOCKS
 from lowrank.moments import all_finite
-from lowrank.spectra import effective_rank, retained_energy
+from lowrank.spectra import effective_rank, rank_for_energy, retained_energy
 from lowrank.tasks.hub import found
 
 Source = Path | str | nn.Module
@@ -62,14 +62,10 @@ class DeltaSpectrum:
     @property
     def row(self) -> dict[str, Any]:
         """For a table: sizes and single figures."""
-        ranks = {f"rank_{int(100 * share)}": self._rank(share) for share in (0.5, 0.9, 0.99)}
+        ranks = {f"rank_{int(100 * share)}": rank_for_energy(self.sigma, share) for share in (0.5, 0.9, 0.99)}
         size = {"out": self.shape[0], "in": self.shape[1], "norm": self.total**0.5, "weight_norm": self.weight_norm}
         rank = float(effective_rank(self.sigma))
         return size | ranks | {"effective_rank": rank, "signal_rank": self.signal_rank, "status": self.status}
-
-    def _rank(self, share: float) -> int:
-        energy = self.sigma.square().cumsum(0)
-        return int((energy < share * energy[-1]).sum()) + 1 if self.total else 0
 
 
 def noise_edge(shape: tuple[int, int]) -> float:

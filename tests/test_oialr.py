@@ -305,7 +305,9 @@ def test_the_optimiser_holds_each_live_parameter_once(kind: str) -> None:
     assert {id(p) for p in optimizer.state} <= {id(p) for p in held}
     assert [id(p) for p in held] == [id(p) for p in model.parameters()]  # in the order of a fresh optimiser
     optimizer.load_state_dict(optimizer.state_dict())
-    assert advance(model, optimizer) == pytest.approx(advance(model, optimizer), rel=0.5)
+    before = [parameter.detach().clone() for parameter in held]
+    advance(model, optimizer)
+    assert all(not torch.equal(old, new) for old, new in zip(before, held, strict=True))
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e-3])
