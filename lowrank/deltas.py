@@ -117,7 +117,7 @@ def delta_factors(
     **Raises:** as `delta_spectra`; a name that is not in both checkpoints.
     """
     wanted = {name: rank for name, rank in ranks.items() if rank > 0}
-    with pair_of(base, tuned, list(wanted)) as (names, read):
+    with pair_of(base, tuned, [re.escape(name) for name in wanted]) as (names, read):
         if missing := sorted(wanted.keys() - set(names)):
             raise ValueError(f"`ranks` must name weights of both checkpoints, got {missing[0]!r}.")
         factors = {}

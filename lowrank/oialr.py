@@ -16,18 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank.checkpoint import distinct_tensors
-from lowrank.layers import ENDS, chosen, shared_weights
+from lowrank.layers import ENDS
 from lowrank.modules import replace_module
 from lowrank.moments import all_finite
 from lowrank.optimizer_state import replace_parameter
 from lowrank.stability import BasisMonitor
-from lowrank.usv import USV, USVConv2d, USVLinear
+from lowrank.usv import USV, USVConv2d, USVLinear, convertible, usv_kind
 
 __all__ = ["OIALR", "TRIGGERS", "USVConv2d", "USVLinear", "cut_rank"]
 
 TRIGGERS = ("schedule", "mean", "layer")
 FORMAT = "lowrank.oialr/1"
-THINNEST = 10  # a weight whose sides differ by more than this factor has little to give
 
 
 def cut_rank(singular_values: Tensor | Sequence[float], rank: int, sigma_cutoff: float | int, minimum: int) -> int:
@@ -109,7 +108,7 @@ class OIALR:
         _hold(rules)
         self.settings = {name: value for name, (value, _, _) in rules.items()}
         self.model = model
-        self.layers, self.skipped = _eligible(model, include, exclude)
+        self.layers, self.skipped = convertible(model, include, exclude)
         self.dense_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.steps = self.checks = 0
         self.ranks: dict[str, int] = {}
@@ -224,7 +223,7 @@ class OIALR:
 
     def _convert(self, name: str, usv: USV, turns: tuple[Tensor, Tensor], optimizer: Any) -> bool:
         dense = self._at(name)
-        made = _KINDS[_kind(dense)].from_dense(dense, usv)
+        made = usv_kind(dense).from_dense(dense, usv)
         replace_parameter(optimizer, dense.weight, made.s, *turns)
         replace_module(self.model, name, made)
         self.ranks[name] = made.rank
@@ -277,9 +276,7 @@ class OIALR:
             if name in self.ranks:
                 layer.set_usv(_blank(self.layers[name], rank))
             else:
-                replace_module(
-                    self.model, name, _KINDS[_kind(layer)].from_dense(layer, _blank(self.layers[name], rank))
-                )
+                replace_module(self.model, name, usv_kind(layer).from_dense(layer, _blank(self.layers[name], rank)))
         self.steps, self.checks, self.ranks = state["steps"], state["checks"], dict(state["ranks"])
         self.streaks, self.history = dict(state["streaks"]), list(state["history"])
         self.monitor.load_state_dict(state["monitor"])
@@ -322,43 +319,6 @@ class OIALR:
             previous.setdefault(name.removeprefix("previous:").rpartition(":")[0], []).append(tensors[name])
         self.load_state_dict(state | {"monitor": state["monitor"] | {"previous": previous}})
         self.model.load_state_dict(own | {name: own[kept] for name, kept in tied.items()})
-
-
-_KINDS: dict[type[nn.Module], Any] = {nn.Linear: USVLinear, nn.Conv2d: USVConv2d}
-
-
-def _kind(module: nn.Module) -> type[nn.Module]:
-    return next(kind for kind in _KINDS if isinstance(module, kind))
-
-
-def _eligible(
-    model: nn.Module, include: Iterable[str], exclude: Iterable[str]
-) -> tuple[dict[str, torch.Size], dict[str, str]]:
-    """Shapes of the weights to convert; and why others that were asked for are not."""
-    modules: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, tuple(_KINDS))}
-    names = chosen(modules, include, exclude)
-    shared = shared_weights(model, {name: modules[name] for name in names})
-    packed = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    layers, skipped = {}, {}
-    for name in names:
-        module = modules[name]
-        sides = module.weight.flatten(1).shape
-        reasons = {
-            "its weight is shared": name in shared,
-            "its weight is frozen": not module.weight.requires_grad,
-            "nn.MultiheadAttention reads its weight itself": name.rpartition(".")[0] in packed,
-            "its groups or padding have no such form": getattr(module, "groups", 1) != 1
-            or getattr(module, "padding_mode", "zeros") != "zeros",
-            f"its sides, {tuple(sides)}, differ by more than {THINNEST} times": min(sides) * THINNEST < max(sides),
-        }
-        if reason := next((text for text, holds in reasons.items() if holds), None):
-            skipped[name] = reason
-        else:
-            layers[name] = module.weight.shape
-    if not layers:
-        some = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3]) or "none is named"
-        raise ValueError(f"`model` must have a layer that can be converted, got none ({some}).")
-    return layers, skipped
 
 
 def _blank(shape: torch.Size, rank: int) -> USV:

@@ -1,11 +1,16 @@
 """Layers whose weight is U S V^T with fixed orthonormal bases U, V and a small trained matrix S."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+
+from lowrank.layers import chosen, shared_weights
+
+THINNEST = 10  # a weight whose sides differ by more than this factor has little to give
 
 
 class USV(NamedTuple):
@@ -172,3 +177,44 @@ def _merged(layer: Any, own: _Bases, weight: Tensor) -> Any:
     layer.weight = nn.Parameter(weight.to(own.dense_dtype), requires_grad=own.s.requires_grad)
     layer.register_parameter("bias", own.bias)
     return layer.train(own.training)
+
+
+KINDS: dict[type[nn.Module], Any] = {nn.Linear: USVLinear, nn.Conv2d: USVConv2d}
+
+
+def usv_kind(module: nn.Module) -> Any:
+    """The class that a layer is converted to."""
+    return next(made for kind, made in KINDS.items() if isinstance(module, kind))
+
+
+def convertible(
+    model: nn.Module, include: Iterable[str], exclude: Iterable[str]
+) -> tuple[dict[str, torch.Size], dict[str, str]]:
+    """Shapes of the weights that can be converted; and why others that were asked for cannot.
+
+    **Raises:** `ValueError`: as `lowrank.layers.chosen`; none can be.
+    """
+    modules: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, tuple(KINDS))}
+    names = chosen(modules, include, exclude)
+    shared = shared_weights(model, {name: modules[name] for name in names})
+    packed = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    layers, skipped = {}, {}
+    for name in names:
+        module = modules[name]
+        sides = module.weight.flatten(1).shape
+        reasons = {
+            "its weight is shared": name in shared,
+            "its weight is frozen": not module.weight.requires_grad,
+            "nn.MultiheadAttention reads its weight itself": name.rpartition(".")[0] in packed,
+            "its groups or padding have no such form": getattr(module, "groups", 1) != 1
+            or getattr(module, "padding_mode", "zeros") != "zeros",
+            f"its sides, {tuple(sides)}, differ by more than {THINNEST} times": min(sides) * THINNEST < max(sides),
+        }
+        if reason := next((text for text, holds in reasons.items() if holds), None):
+            skipped[name] = reason
+        else:
+            layers[name] = module.weight.shape
+    if not layers:
+        some = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3]) or "none is named"
+        raise ValueError(f"`model` must have a layer that can be converted, got none ({some}).")
+    return layers, skipped

@@ -14,8 +14,8 @@ FLOORS = [
     {"factorize", "statistics_file", "output_error"},
     {"recipes", "tasks", "modules"},
     {"training", "checkpoint", "whitened_linear", "deltas"},
-    {"baseline", "factored", "refine", "oialr", "rank_config"},
-    {"sweep", "prehab"},
+    {"baseline", "factored", "refine", "oialr", "lora_ranks"},
+    {"sweep", "prehab", "rank_config"},
 ]
 SIDE = {"parameters", "report", "run", "pair", "readme"}
 REPORTING = {"matplotlib", "pandas", "seaborn", "yaml", "papermill", "jupytext", "IPython"}
