@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from math import ceil, cos, isfinite, pi
@@ -22,10 +23,11 @@ STATES = "step-" + "[0-9]" * 9  # names of saved states; a name appears when its
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. `steps` optimiser steps of `batch_size` samples; `learning_rate` is the peak, reached after the
-    first `warmup` share of the steps; `decay`: 'cosine' lowers it to `floor`, a share of the peak, along the part `t` in [0, 1]
-    of the remaining steps to the power `decay_power`; 'constant' keeps it. Gradients are clipped to norm `clip`; `precision`:
-    'fp32' or 'bf16' (autocast). `seed` orders the data and draws dropout and new weights.
+    """How to train. `steps` optimiser steps of `accumulation` batches of `batch_size` samples, whose losses are averaged;
+    `learning_rate` is the peak, reached after the first `warmup` share of the steps; `decay`: 'cosine' lowers it to `floor`, a
+    share of the peak, along the part `t` in [0, 1] of the remaining steps to the power `decay_power`; 'constant' keeps it.
+    Gradients are clipped to norm `clip`; `precision`: 'fp32' or 'bf16' (autocast). `seed` orders the data and draws dropout and
+    new weights.
     """
 
     steps: int
@@ -40,6 +42,7 @@ class Recipe:
     precision: str = "fp32"
     seed: int = 0
     workers: int = 0
+    accumulation: int = 1
 
     def __post_init__(self) -> None:
         rules = {
@@ -54,6 +57,7 @@ class Recipe:
             "clip": (self.clip > 0, "> 0"),
             "precision": (self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'"),
             "workers": (self.workers >= 0, ">= 0"),
+            "accumulation": (self.accumulation >= 1, ">= 1"),
         }
         for name, (holds, rule) in rules.items():
             if not holds:
@@ -88,10 +92,10 @@ def seed_everything(seed: int) -> None:
 
 
 def sample_order(size: int, recipe: Recipe) -> Iterator[list[int]]:
-    """One list of `batch_size` sample positions per step: shuffled epochs laid end to end, so no batch is short."""
+    """One list of `batch_size` sample positions per batch: shuffled epochs laid end to end, so no batch is short."""
     generator = torch.Generator().manual_seed(recipe.seed)
     left: list[int] = []
-    for _ in range(recipe.steps):
+    for _ in range(recipe.steps * recipe.accumulation):
         while len(left) < recipe.batch_size:
             left += torch.randperm(size, generator=generator).tolist()
         yield left[: recipe.batch_size]
@@ -118,7 +122,7 @@ def train(
     order = [indices[rank::world] for indices in sample_order(size, recipe)]
     return fit(
         model,
-        lambda done: task.loader("train", order[done:], recipe.workers),
+        lambda done: task.loader("train", order[done * recipe.accumulation :], recipe.workers),
         recipe,
         loss or task.loss,
         **options,
@@ -143,11 +147,11 @@ def fit(
     With `checkpoint`, a call that follows a killed one goes on where that one saved last, and ends with the same weights
     as an undisturbed run.
 
-    **Arguments:** `batches`: `(steps done) -> the batches of the steps that follow`, one for each. `loss`: `(model, batch)
-    -> scalar`. `log`: called in every step while the gradients are there, not yet clipped; what it returns joins the row.
-    `after_step`: called with the optimiser after each of its steps; it returns whether it put other parameters in the places
-    of those that the model and the optimiser held. `states`: saved with the checkpoint, and loaded before the model's own
-    tensors are, so that they may change its shape.
+    **Arguments:** `batches`: `(steps done) -> the batches of the steps that follow`, `accumulation` for each.
+    `loss`: `(model, batch) -> scalar`. `log`: called in every step while the gradients are there, not yet clipped; what it
+    returns joins the row. `after_step`: called with the optimiser after each of its steps; it returns whether it put other
+    parameters in the places of those that the model and the optimiser held. `states`: saved with the checkpoint, and loaded
+    before the model's own tensors are, so that they may change its shape.
     `checkpoint`: a folder for saved states; it is left in place. `checkpoint_every`: steps between saves.
 
     **Returns:** one row per step: `step`, `loss`, `learning_rate`, and what `log` said.
@@ -174,15 +178,23 @@ def fit(
 
     bar = tqdm(total=recipe.steps, initial=len(history), desc="train", unit="step", mininterval=2, disable=not progress)
     wrapped.train()
-    for batch in islice(batches(len(history)), recipe.steps - len(history)):
-        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            value = loss(wrapped, to_device(batch, accelerator.device))
-        if not isfinite(value.item()):
-            raise FloatingPointError(
-                f"the loss is {value.item()} at step {len(history)}: lower `learning_rate` (now "
-                f"{recipe.learning_rate}), lengthen `warmup`, or train in fp32."
-            )
-        accelerator.backward(value)
+    following = iter(batches(len(history)))
+    while (
+        len(history) < recipe.steps
+        and len(parts := list(islice(following, recipe.accumulation))) == recipe.accumulation
+    ):
+        mean = 0.0
+        for part, batch in enumerate(parts, start=1):
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                value = loss(wrapped, to_device(batch, accelerator.device)) / recipe.accumulation
+            mean += value.item()
+            if not isfinite(mean):
+                raise FloatingPointError(
+                    f"the loss is {value.item()} at step {len(history)}: lower `learning_rate` (now "
+                    f"{recipe.learning_rate}), lengthen `warmup`, or train in fp32."
+                )
+            with nullcontext() if part == recipe.accumulation else accelerator.no_sync(wrapped):
+                accelerator.backward(value)
         said = log()
         accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], recipe.clip)
         optimizer.step()
@@ -191,16 +203,18 @@ def fit(
             accelerator.free_memory()  # of the wrapper, which holds the parameters that were replaced
             wrapped, optimizer = accelerator.prepare(model, optimizer)
             wrapped.train()
-        row = {"step": len(history), "loss": value.item(), "learning_rate": float(schedule.get_last_lr()[0])}
+        row = {"step": len(history), "loss": mean, "learning_rate": float(schedule.get_last_lr()[0])}
         history.append(row | said)
         schedule.step()
-        bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+        bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
         bar.update()
         if checkpoint and (len(history) % checkpoint_every == 0 or len(history) == recipe.steps):
             _save(accelerator, checkpoint, history, states)
     bar.close()
     if len(history) < recipe.steps:
-        raise ValueError(f"`batches` must hold {recipe.steps} batches, one for each step, got {len(history)}.")
+        raise ValueError(
+            f"`batches` must hold {recipe.accumulation} for each of {recipe.steps} steps, got enough for {len(history)}."
+        )
     model.eval()
     return history
 

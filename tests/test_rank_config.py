@@ -325,7 +325,9 @@ def test_warm_start_factors_multiply_to_the_delta(pair: Any) -> None:
         torch.testing.assert_close(left @ right, delta, atol=1e-5, rtol=1e-3)
         torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1), atol=1e-5, rtol=1e-4)
     twin = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(4, 4)}), "aXb": nn.Linear(4, 4)})
-    assert list(delta_factors(twin, copy.deepcopy(twin), {"a.b": 1}, progress=False)) == ["a.b"]  # the dot is no pattern
+    assert list(delta_factors(twin, copy.deepcopy(twin), {"a.b": 1}, progress=False)) == [
+        "a.b"
+    ]  # the dot is no pattern
     with pytest.raises(ValueError, match="`ranks` must name weights of both checkpoints, got 'lost'"):
         delta_factors(base, tuned, {names[0]: 2, "lost": 3}, progress=False)
 

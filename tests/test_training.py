@@ -95,6 +95,37 @@ def test_every_sample_is_seen_once_per_epoch() -> None:
     assert {len(batch) for batch in order} == {4}
 
 
+def test_accumulated_batches_make_the_step_of_a_large_one() -> None:
+    task = load_task("digits", width=16, depth=1, dropout=0.0)  # its masks would differ
+    rows = []
+    for batch_size, accumulation in ((16, 1), (4, 4)):
+        model, recipe = fresh(task), Recipe(6, batch_size, 1e-2, accumulation=accumulation, seed=1)
+        norm = lambda model=model: {"norm": sum(float(p.grad.norm()) for p in model.parameters())}  # noqa: E731
+        rows.append(train(model, task, recipe, log=norm, progress=False))
+    for one, four in zip(*rows, strict=True):
+        assert four == pytest.approx(one, rel=1e-3)
+    assert rows[0][0]["norm"] != rows[0][1]["norm"]
+
+
+def test_accumulation_goes_on_where_it_was_killed(task: Task, tmp_path: Path) -> None:
+    recipe = Recipe(steps=6, batch_size=4, accumulation=3, learning_rate=1e-2)
+    undisturbed, resumed = fresh(task), fresh(task)
+    history = train(undisturbed, task, recipe, progress=False)
+
+    def loss(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == 3 * 4 + 2:
+            raise KeyboardInterrupt
+        return task.loss(model, batch)
+
+    calls = 0
+    with pytest.raises(KeyboardInterrupt):
+        train(fresh(task), task, recipe, loss=loss, checkpoint=tmp_path, checkpoint_every=2, progress=False)
+    assert train(resumed, task, recipe, checkpoint=tmp_path, checkpoint_every=2, progress=False) == history
+    assert same(resumed, undisturbed)
+
+
 def test_a_loss_that_is_not_finite_stops_at_once(task: Task) -> None:
     def loss(model, batch):
         return task.loss(model, batch) * float("nan")
@@ -116,6 +147,7 @@ def test_bf16_trains_in_fp32_weights(task: Task) -> None:
         ({"steps": -1}, "`steps` must be >= 0, got -1"),
         ({"steps": 1, "learning_rate": 0.0}, "`learning_rate` must be > 0, got 0.0"),
         ({"steps": 1, "warmup": 2.0}, r"`warmup` must be in \[0, 1\], got 2.0"),
+        ({"steps": 1, "accumulation": 0}, "`accumulation` must be >= 1, got 0"),
         ({"steps": 1, "decay": "linear"}, "`decay` must be 'cosine' or 'constant', got 'linear'"),
         ({"steps": 1, "decay_power": 0.0}, "`decay_power` must be > 0, got 0.0"),
         ({"steps": 1, "floor": 1.5}, r"`floor` must be in \[0, 1\], got 1.5"),
@@ -182,7 +214,7 @@ def squares(model: nn.Module, batch: Tensor) -> Tensor:
 @pytest.mark.parametrize("held", [0, 3])
 def test_batches_that_end_before_the_steps_do_are_named(generator, held) -> None:
     batches = list(torch.randn(held, 8, 4, generator=generator))
-    with pytest.raises(ValueError, match=rf"`batches` must hold 5 batches, one for each step, got {held}"):
+    with pytest.raises(ValueError, match=rf"`batches` must hold 1 for each of 5 steps, got enough for {held}"):
         fit(nn.Linear(4, 2), lambda done: batches[done:], Recipe(steps=5), squares, progress=False)
 
 

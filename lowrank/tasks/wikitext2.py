@@ -20,12 +20,14 @@ def load(
     length: int = 2048,
     dtype: str = "float16",
     layers: list[str] | tuple[str, ...] = BLOCKS,
+    auto: str = "AutoModelForCausalLM",
 ) -> Task:
     """Next token on WikiText-2. 'validation' here is the published *test* split, which the tables report.
 
     **Arguments:** `model`: Hub name or folder of any causal language model. `data`, `config`: Hub name or folder and its
-    configuration. `length`: tokens per chunk. `dtype`: of the weights, by its torch name. `layers`: targeted layers. The
-    source's own validation split, where it has no train split, serves to calibrate.
+    configuration. `length`: tokens per chunk. `dtype`: of the weights, by its torch name. `layers`: targeted layers.
+    `auto`: the class of transformers to load with; 'AutoModelForImageTextToText' for vision-language models, of which the text
+    part is used. The source's own validation split, where it has no train split, serves to calibrate.
     """
     weights = getattr(torch, dtype, None)
     if not (isinstance(weights, torch.dtype) and weights.is_floating_point):
@@ -38,7 +40,7 @@ def load(
         return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
 
     def make_model() -> nn.Module:
-        return load_pretrained("AutoModelForCausalLM", model, torch_dtype=weights)
+        return load_pretrained(auto, model, torch_dtype=weights)
 
     calibration = "train" if "train" in source else "validation"
     splits = {"train": calibration, "validation": "test"}
