@@ -177,6 +177,21 @@ def pair_of(
         yield names, lambda name: (one.read(f"{name}.weight"), two.read(f"{name}.weight"))
 
 
+def read_tensors(source: Source, modules: Iterable[str]) -> dict[str, Tensor]:
+    """The parameters of whole modules, by name, and nothing else of a checkpoint.
+
+    **Raises:** as `delta_spectra`; `ValueError`: a module without parameters there.
+    """
+    with _opened(source, "source") as opened:
+        found = {}
+        for module in modules:
+            names = [name for name in opened.shapes if name.startswith(f"{module}.")]
+            if not names:
+                raise ValueError(f"`modules` must have parameters in `source`, got {module!r}.")
+            found |= {name: opened.read(name) for name in names}
+        return found
+
+
 def source_identity(source: Source) -> str:
     """A hash of what a checkpoint is made of: names, shapes, and sizes and times of its files; names and shapes of a model."""
     with _opened(source, "source") as opened:

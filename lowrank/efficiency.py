@@ -64,6 +64,37 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def training_step(
+    model: nn.Module,
+    loss: Callable[[nn.Module], Tensor],
+    *,
+    clip: float = 1.0,
+    precision: str = "fp32",
+) -> tuple[Callable[[], None], int]:
+    """A training step of what is trainable in a model, to be timed: forward, backward, clipping, AdamW. One step is taken at
+    once, so that the optimiser has its state; the learning rate is so small that the weights stay where they are.
+
+    **Arguments:** `loss`: `model -> scalar`, on a fixed batch. `clip`, `precision`: as in `lowrank.training.Recipe`.
+
+    **Returns:** the step, and the bytes that are held between steps: weights, buffers, the optimiser's state.
+    """
+    trained = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-9, weight_decay=0.0)
+
+    @torch.enable_grad()
+    def step() -> None:
+        with torch.autocast(device_of(model).type, torch.bfloat16, enabled=precision == "bf16"):
+            value = loss(model)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(trained, clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    state = sum(t.nbytes for tensors in optimizer.state.values() for t in tensors.values())
+    return step, weight_bytes(model) + state
+
+
 def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """The most bytes that a call holds at once beyond what was held before it: activations, and caches of keys and values.
 

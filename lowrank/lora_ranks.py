@@ -137,10 +137,28 @@ def ranks_for_budget(
 
 def uniform_ranks(shapes: Mapping[str, tuple[int, int]], parameters: int) -> dict[str, int]:
     """One rank for all layers, the largest within a number of adapter parameters; what is left goes to the first layers."""
-    cost = sum(map(sum, shapes.values()))
-    ranks = dict.fromkeys(shapes, min(parameters // cost, *(min(shape) for shape in shapes.values())))
-    left = parameters - sum(rank * sum(shapes[name]) for name, rank in ranks.items())
-    for name, shape in shapes.items():
-        if ranks[name] < min(shape) and sum(shape) <= left:
-            ranks[name], left = ranks[name] + 1, left - sum(shape)
-    return ranks
+    rank = parameters // sum(map(sum, shapes.values()))
+    return _filled(dict.fromkeys(shapes, rank), shapes, parameters, rank + 1)
+
+
+def random_ranks(shapes: Mapping[str, tuple[int, int]], parameters: int, generator: torch.Generator) -> dict[str, int]:
+    """Ranks at random within a number of adapter parameters, a control: the shares of the layers are uniform on the simplex."""
+    draws = -torch.rand(len(shapes), generator=generator, dtype=torch.float64).log()
+    shares = (draws / draws.sum()).tolist()
+    ranks = {name: int(share * parameters / sum(shapes[name])) for name, share in zip(shapes, shares, strict=True)}
+    return _filled(ranks, shapes, parameters)
+
+
+def _filled(
+    ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], parameters: int, max_rank: int | None = None
+) -> dict[str, int]:
+    """Ranks that the shapes allow; what is left of the parameters goes in turn to the layers that can take it."""
+    caps = {name: min(max_rank or min(shape), *shape) for name, shape in shapes.items()}
+    filled = {name: min(rank, caps[name]) for name, rank in ranks.items()}
+    left = parameters - sum(rank * sum(shapes[name]) for name, rank in filled.items())
+    takers = list(shapes)
+    while takers := [name for name in takers if filled[name] < caps[name] and sum(shapes[name]) <= left]:
+        for name in takers:
+            if sum(shapes[name]) <= left:
+                filled[name], left = filled[name] + 1, left - sum(shapes[name])
+    return filled

@@ -9,7 +9,7 @@ the weights; `analysis_metadata`, the rule and its numbers; `hashes` of `base` a
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from lowrank.lora_ranks import (
     THRESHOLD,
     layer_type,
     power_of_two,
+    random_ranks,
     rank_for_delta,
     ranks_for_budget,
     smooth_ranks,
@@ -39,6 +40,7 @@ __all__ = [
     "delta_spectra",
     "layer_type",
     "power_of_two",
+    "random_ranks",
     "rank_for_delta",
     "ranks_for_budget",
     "smooth_ranks",
@@ -74,6 +76,7 @@ class RankConfig:
         smoothing: float | int = SMOOTHING,
         powers_of_two: bool = False,
         per: str = "module",
+        group: Callable[[str], str] = layer_type,
         parameters: int | None = None,
         model: str | None = None,
         hashes: Mapping[str, str] | None = None,
@@ -81,9 +84,10 @@ class RankConfig:
         """Ranks by the threshold rule, or by a budget.
 
         **Arguments:** `threshold`, `min_rank`, `max_rank`: as in `rank_for_delta`; a layer whose delta looks like noise gets
-        `min_rank`. `smoothing`: factor of `smooth_ranks` in each type of layer. `powers_of_two`: round ranks above 16, before the
-        smoothing. `per`: 'module', or 'type' for one rank for all modules of a type, their median. `parameters`: a budget, exact;
-        replaces threshold, rounding and smoothing by `ranks_for_budget`. `model`, `hashes`: kept in the file.
+        `min_rank`. `smoothing`: factor of `smooth_ranks` in each group of layers. `powers_of_two`: round ranks above 16, before
+        the smoothing. `per`: 'module', or 'type' for one rank for all modules of a group, their median. `group`: module name ->
+        its group, the type of the layer by default. `parameters`: a budget, exact; replaces threshold, rounding and smoothing by
+        `ranks_for_budget`. `model`, `hashes`: kept in the file.
 
         **Raises:** `ValueError`: as the rules; no spectrum; every delta zero.
         """
@@ -93,7 +97,7 @@ class RankConfig:
         if not alive:
             raise ValueError("`spectra` must have a layer that changed, got none.")
         raw = {name: rank_for_delta(s.sigma, threshold, min_rank, max_rank) for name, s in alive.items()}
-        groups = {name: layer_type(name) for name in alive}
+        groups = {name: group(name) for name in alive}
         if parameters is not None:
             ranks = ranks_for_budget(alive, parameters, min_rank=0, max_rank=max_rank)
             rule: dict[str, Any] = {"rule": "budget", "parameters": parameters, "max_rank": max_rank}
@@ -117,7 +121,7 @@ class RankConfig:
                 "powers_of_two": powers_of_two,
             }
         if per == "type":
-            types = _medians(ranks)
+            types = _medians(ranks, group)
             ranks = {name: min(types[groups[name]], len(alive[name].sigma)) for name in ranks}
         return cls.from_ranks(alive, ranks, rule | {"per": per}, model=model, hashes=hashes)
 
@@ -157,7 +161,7 @@ class RankConfig:
     @property
     def layer_ranks(self) -> dict[str, int]:
         """Type of layer -> median rank of its modules, as the published file has it; the exact ones are in `module_ranks`."""
-        return _medians(self.module_ranks)
+        return _medians(self.module_ranks, layer_type)
 
     @property
     def parameters(self) -> int:
@@ -215,47 +219,79 @@ class RankConfig:
                 )
         return cls(**{key: about[key] for key in keys})
 
-    def lora_config(self, model: nn.Module, *, scaling: float | int = 1.0, **peft_options: Any) -> Any:
-        """The `peft.LoraConfig` with exactly these ranks, and one scaling on every module whatever its rank.
+    def located(self, model: nn.Module) -> dict[str, str]:
+        """The modules of this file in a model: name in the file -> name in the model.
+
+        They differ where transformers writes checkpoints under older names than those of its modules, as for Qwen2.5-VL:
+        `model.layers.0.mlp.up_proj` is `model.language_model.layers.0.mlp.up_proj`. Then the module is the only one of its shape
+        that ends like the name, the more of the name the better, the number of the block at least.
+
+        **Raises:** `ValueError`: a module that the model lacks, has in another shape, or has twice.
+        """
+        sides = {name: _sides(module) for name, module in model.named_modules()}
+        found = {}
+        for name in self.module_ranks:
+            wanted = (self.modules[name]["out"], self.modules[name]["in"])
+            ends = [name.split(".", count)[-1] for count in range(name.count(".") + 1)]
+            ends = [end for end in ends if re.search(r"(^|\.)\d+\.", end)]
+            likely = ([own for own in sides if own.endswith(f".{end}") and sides[own] == wanted] for end in ends)
+            best = [name] if name in sides else next((own for own in likely if own), [])
+            if len(best) != 1 or sides[best[0]] != wanted:
+                given = sides.get(name) or (f"{best[0]!r} and {best[1]!r}" if best else "none")
+                raise ValueError(
+                    f"`model` must have the modules of this file: {name!r} should be {wanted}, got {given}."
+                )
+            found[name] = best[0]
+        if len(set(found.values())) < len(found):
+            raise ValueError("`model` must have a module of its own for each of this file, got one for two of them.")
+        return found
+
+    def lora_config(
+        self,
+        model: nn.Module,
+        *,
+        scaling: float | int | None = None,
+        lora_alpha: float | int | None = None,
+        **peft_options: Any,
+    ) -> Any:
+        """The `peft.LoraConfig` with exactly these ranks, and by default one scaling on every module whatever its rank.
 
         Names are anchored, so that `layers.1` is not found in `layers.11` nor in a second tower.
 
-        **Arguments:** `model`: the one that the adapter is for. `scaling`: what peft multiplies B A by: alpha / r, or alpha /
-        sqrt(r) with `use_rslora`. `peft_options`: others of `LoraConfig`.
+        **Arguments:** `model`: the one that the adapter is for. `scaling`: what peft multiplies B A by, 1 by default.
+        `lora_alpha`: instead of it, one alpha: then B A is multiplied by alpha / r, or with `use_rslora` by alpha / sqrt(r), of
+        each module's own rank. `peft_options`: others of `LoraConfig`.
 
-        **Raises:** `ValueError`: a module that the model lacks or has in another shape; an option that this method sets itself.
+        **Raises:** `ValueError`: a module that the model lacks or has in another shape; an option that this method sets itself;
+        `scaling` and `lora_alpha` together.
         """
         import peft  # noqa: PLC0415
 
-        own = {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"}
+        own = {"r", "target_modules", "rank_pattern", "alpha_pattern"}
         if clash := sorted(own & peft_options.keys()):
             raise ValueError(f"`peft_options` must leave {clash[0]!r} to the ranks of this file.")
-        modules = dict(model.named_modules())
-        for name in self.module_ranks:
-            row = self.modules[name]
-            wanted, given = (row["out"], row["in"]), _sides(modules.get(name))
-            if given != wanted:
-                raise ValueError(
-                    f"`model` must have the modules of this file: {name!r} should be {wanted}, got {given or 'none'}."
-                )
-        root = 0.5 if peft_options.get("use_rslora") else 1.0
-        patterns = {f"^{re.escape(name)}": rank for name, rank in self.module_ranks.items()}
+        if scaling is not None and lora_alpha is not None:
+            raise ValueError(f"`scaling` must be left out where `lora_alpha` is given, got {scaling} and {lora_alpha}.")
+        power = 0.5 if peft_options.get("use_rslora") else 1.0
+        alpha = lambda rank: lora_alpha if lora_alpha is not None else (scaling or 1.0) * rank**power  # noqa: E731
+        own_names = self.located(model)
+        patterns = {f"^{re.escape(own_names[name])}": rank for name, rank in self.module_ranks.items()}
         first = next(iter(self.module_ranks.values()))
         return peft.LoraConfig(
             r=first,
-            lora_alpha=scaling * first**root,  # pyright: ignore[reportArgumentType] (a float will do)
-            target_modules="|".join(map(re.escape, self.module_ranks)),
+            lora_alpha=alpha(first),  # pyright: ignore[reportArgumentType] (a float will do)
+            target_modules="|".join(map(re.escape, own_names.values())),
             rank_pattern=patterns,
-            alpha_pattern={pattern: scaling * rank**root for pattern, rank in patterns.items()},
+            alpha_pattern={pattern: alpha(rank) for pattern, rank in patterns.items()},
             **peft_options,
         )
 
 
-def _medians(ranks: Mapping[str, int]) -> dict[str, int]:
+def _medians(ranks: Mapping[str, int], group: Callable[[str], str]) -> dict[str, int]:
     types: dict[str, list[int]] = {}
     for name, rank in ranks.items():
         if rank:
-            types.setdefault(layer_type(name), []).append(rank)
+            types.setdefault(group(name), []).append(rank)
     return {kind: int(median(own)) for kind, own in sorted(types.items())}
 
 

@@ -117,6 +117,30 @@ def fixed_bases() -> str:
     return pd.DataFrame(rows).to_markdown(index=False)
 
 
+def adapters() -> str:
+    """Metric, gain over uniform ranks seed by seed, and the cost of a step over that of full fine-tuning, by kind of adapter."""
+    rows = []
+    for name, folder in _results("05_rank_config").items():
+        table = pd.read_csv(folder / "comparison.csv").set_index("variant")
+        gains = pd.read_csv(folder / "gain_by_variant.csv").groupby("variant").gain.agg(["mean", "std"])
+        metric = next(key for key in ("accuracy", "perplexity") if key in pd.read_csv(folder / "quality_by_variant.csv"))
+        for variant, row in table.drop(index="base").iterrows():
+            gain = f"{gains['mean'][variant]:+.3g} ± {gains['std'][variant]:.2g}" if variant in gains.index else ""
+            step, memory = (row[key] / table[key]["full"] for key in ("step_ms", "memory_mb"))
+            rows.append(
+                {
+                    "set": name if variant == table.index[1] else "",
+                    "variant": variant,
+                    "metric": f"{metric} {row['mean']:.3g} ± {row['std']:.2g}",
+                    "gain over uniform": gain,
+                    "trainable": f"{row['trainable']:,.0f}",
+                    "step, of full": f"{step:.2f}",
+                    "memory, of full": f"{memory:.2f}",
+                }
+            )
+    return pd.DataFrame(rows).to_markdown(index=False)
+
+
 def benchmarks() -> str:
     """The measured ratios of `make bench`: those of layers side by side, the others one to a row."""
     found = [pd.read_csv(path) for path in sorted((OUTPUTS / "bench").glob("*.csv"))]
@@ -137,6 +161,7 @@ BLOCKS = {
     "comparison": comparison,
     "preparation": preparation,
     "fixed bases": fixed_bases,
+    "adapters": adapters,
     "benchmarks": benchmarks,
 }
 

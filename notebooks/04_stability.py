@@ -65,7 +65,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from lowrank.batches import device_of, labels, logits, to_device
-from lowrank.efficiency import peak_bytes, time_in_turns, weight_bytes
+from lowrank.efficiency import peak_bytes, time_in_turns, training_step
 from lowrank.evaluation import evaluate
 from lowrank.factored import compress
 from lowrank.modules import split_packed
@@ -323,30 +323,16 @@ report.figure(drawn, "quality_by_epoch")
 
 
 # %%
-def step_of(model):
-    """A training step of a model on one batch, and its optimiser."""
-    model = copy.deepcopy(model).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    batch = to_device(next(iter(data.batches("train", batch_size))), device_of(model))
-
-    @torch.enable_grad()
-    def step():
-        with torch.autocast(device_of(model).type, torch.bfloat16, enabled=precision == "bf16"):
-            value = loss(model, batch)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    return step, weight_bytes(model), sum(t.nbytes for s in optimizer.state.values() for t in s.values())
-
-
 with report.stage("step time"):
-    steps = {variant: step_of(model) for variant, model in finals.items()}
+    batch = to_device(next(iter(data.batches("train", batch_size))), device_of(finals["dense"]))
+    options = dict(clip=clip, precision=precision)
+    steps = {
+        variant: training_step(copy.deepcopy(model), lambda own: loss(own, batch), **options)
+        for variant, model in finals.items()
+    }
     device = device_of(finals["dense"])
-    times = time_in_turns({variant: step for variant, (step, _, _) in steps.items()}, repeats=20, device=device)
-    peaks = {variant: peak_bytes(step, device) + held + state for variant, (step, held, state) in steps.items()}
+    times = time_in_turns({variant: step for variant, (step, _) in steps.items()}, repeats=20, device=device)
+    peaks = {variant: peak_bytes(step, device) + held for variant, (step, held) in steps.items()}
 final = quality[quality.epoch == quality.epoch.max()].groupby("variant", sort=False)[metric].agg(["mean", "std"])
 table = pd.DataFrame(sizes).drop(columns="seed").groupby("variant", sort=False).mean()
 table = table.assign(trainable_share=table.trainable / table.dense, stored_share=table.stored / table.dense)

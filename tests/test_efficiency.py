@@ -5,7 +5,15 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.budget import kept_parameters
-from lowrank.efficiency import count_flops, generate_in_turns, peak_bytes, synchronize, time_in_turns, weight_bytes
+from lowrank.efficiency import (
+    count_flops,
+    generate_in_turns,
+    peak_bytes,
+    synchronize,
+    time_in_turns,
+    training_step,
+    weight_bytes,
+)
 from lowrank.factored import compress
 
 TOKENS = 11
@@ -49,6 +57,31 @@ def test_operations_are_counted_without_gradients_and_add_up(generator) -> None:
     assert count_flops(both) == count_flops(lambda: one(x)) + count_flops(lambda: two(hidden))
     assert seen == [False]
     assert torch.is_grad_enabled()
+
+
+# --- a training step --------------------------------------------------------------------------------------------------
+
+
+def test_a_training_step_trains_what_is_trainable_and_moves_nothing(generator) -> None:
+    model = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 8))
+    model[0].weight.requires_grad_(False)
+    before = [p.clone() for p in model.parameters()]
+    x = torch.randn(TOKENS, 24, generator=generator)
+    calls: list[bool] = []
+
+    def loss(own: nn.Module) -> Tensor:
+        calls.append(own.training)
+        return own(x).square().mean()
+
+    step, held = training_step(model, loss)
+    with torch.no_grad():  # as peak_bytes calls it
+        step()
+    assert calls == [True, True]
+    trained = 40 + 40 * 8 + 8
+    assert held == 4 * (24 * 40 + trained) + 2 * 4 * trained + 3 * 4  # weights, two moments, three counts of steps
+    for old, new in zip(before, model.parameters(), strict=True):
+        torch.testing.assert_close(old, new, atol=1e-7, rtol=0)
+    assert all(p.grad is None for p in model.parameters())
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

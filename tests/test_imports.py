@@ -16,6 +16,7 @@ FLOORS = [
     {"training", "checkpoint", "whitened_linear", "deltas"},
     {"baseline", "factored", "refine", "oialr", "lora_ranks"},
     {"sweep", "prehab", "rank_config"},
+    {"adapters"},
 ]
 SIDE = {"parameters", "report", "run", "pair", "readme"}
 REPORTING = {"matplotlib", "pandas", "seaborn", "yaml", "papermill", "jupytext", "IPython"}

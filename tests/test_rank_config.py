@@ -21,6 +21,7 @@ from lowrank.rank_config import (
     RankConfig,
     layer_type,
     power_of_two,
+    random_ranks,
     rank_for_delta,
     ranks_for_budget,
     smooth_ranks,
@@ -272,6 +273,28 @@ def test_costs_weigh_where_shapes_differ() -> None:
     assert uniform_ranks({"a": (4, 4), "b": (40, 40)}, 200) == {"a": 3, "b": 2}
 
 
+def test_controls_use_up_the_budget() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (4, 4), "b": (40, 40), "c": (24, 40), "d": (40, 24)}
+    whole = sum(min(shape) * sum(shape) for shape in shapes.values())
+    seen = set()
+    for budget in (300, 1000, 3000, whole, 2 * whole):
+        for _ in range(5):
+            ranks = random_ranks(shapes, budget, generator)
+            seen.add(tuple(ranks.values()))
+            left = budget - sum(rank * sum(shapes[name]) for name, rank in ranks.items())
+            assert all(0 <= rank <= min(shapes[name]) for name, rank in ranks.items())
+            assert left >= 0
+            assert left < 64 or all(left < sum(shapes[n]) or r == min(shapes[n]) for n, r in ranks.items())
+        uniform = uniform_ranks(shapes, budget)
+        free = [rank for name, rank in uniform.items() if rank < min(shapes[name])]
+        assert not free or max(free) - min(free) <= 1
+    assert len(seen) > 15
+    assert list(ranks.values()) == [4, 40, 24, 24]
+    again = random_ranks(shapes, 1000, torch.Generator().manual_seed(1))
+    assert again == random_ranks(shapes, 1000, torch.Generator().manual_seed(1))
+
+
 # --- checkpoints ---
 
 
@@ -413,7 +436,11 @@ def towers_config(**options: Any) -> RankConfig:
     return RankConfig.from_spectra(spectra, threshold=1.0, min_rank=1, smoothing=0.0, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"scaling": 2.5}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"scaling": 2.5}, {"lora_alpha": 16}, {"lora_alpha": 16, "use_rslora": True}],
+    ids=str,
+)
 def test_peft_gets_exact_ranks_and_scalings(options: dict[str, Any], tmp_path: Path) -> None:
     config = towers_config()
     config.save(tmp_path / "lora_rank_config.json")
@@ -428,7 +455,10 @@ def test_peft_gets_exact_ranks_and_scalings(options: dict[str, Any], tmp_path: P
     assert len(set(config.module_ranks.values())) > 4
     for name, layer in layers.items():
         assert layer.r["default"] == config.module_ranks[name]
-        assert layer.scaling["default"] == pytest.approx(options.get("scaling", 1.0))
+        rank = config.module_ranks[name]
+        by_alpha = 16 / (rank**0.5 if "use_rslora" in options else rank)
+        wanted_scaling = by_alpha if "lora_alpha" in options else options.get("scaling", 1.0)
+        assert layer.scaling["default"] == pytest.approx(wanted_scaling)
     trainable, _ = wrapped.get_nb_trainable_parameters()
     assert trainable == config.parameters
     with torch.no_grad():
@@ -476,6 +506,9 @@ def test_one_rank_per_type() -> None:
     config = towers_config(per="type")
     assert {config.module_ranks[n] for n in config.module_ranks if n.endswith("v_proj")} == {7}
     assert {config.module_ranks[n] for n in config.module_ranks if n.endswith("q_proj")} == {3}
+    towers = towers_config(per="type", group=lambda name: name.partition(".")[0]).module_ranks
+    assert {towers[n] for n in towers if n.startswith("encoder")} == {4}
+    assert {towers[n] for n in towers if n.startswith("decoder")} == {6}
     with pytest.raises(ValueError, match="`per` must be 'module' or 'type', got 'layer'"):
         towers_config(per="layer")
 
