@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.fingerprint import hash_options
+from lowrank.gram import slabs, squared_singular_values
 from lowrank.layers import BLOCKS
 from lowrank.moments import all_finite
 from lowrank.spectra import effective_rank, rank_for_energy, retained_energy
@@ -23,7 +24,6 @@ from lowrank.tasks.hub import found
 
 Source = Path | str | nn.Module
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-SLAB = 1024  # rows that are widened to float64 at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,22 +134,10 @@ def _spectrum(before: Tensor, after: Tensor, name: str) -> DeltaSpectrum:
     for what, tensor in (("base", before), ("tuned", after)):
         if not all_finite(tensor):
             raise ValueError(f"`{what}` must have finite weights, got NaN or infinity in {name!r}.")
-    out, inputs = before.shape
-    gram = torch.zeros(min(out, inputs), min(out, inputs), dtype=torch.float64)
-    weight = 0.0
-    for first, second in zip(*(_slabs(side, along=out >= inputs) for side in (before, after)), strict=True):
-        first = first.double()
-        slab = (second.double() - first).cpu().numpy()
-        gram += torch.from_numpy(slab.T @ slab)  # NumPy sees one matrix twice, and does half the work
-        weight += float(first.square().sum())
-    values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
-    return DeltaSpectrum((out, inputs), values.sqrt(), float(gram.trace()), weight**0.5)
-
-
-def _slabs(matrix: Tensor, along: bool) -> Iterator[Tensor]:
-    """Pieces of the long side, each with the short side as its columns."""
-    for piece in matrix.split(SLAB, dim=0 if along else 1):
-        yield piece if along else piece.T
+    pairs = zip(slabs(before), slabs(after), strict=True)
+    values = squared_singular_values(second.double() - first.double() for first, second in pairs)
+    weight = sum(float(piece.double().square().sum()) for piece in slabs(before)) ** 0.5
+    return DeltaSpectrum((before.shape[0], before.shape[1]), values.sqrt().cpu(), float(values.sum()), weight)
 
 
 @contextmanager

@@ -9,8 +9,20 @@ from lowrank.imports import PACKAGE, imported_modules, sources
 
 # Floor of each room; a folder's rooms share one. `tasks` stands on `evaluation`, whose losses and metrics its sets name.
 FLOORS = [
-    {"imports", "fingerprint", "layers", "batches", "spectra", "moments", "budget", "penalties", "optimizer_state"},
-    {"cache", "statistics", "efficiency", "evaluation", "stability", "usv"},
+    {
+        "imports",
+        "fingerprint",
+        "layers",
+        "batches",
+        "spectra",
+        "moments",
+        "budget",
+        "penalties",
+        "optimizer_state",
+        "assignment",
+        "gram",
+    },
+    {"cache", "statistics", "efficiency", "evaluation", "stability", "usv", "esd"},
     {"factorize", "statistics_file", "output_error"},
     {"recipes", "tasks", "modules"},
     {"training", "checkpoint", "whitened_linear", "deltas"},
