@@ -79,12 +79,12 @@ from tqdm.auto import tqdm
 from lowrank.adapters import add_adapter, load_model
 from lowrank.baseline import load_baseline
 from lowrank.batches import device_of, to_device
-from lowrank.deltas import source_identity
 from lowrank.efficiency import peak_bytes, training_step
 from lowrank.evaluation import evaluate
 from lowrank.layers import depth_and_kind
 from lowrank.rank_config import RankConfig, delta_spectra, random_ranks, ranks_for_budget, uniform_ranks
 from lowrank.report import Report
+from lowrank.source import source_identity
 from lowrank.tasks import load_task
 from lowrank.training import Recipe, train
 

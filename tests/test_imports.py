@@ -25,9 +25,10 @@ FLOORS = [
     {"cache", "statistics", "efficiency", "evaluation", "stability", "usv", "esd"},
     {"factorize", "statistics_file", "output_error"},
     {"recipes", "tasks", "modules"},
-    {"training", "checkpoint", "whitened_linear", "deltas"},
-    {"baseline", "factored", "refine", "oialr", "lora_ranks"},
-    {"sweep", "prehab", "rank_config"},
+    {"training", "checkpoint", "whitened_linear", "source"},
+    {"baseline", "factored", "refine", "oialr", "deltas"},
+    {"sweep", "prehab", "lora_ranks"},
+    {"rank_config"},
     {"adapters"},
 ]
 SIDE = {"parameters", "report", "run", "pair", "readme"}
