@@ -26,7 +26,7 @@ FLOORS = [
     {"factorize", "statistics_file", "output_error"},
     {"recipes", "tasks", "modules"},
     {"training", "checkpoint", "whitened_linear", "source"},
-    {"baseline", "factored", "refine", "oialr", "deltas"},
+    {"baseline", "factored", "refine", "oialr", "deltas", "selection"},
     {"sweep", "prehab", "lora_ranks"},
     {"rank_config"},
     {"adapters"},
