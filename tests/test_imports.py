@@ -21,6 +21,7 @@ FLOORS = [
         "optimizer_state",
         "assignment",
         "gram",
+        "objectives",
     },
     {"cache", "statistics", "efficiency", "evaluation", "stability", "usv", "esd"},
     {"factorize", "statistics_file", "output_error"},
