@@ -24,7 +24,7 @@ FLOORS = [
         "objectives",
     },
     {"cache", "statistics", "efficiency", "evaluation", "stability", "usv", "esd"},
-    {"factorize", "statistics_file", "output_error"},
+    {"factorize", "statistics_file", "output_error", "pruning"},
     {"recipes", "tasks", "modules"},
     {"training", "checkpoint", "whitened_linear", "source"},
     {"baseline", "factored", "refine", "oialr", "deltas", "selection"},
