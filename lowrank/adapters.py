@@ -9,8 +9,9 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from lowrank.batches import Batch, logits, token_mask
-from lowrank.deltas import Source, delta_factors, read_tensors
+from lowrank.deltas import delta_factors
 from lowrank.rank_config import RankConfig
+from lowrank.source import Source, read_tensors
 from lowrank.tasks.hub import found
 from lowrank.training import seed_everything
 

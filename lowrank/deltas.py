@@ -1,29 +1,22 @@
 """What fine-tuning changed: the spectra of W_tuned - W_base, from two checkpoints that are read one tensor at a time."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from lowrank.fingerprint import hash_options
+from lowrank.gram import slabs, squared_singular_values
 from lowrank.layers import BLOCKS
 from lowrank.moments import all_finite
+from lowrank.source import Source, named, opened
 from lowrank.spectra import effective_rank, rank_for_energy, retained_energy
-from lowrank.tasks.hub import found
-
-Source = Path | str | nn.Module
-SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-SLAB = 1024  # rows that are widened to float64 at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,22 +127,10 @@ def _spectrum(before: Tensor, after: Tensor, name: str) -> DeltaSpectrum:
     for what, tensor in (("base", before), ("tuned", after)):
         if not all_finite(tensor):
             raise ValueError(f"`{what}` must have finite weights, got NaN or infinity in {name!r}.")
-    out, inputs = before.shape
-    gram = torch.zeros(min(out, inputs), min(out, inputs), dtype=torch.float64)
-    weight = 0.0
-    for first, second in zip(*(_slabs(side, along=out >= inputs) for side in (before, after)), strict=True):
-        first = first.double()
-        slab = (second.double() - first).cpu().numpy()
-        gram += torch.from_numpy(slab.T @ slab)  # NumPy sees one matrix twice, and does half the work
-        weight += float(first.square().sum())
-    values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
-    return DeltaSpectrum((out, inputs), values.sqrt(), float(gram.trace()), weight**0.5)
-
-
-def _slabs(matrix: Tensor, along: bool) -> Iterator[Tensor]:
-    """Pieces of the long side, each with the short side as its columns."""
-    for piece in matrix.split(SLAB, dim=0 if along else 1):
-        yield piece if along else piece.T
+    pairs = zip(slabs(before), slabs(after), strict=True)
+    values = squared_singular_values(second.double() - first.double() for first, second in pairs)
+    weight = sum(float(piece.double().square().sum()) for piece in slabs(before)) ** 0.5
+    return DeltaSpectrum((before.shape[0], before.shape[1]), values.sqrt().cpu(), float(values.sum()), weight)
 
 
 @contextmanager
@@ -158,11 +139,11 @@ def pair_of(
 ) -> Iterator[tuple[list[str], Callable[[str], tuple[Tensor, Tensor]]]]:
     """Names of the modules that both have, and a function that reads the two weights of one."""
     with ExitStack() as stack:
-        one, two = (stack.enter_context(_opened(side, what)) for side, what in ((base, "base"), (tuned, "tuned")))
+        one, two = (stack.enter_context(opened(side, what)) for side, what in ((base, "base"), (tuned, "tuned")))
         kinds = one.architecture, two.architecture
         if None not in kinds and kinds[0] != kinds[1]:
             raise ValueError(f"`tuned` must have the architecture of `base`, {kinds[0]}, got {kinds[1]}.")
-        names = sorted(_named(one.shapes, layers) & _named(two.shapes, layers))
+        names = sorted(named(one.shapes, layers) & named(two.shapes, layers))
         if not names:
             raise ValueError(
                 f"`base` and `tuned` must have weights in common that `layers` names, got none of {len(one.shapes)} and "
@@ -175,99 +156,3 @@ def pair_of(
                     f"`tuned` must have the shapes of `base`: {name!r} has {shapes[1]}, `base` {shapes[0]}."
                 )
         yield names, lambda name: (one.read(f"{name}.weight"), two.read(f"{name}.weight"))
-
-
-def read_tensors(source: Source, modules: Iterable[str]) -> dict[str, Tensor]:
-    """The parameters of whole modules, by name, and nothing else of a checkpoint.
-
-    **Raises:** as `delta_spectra`; `ValueError`: a module without parameters there.
-    """
-    with _opened(source, "source") as opened:
-        found = {}
-        for module in modules:
-            names = [name for name in opened.shapes if name.startswith(f"{module}.")]
-            if not names:
-                raise ValueError(f"`modules` must have parameters in `source`, got {module!r}.")
-            found |= {name: opened.read(name) for name in names}
-        return found
-
-
-def source_identity(source: Source) -> str:
-    """A hash of what a checkpoint is made of: names, shapes, and sizes and times of its files; names and shapes of a model."""
-    with _opened(source, "source") as opened:
-        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in opened.files]
-        return hash_options({"shapes": sorted(opened.shapes.items()), "files": sorted(files)})
-
-
-def _named(shapes: Mapping[str, tuple[int, ...]], layers: Iterable[str]) -> set[str]:
-    entries = list(layers)
-    modules = {name.removesuffix(".weight") for name, s in shapes.items() if name.endswith(".weight") and len(s) >= 2}
-    return {name for name in modules if any(name == entry or re.fullmatch(entry, name) for entry in entries)}
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """Tensors by name, read when they are asked for."""
-
-    shapes: dict[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
-    architecture: str | None
-    files: list[Path]
-
-
-@contextmanager
-def _opened(source: Source, what: str) -> Iterator[_Opened]:
-    if isinstance(source, nn.Module):
-        state = source.state_dict()
-        config: Any = getattr(source, "config", None)
-        yield _Opened({n: tuple(t.shape) for n, t in state.items()}, state.__getitem__, _architecture(config), [])
-        return
-    where: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    files = _files(source, what)
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 (no mapping)
-                    where[name], shapes[name] = path, tuple(file.get_slice(name).get_shape())
-        except SafetensorError as error:
-            raise ValueError(f"`{what}` must hold whole safetensors files, got {str(path)!r}: {error}.") from error
-
-    def read(name: str) -> Tensor:
-        with safe_open(where[name], "pt") as file:  # opened anew: a file that stays open stays in memory once read
-            return file.get_tensor(name)
-
-    about = files[0].parent / CONFIG
-    config = json.loads(about.read_text(encoding="utf8")) if about.exists() else None
-    yield _Opened(shapes, read, _architecture(config), files)
-
-
-def _architecture(config: Any) -> str | None:
-    return (config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)) or None
-
-
-def _files(source: Path | str, what: str) -> list[Path]:
-    """The safetensors files of a checkpoint."""
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        if path.is_absolute() or str(source).count("/") > 1 or str(source).startswith("."):
-            raise FileNotFoundError(
-                f"`{what}` must be a folder, a safetensors file or a Hub name, got {str(source)!r}."
-            )
-        import huggingface_hub  # noqa: PLC0415
-
-        wanted = ["*.safetensors", "*.safetensors.index.json", CONFIG]
-        load = lambda: huggingface_hub.snapshot_download(str(source), allow_patterns=wanted)  # noqa: E731
-        path = Path(found("checkpoint", str(source), load))
-    if (index := path / INDEX).exists():
-        shards = sorted({path / name for name in json.loads(index.read_text(encoding="utf8"))["weight_map"].values()})
-        if missing := [shard.name for shard in shards if not shard.exists()]:
-            raise FileNotFoundError(
-                f"`{what}` must hold every shard of its index, got {str(path)!r} without {missing[0]!r}."
-            )
-        return shards
-    if (single := path / SINGLE).exists():
-        return [single]
-    raise FileNotFoundError(f"`{what}` must be a folder with {SINGLE} or {INDEX}, got {str(path)!r} with neither.")

@@ -11,9 +11,10 @@ import torch
 from benchmarks import llama, peak_megabytes, recorder
 from safetensors.torch import save_file
 
-from lowrank.deltas import INDEX, delta_spectra
+from lowrank.deltas import delta_spectra
 from lowrank.efficiency import time_in_turns
 from lowrank.rank_config import rank_for_delta
+from lowrank.source import INDEX
 
 row, table = recorder("rank_config")
 GIGABYTE = 1e9

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters import add_adapter, load_model
-from lowrank.deltas import delta_spectra, read_tensors
+from lowrank.deltas import delta_spectra
 from lowrank.rank_config import RankConfig, uniform_ranks
+from lowrank.source import read_tensors
 
 BATCH = torch.arange(24).reshape(3, 8)
 

@@ -9,13 +9,27 @@ from lowrank.imports import PACKAGE, imported_modules, sources
 
 # Floor of each room; a folder's rooms share one. `tasks` stands on `evaluation`, whose losses and metrics its sets name.
 FLOORS = [
-    {"imports", "fingerprint", "layers", "batches", "spectra", "moments", "budget", "penalties", "optimizer_state"},
-    {"cache", "statistics", "efficiency", "evaluation", "stability", "usv"},
-    {"factorize", "statistics_file", "output_error"},
+    {
+        "imports",
+        "fingerprint",
+        "layers",
+        "batches",
+        "spectra",
+        "moments",
+        "budget",
+        "penalties",
+        "optimizer_state",
+        "assignment",
+        "gram",
+        "objectives",
+    },
+    {"cache", "statistics", "efficiency", "evaluation", "stability", "usv", "esd"},
+    {"factorize", "statistics_file", "output_error", "pruning"},
     {"recipes", "tasks", "modules"},
-    {"training", "checkpoint", "whitened_linear", "deltas"},
-    {"baseline", "factored", "refine", "oialr", "lora_ranks"},
-    {"sweep", "prehab", "rank_config"},
+    {"training", "checkpoint", "whitened_linear", "source"},
+    {"baseline", "factored", "refine", "oialr", "deltas", "selection"},
+    {"sweep", "prehab", "lora_ranks"},
+    {"rank_config"},
     {"adapters"},
 ]
 SIDE = {"parameters", "report", "run", "pair", "readme"}

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lowrank.deltas import INDEX, DeltaSpectrum, delta_factors, delta_spectra, noise_edge, source_identity
+from lowrank.deltas import DeltaSpectrum, delta_factors, delta_spectra, noise_edge
 from lowrank.rank_config import (
     RankConfig,
     layer_type,
@@ -27,6 +27,7 @@ from lowrank.rank_config import (
     smooth_ranks,
     uniform_ranks,
 )
+from lowrank.source import INDEX, source_identity
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "lora_ranks"
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the reference values are not beside this checkout")

@@ -1,0 +1,248 @@
+"""The empirical spectral density (ESD) of a weight: power-law exponents of its tail, and what they say about pruning it.
+
+Eigenvalues are lambda = sigma^2 of the weight, ascending, nothing divided out. The published code computes in float32 and keeps
+what rounding makes of zeros; here zeros are left out of fits, and a fit that cannot be made is NaN with a status.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lowrank.gram import slabs, squared_singular_values
+
+WINDOWS = ("published", "corrected")
+BINS = 100
+FEW = 8  # a tail of fewer eigenvalues says nothing
+EPSILON = 1e-10  # of the entropy
+
+
+def esd_metrics(
+    weight: Float[Tensor, "out in *kernel"], window: str = "published", smallest: float | int = 0.0
+) -> dict[str, Any]:
+    """Metrics of the spectrum of one weight.
+
+    **Arguments:** `weight`: a matrix, any floating dtype; of a convolution `(out, in, kh, kw)` the eigenvalues of all kernel
+    positions are pooled, each halved, as published. `window`: of `alpha_peak`: 'published', whose lower end compares a
+    logarithm with an eigenvalue, or 'corrected'. `smallest`: fits keep lambda > smallest; 1e-5 in WeightWatcher.
+
+    **Returns:** `status`: 'ok', 'few' (fewer than 8 eigenvalues are left), 'rank deficient' (zeros were left out of the fits),
+    'constant' (all are equal), 'zero', 'not finite', 'empty window'; and floats, NaN where there is none: `alpha`, the exponent
+    of the tail whose Kolmogorov-Smirnov distance `alpha_distance` is least; `alpha_peak`, the same among tails that start near
+    the peak of the histogram of log lambda; `alpha_mid`, of the upper half; `hill`, Hill's estimator for the upper half, and
+    `hill_tenth`; `alpha_weighted` = alpha log10 lambda_max; `log_alpha_norm` = log10 sum lambda^alpha; `norm` = sum lambda,
+    `spectral_norm` = lambda_max, and `log_norm`, `log_spectral_norm` to base 10; `stable_rank`; `entropy`; `matrix_rank`.
+
+    **Raises:** `ValueError`: an unknown window, a weight of fewer than 2 dimensions.
+
+    **Reference:** Clauset, Shalizi and Newman, SIAM Review 2009, for the fit; Lu et al., AlphaPruning, NeurIPS 2024; Martin,
+    Peng and Mahoney, Nature Communications 2021.
+    """
+    if window not in WINDOWS:
+        raise ValueError(f"`window` must be one of {list(WINDOWS)}, got {window!r}.")
+    if weight.dim() < 2:
+        raise ValueError(f"`weight` must have at least 2 dimensions, got shape {tuple(weight.shape)}.")
+    metrics: dict[str, Any] = {"status": "ok"} | dict.fromkeys(FITTED + PLAIN, math.nan)
+    if not bool(torch.isfinite(weight).all()):
+        return metrics | {"status": "not finite"}
+    return spectrum_metrics(eigenvalues(weight), max(weight.shape[:2]), window, smallest)
+
+
+FITTED = (
+    "alpha", "alpha_distance", "alpha_peak", "alpha_mid", "hill", "hill_tenth", "alpha_weighted", "log_alpha_norm"
+)  # fmt: skip
+PLAIN = ("norm", "spectral_norm", "log_norm", "log_spectral_norm", "stable_rank", "entropy", "matrix_rank")
+METRICS = tuple(name for name in FITTED + PLAIN if name != "alpha_distance")
+
+
+def eigenvalues(weight: Float[Tensor, "out in *kernel"]) -> np.ndarray:
+    """lambda of a weight, ascending, float64; of a kernel those of its positions together, halved."""
+    weight = weight.detach()
+    if weight.dim() == 2:
+        return squared_singular_values(slabs(weight)).flip(0).cpu().numpy()
+    positions = weight.flatten(2).unbind(-1)
+    return np.sort(0.5 * np.concatenate([eigenvalues(position) for position in positions]))
+
+
+def spectrum_metrics(values: np.ndarray, largest_side: int, window: str, smallest: float | int) -> dict[str, Any]:
+    """`esd_metrics` of eigenvalues, ascending; `largest_side`: the larger side of the matrix, for its numerical rank."""
+    total, top = float(values.sum()), float(values[-1])
+    metrics: dict[str, Any] = {"status": "ok"} | dict.fromkeys(FITTED + PLAIN, math.nan)
+    if top == 0:
+        return metrics | {"status": "zero", "norm": 0.0, "spectral_norm": 0.0, "matrix_rank": 0.0}
+    rounding = float(np.finfo(np.float32).eps)
+    rank = int((values > top * (largest_side * rounding) ** 2).sum())
+    share = values / total + EPSILON
+    metrics |= {
+        "norm": total,
+        "spectral_norm": top,
+        "log_norm": math.log10(total),
+        "log_spectral_norm": math.log10(top),
+        "stable_rank": total / top,
+        "entropy": float(-(share * np.log(share)).sum() / math.log(rank + EPSILON)) if rank > 1 else 0.0,
+        "matrix_rank": float(rank),
+    }
+    # what rounding a matrix of lower rank to float32 leaves, and what the Gram matrix cannot tell from zero
+    zero = top * max(16 * rounding**2, len(values) * float(np.finfo(np.float64).eps))
+    kept = values[values > max(zero, smallest)]
+    if len(kept) < len(values) and smallest < zero:
+        metrics["status"] = "rank deficient"
+    if len(kept) < FEW:
+        metrics["status"] = "few"
+    if len(kept) < 2:
+        return metrics
+    if kept[-1] <= kept[0] * (1 + 1e-12):
+        return metrics | {"status": "constant"}
+    return metrics | _fits(kept, window, metrics["status"])
+
+
+def _fits(values: np.ndarray, window: str, status: str) -> dict[str, Any]:
+    """Exponents of the tail of eigenvalues that are positive and not all equal."""
+    exponents, distances = _tails(values)
+    best = int(np.argmin(distances))
+    low, high = _window(values, window)
+    near = np.flatnonzero((values[:-1] >= low) & (values[:-1] <= high))
+    alpha, top = float(exponents[best]), math.log(values[-1])
+    middle = len(values) // 2
+    return {
+        "status": status if len(near) else "empty window",
+        "alpha": alpha,
+        "alpha_distance": float(distances[best]),
+        "alpha_peak": float(exponents[near[np.argmin(distances[near])]]) if len(near) else math.nan,
+        "alpha_mid": float(exponents[middle]) if middle < len(exponents) else math.nan,
+        "hill": _hill(values, len(values) // 2),
+        "hill_tenth": _hill(values, len(values) // 10),
+        "alpha_weighted": alpha * top / math.log(10),
+        "log_alpha_norm": (alpha * top + math.log(np.exp(alpha * (np.log(values) - top)).sum())) / math.log(10),
+    }
+
+
+def _tails(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For every start of the tail but the last: the exponent of maximum likelihood, and how far it is from the data."""
+    logs, count = np.log(values), len(values)
+    sums = np.cumsum(logs[::-1])[::-1]
+    left = count - np.arange(count)
+    with np.errstate(divide="ignore"):
+        exponents = 1 + left[:-1] / np.maximum(sums[:-1] - left[:-1] * logs[:-1], 0.0)
+    distances = np.full(count - 1, np.inf)
+    for start in np.flatnonzero(np.isfinite(exponents)):
+        fitted = 1 - np.exp((1 - exponents[start]) * (logs[start:] - logs[start]))
+        distances[start] = np.abs(fitted - np.arange(left[start]) / left[start]).max()
+    return exponents, distances
+
+
+def _window(values: np.ndarray, window: str) -> tuple[float, float]:
+    """Where a tail may start: from 0.95 to 1.5 times the left edge of the fullest of 100 bins of log10 lambda."""
+    counts, edges = np.histogram(np.log10(values), bins=BINS)
+    peak = 10 ** float(edges[int(np.argmax(counts))])
+    return (0.95 * peak if window == "corrected" else math.log10(0.95 * peak)), 1.5 * peak
+
+
+def _hill(values: np.ndarray, count: int) -> float:
+    """1 + k / sum of ln lambda / threshold over the k largest; the threshold is the next one."""
+    if not 1 <= count < len(values):
+        return math.nan
+    spread = float((np.log(values[-count:]) - math.log(values[-count - 1])).sum())
+    return 1 + count / spread if spread > 0 else math.nan
+
+
+@overload
+def pruning_ratios(
+    metric: Mapping[str, float], parameters: Mapping[str, int], sparsity: float, epsilon: float,
+    blocks: Mapping[str, Any] | None = None, exact: bool = True, missing: str = "error",
+) -> dict[str, float]: ...  # fmt: skip
+@overload
+def pruning_ratios(
+    metric: Sequence[float], parameters: Sequence[int], sparsity: float, epsilon: float,
+    blocks: Sequence[Any] | None = None, exact: bool = True, missing: str = "error",
+) -> list[float]: ...  # fmt: skip
+def pruning_ratios(
+    metric: Any,
+    parameters: Any,
+    sparsity: float | int,
+    epsilon: float | int,
+    blocks: Any = None,
+    exact: bool = True,
+    missing: str = "error",
+) -> Any:
+    """The share of each layer to prune: larger where the metric is larger, `sparsity` of all weights together.
+
+    t = (1 - epsilon) ... (1 + epsilon), linear in the metric from its least to its greatest; the ratio is proportional to t.
+
+    **Arguments:** `metric`: layer -> number, or a list. `parameters`: the weights of each, in the same form. `sparsity`: in
+    [0, 1). `epsilon`: in [0, 1). `blocks`: the block of each layer; metrics are replaced by the mean of their block. `exact`:
+    ratios above 1 are cut to 1 and the others raised until the total is right; False cuts only, as published, and misses it.
+    `missing`: what to do with a metric that is not finite: 'error', or 'median' of the others.
+
+    **Returns:** ratios in [0, 1] in the form of `metric`; `sparsity` everywhere where all metrics are equal.
+
+    **Raises:** `ValueError`: layers that differ, a number out of its range, a metric that is missing, by name.
+
+    **Reference:** Lu et al., AlphaPruning, NeurIPS 2024, section 3.3.
+    """
+    if isinstance(metric, Mapping):
+        for what, given in (("parameters", parameters), ("blocks", blocks)):
+            if given is not None and given.keys() != metric.keys():
+                odd = sorted(given.keys() ^ metric.keys())[0]
+                raise ValueError(f"`{what}` must be of the layers of `metric`, got {odd!r} in one of them only.")
+        names = list(metric)
+        counts = [parameters[name] for name in names]
+        labels = None if blocks is None else [blocks[name] for name in names]
+        ratios = _ratios(names, list(metric.values()), counts, labels, sparsity, epsilon, exact, missing)
+        return dict(zip(names, ratios, strict=True))
+    if len(parameters) != len(metric) or (blocks is not None and len(blocks) != len(metric)):
+        raise ValueError(f"`parameters` and `blocks` must be one for each of {len(metric)} metrics.")
+    return _ratios(list(range(len(metric))), metric, parameters, blocks, sparsity, epsilon, exact, missing)
+
+
+def _ratios(
+    names: Sequence[Any],
+    metric: Sequence[float],
+    parameters: Sequence[int],
+    blocks: Sequence[Any] | None,
+    sparsity: float | int,
+    epsilon: float | int,
+    exact: bool,
+    missing: str,
+) -> list[float]:
+    if not len(metric):
+        raise ValueError("`metric` must hold at least one layer, got none.")
+    for what, number in (("sparsity", sparsity), ("epsilon", epsilon)):
+        if not 0 <= number < 1:
+            raise ValueError(f"`{what}` must be in [0, 1), got {number}.")
+    if missing not in ("error", "median"):
+        raise ValueError(f"`missing` must be 'error' or 'median', got {missing!r}.")
+    if small := [n for n, count in zip(names, parameters, strict=True) if count < 1]:
+        raise ValueError(f"`parameters` must be >= 1, got {parameters[list(names).index(small[0])]} for {small[0]!r}.")
+    found, counts = np.array(metric, dtype=np.float64), np.array(parameters, dtype=np.float64)
+    lost = ~np.isfinite(found)
+    if lost.any():
+        if missing == "error" or lost.all():
+            raise ValueError(
+                f"`metric` must be finite, got {found[lost][0]} for {names[int(np.argmax(lost))]!r}; `missing='median'` fills it."
+            )
+        found[lost] = np.median(found[~lost])
+    if blocks is not None:
+        labels = np.array([list(dict.fromkeys(blocks)).index(block) for block in blocks])
+        found = (np.bincount(labels, found) / np.bincount(labels))[labels]
+    spread = found.max() - found.min()
+    tilt = (found - found.min()) / spread * 2 * epsilon + (1 - epsilon) if spread > 0 else np.ones_like(found)
+    asked = sparsity * counts.sum()
+    if not exact:
+        return np.clip(tilt * asked / (counts * tilt).sum(), 0.0, 1.0).tolist()
+    return _projected(tilt, counts, asked).tolist()
+
+
+def _projected(tilt: np.ndarray, counts: np.ndarray, asked: float) -> np.ndarray:
+    """min(c t, 1) with the c that gives the total; layers reach 1 in the order of their t."""
+    full = np.zeros(len(tilt), dtype=bool)
+    while True:
+        scale = (asked - counts[full].sum()) / (counts * tilt)[~full].sum()
+        over = ~full & (scale * tilt > 1)
+        if not over.any():
+            return np.where(full, 1.0, scale * tilt)
+        full |= over

@@ -1,0 +1,31 @@
+"""Squared singular values as the eigenvalues of a float64 Gram matrix: several times faster than an SVD, and exact to about
+1e-16 of the largest."""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+SLAB = 1024  # rows that are widened to float64 at once
+
+
+def slabs(matrix: Float[Tensor, "rows columns"]) -> list[Tensor]:
+    """Views of the long side of a matrix, each with the short side as its columns."""
+    rows, columns = matrix.shape
+    return [piece if rows >= columns else piece.T for piece in matrix.split(SLAB, dim=0 if rows >= columns else 1)]
+
+
+def squared_singular_values(pieces: Iterable[Float[Tensor, "_ short"]]) -> Float[Tensor, " short"]:
+    """Of the matrix whose slabs are given, descending, in float64 on the CPU or the accelerator of the slabs."""
+    gram: Tensor | None = None
+    for piece in pieces:
+        wide = piece.double()
+        if wide.device.type == "cpu":
+            array = wide.numpy()
+            own = torch.from_numpy(array.T @ array)  # NumPy sees one matrix twice, and does half the work
+        else:
+            own = wide.T @ wide
+        gram = own if gram is None else gram.add_(own)
+    assert gram is not None
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
