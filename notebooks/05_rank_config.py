@@ -338,8 +338,8 @@ quality = pd.DataFrame(results)
 report.table(quality, "quality_by_variant")
 
 # %% [markdown]
-# The table `comparison`: mean and standard deviation over seeds of the held-out metric, trainable parameters, `step_ms`, the least
-# of the seeds' medians, as a machine may be busy with other things, and `memory_mb` of a training step: weights, the
+# The table `comparison`: mean and standard deviation over seeds of the held-out metric, trainable parameters, `step_ms`, the
+# least of the seeds' medians, as a machine may be busy with other things, and `memory_mb` of a training step: weights, the
 # optimiser's state and the most that is held beyond them.
 
 # %%
