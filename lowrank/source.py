@@ -1,6 +1,7 @@
 """Checkpoints as tensors by name: a folder with `model.safetensors` or its shards, a single such file, a Hub name, or a model in
 memory; read one tensor at a time."""
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lowrank.fingerprint import hash_options
+from lowrank.fingerprint import hash_model, hash_options
 from lowrank.tasks.hub import found
 
 Source = Path | str | nn.Module
@@ -107,10 +108,16 @@ def read_tensors(source: Source, modules: Iterable[str]) -> dict[str, Tensor]:
 
 
 def source_identity(source: Source) -> str:
-    """A hash of what a checkpoint is made of: names, shapes, and sizes and times of its files; names and shapes of a model."""
+    """A hash of what a checkpoint holds: the bytes of its files, or the tensors of a model in memory."""
+    if isinstance(source, nn.Module):
+        return hash_model(source)
     with opened(source, "source") as held:
-        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in held.files]
-        return hash_options({"shapes": sorted(held.shapes.items()), "files": sorted(files)})
+        files = held.files
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "blake2b").hexdigest())
+    return hash_options(sorted(digests))
 
 
 def named(shapes: Mapping[str, tuple[int, ...]], layers: Iterable[str]) -> set[str]:

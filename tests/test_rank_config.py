@@ -337,6 +337,9 @@ def test_every_form_of_a_checkpoint_gives_the_same(pair: Any, tmp_path: Path) ->
         for name, spectrum in found.items():
             assert torch.equal(spectrum.sigma, wanted[name].sigma)
     assert source_identity(base_folder) == source_identity(str(base_folder)) != source_identity(tuned_folder)
+    base.save_pretrained(tmp_path / "again")  # the same bytes at another time and place
+    assert source_identity(tmp_path / "again") == source_identity(base_folder)
+    assert source_identity(base) == source_identity(copy.deepcopy(base)) != source_identity(tuned)
 
 
 def test_warm_start_factors_multiply_to_the_delta(pair: Any) -> None:
