@@ -1,5 +1,6 @@
 """LoRA adapters with given ranks: the frozen model below them, perhaps quantised, and the four ways in which they can start."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lowrank.batches import Batch, logits, token_mask
 from lowrank.deltas import delta_factors
 from lowrank.rank_config import RankConfig
 from lowrank.source import Source, read_tensors
-from lowrank.tasks.hub import found
+from lowrank.tasks.hub import load_pretrained
 from lowrank.training import seed_everything
 
 QUANTISED: dict[str, dict[str, Any]] = {  # as transformers' BitsAndBytesConfig takes them
@@ -31,22 +32,22 @@ def load_model(
 ) -> nn.Module:
     """A transformers model from a folder, on the accelerator where there is one, in evaluation mode.
 
-    **Arguments:** `model_class`: its class, or an Auto class. `quantised`: '', '4bit' (NF4) or '8bit', which need bitsandbytes;
-    such a model is frozen, for adapters only. `gradient_checkpointing`: activations of blocks are computed again in the
-    backward pass.
+    **Arguments:** `model_class`: its class in transformers, or an Auto class. `quantised`: '', '4bit' (NF4) or '8bit', which
+    need bitsandbytes; such a model is frozen, for adapters only. `gradient_checkpointing`: activations of blocks are computed
+    again in the backward pass.
 
     **Raises:** `ValueError`: an unknown kind of quantisation. `FileNotFoundError`: no such checkpoint. `ImportError`: no
     bitsandbytes, or no device that it works on.
     """
     if quantised and quantised not in QUANTISED:
         raise ValueError(f"`quantised` must be '' or one of {sorted(QUANTISED)}, got {quantised!r}.")
-    options: dict[str, Any] = {"torch_dtype": "auto", "use_safetensors": True}
+    options: dict[str, Any] = {"torch_dtype": "auto"}
     if quantised:
         import transformers  # noqa: PLC0415
 
         options["quantization_config"] = transformers.BitsAndBytesConfig(**QUANTISED[quantised])
         options["device_map"] = {"": PartialState().device}
-    model = found("model", str(folder), lambda: model_class.from_pretrained(str(folder), **options))
+    model = load_pretrained(model_class.__name__, str(folder), **options)
     again = {"use_reentrant": False}
     if quantised:
         import peft  # noqa: PLC0415
@@ -104,7 +105,11 @@ def add_adapter(
     lora = config.lora_config(model, init_lora_weights=STARTS[start], **options)
     seed_everything(seed)
     whole: Any = model  # peft asks for a class of transformers, and takes any module
-    adapted: Any = peft.get_peft_model(whole, lora, low_cpu_mem_usage=start == "eva")
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "`is_gradient_checkpointing`", FutureWarning
+        )  # peft asks for it by an old name
+        adapted: Any = peft.get_peft_model(whole, lora, low_cpu_mem_usage=start == "eva")
     if start == "eva":
         initialize_lora_eva_weights(
             adapted,

@@ -279,6 +279,7 @@ VARIANTS = {  # name -> rule, start, further options
 chosen = [name for name in (*VARIANTS, "full") if not variants or name in variants]
 
 
+# %%
 def adapted(name, draw):
     """The base model with the adapter of a variant."""
     rule, start, options = VARIANTS[name]
