@@ -1,7 +1,8 @@
 """LoRA adapters with given ranks: the frozen model below them, perhaps quantised, and the four ways in which they can start."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,7 @@ def add_adapter(
     lora = config.lora_config(model, init_lora_weights=STARTS[start], **options)
     seed_everything(seed)
     whole: Any = model  # peft asks for a class of transformers, and takes any module
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "`is_gradient_checkpointing`", FutureWarning
-        )  # peft asks for it by an old name
+    with _without_old_names():
         adapted: Any = peft.get_peft_model(whole, lora, low_cpu_mem_usage=start == "eva")
     if start == "eva":
         initialize_lora_eva_weights(
@@ -123,6 +121,32 @@ def add_adapter(
         _set_factors(adapted, own_names, delta_factors(base, tuned, config.module_ranks, progress=False))
         _set_saved(adapted, read_tensors(tuned, options.get("modules_to_save") or ()))
     return adapted.eval()
+
+
+def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") -> Any:
+    """An adapter that peft's `save_pretrained` wrote: around a plain model, or beside the adapters of a `PeftModel`, where
+    `set_adapter(name)` switches between them.
+
+    **Returns:** `peft.PeftModel`.
+
+    **Raises:** `ValueError`, `OSError`: as peft, where the folder holds no adapter or one of another model.
+    """
+    import peft  # noqa: PLC0415
+
+    whole: Any = model
+    with _without_old_names():
+        if isinstance(model, peft.PeftModel):
+            whole.load_adapter(str(folder), adapter_name=name)
+            return whole
+        return peft.PeftModel.from_pretrained(whole, str(folder), adapter_name=name)
+
+
+@contextmanager
+def _without_old_names() -> Iterator[None]:
+    """peft asks transformers for something by its old name, and transformers says so each time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
 
 
 def _rows(inputs: Any, mask: Tensor | None, name: str) -> Tensor:

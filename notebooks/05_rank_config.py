@@ -69,14 +69,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import peft
 import seaborn as sns
 import torch
 from scipy.stats import ttest_rel
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
-from lowrank.adapters import add_adapter, load_model
+from lowrank.adapters import add_adapter, load_adapter, load_model
 from lowrank.baseline import load_baseline
 from lowrank.batches import device_of, to_device
 from lowrank.efficiency import peak_bytes, training_step
@@ -408,8 +407,9 @@ if "full" in chosen:
 
 # %% tags=["nbval-check-output"]
 names = list(kept)
-model = peft.PeftModel.from_pretrained(fresh(), folder / names[0], adapter_name=names[0])
-model.load_adapter(folder / names[1], adapter_name=names[1])
+model = fresh()
+for name in names:
+    model = load_adapter(model, folder / name, name)
 for name in (*names, *names):
     model.set_adapter(name)
     again = quality_of(model)["loss"]

@@ -2,15 +2,15 @@
 
 import copy
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import add_adapter, load_model
+from lowrank.adapters import add_adapter, load_adapter, load_model
 from lowrank.deltas import delta_spectra
 from lowrank.rank_config import RankConfig, uniform_ranks
 from lowrank.source import read_tensors
@@ -111,8 +111,12 @@ def test_an_adapter_comes_back_and_others_take_its_place(case: Any, tmp_path: Pa
         model.save_pretrained(tmp_path / name)
         wanted[name] = outputs(model)
     assert not torch.allclose(wanted["exact"], wanted["uniform"])
-    model = peft.PeftModel.from_pretrained(load_model(base, kind), tmp_path / "exact", adapter_name="exact")
-    model.load_adapter(tmp_path / "uniform", adapter_name="uniform")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load_adapter(load_model(base, kind), tmp_path / "exact", "exact")
+        assert load_adapter(model, tmp_path / "uniform", "uniform") is model
+    with pytest.raises(ValueError, match="adapter_config.json"):
+        load_adapter(load_model(base, kind), base)
     for name in ("exact", "uniform", "exact"):
         model.set_adapter(name)
         torch.testing.assert_close(outputs(model), wanted[name])
