@@ -32,10 +32,11 @@ def esd_metrics(
 
     **Returns:** `status`: 'ok', 'few' (fewer than 8 eigenvalues are left), 'rank deficient' (zeros were left out of the fits),
     'constant' (all are equal), 'zero', 'not finite', 'empty window'; and floats, NaN where there is none: `alpha`, the exponent
-    of the tail whose Kolmogorov-Smirnov distance `alpha_distance` is least; `alpha_peak`, the same among tails that start near
-    the peak of the histogram of log lambda; `alpha_mid`, of the upper half; `hill`, Hill's estimator for the upper half, and
-    `hill_tenth`; `alpha_weighted` = alpha log10 lambda_max; `log_alpha_norm` = log10 sum lambda^alpha; `norm` = sum lambda,
-    `spectral_norm` = lambda_max, and `log_norm`, `log_spectral_norm` to base 10; `stable_rank`; `entropy`; `matrix_rank`.
+    of the tail whose Kolmogorov-Smirnov distance `alpha_distance` is least, and `alpha_xmin`, where that tail starts;
+    `alpha_peak`, the same among tails that start near the peak of the histogram of log lambda; `alpha_mid`, of the upper half;
+    `hill`, Hill's estimator for the upper half, and `hill_tenth`; `alpha_weighted` = alpha log10 lambda_max; `log_alpha_norm` =
+    log10 sum lambda^alpha; `norm` = sum lambda, `spectral_norm` = lambda_max, and `log_norm`, `log_spectral_norm` to base 10;
+    `stable_rank`; `entropy`; `matrix_rank`.
 
     **Raises:** `ValueError`: an unknown window, a weight of fewer than 2 dimensions.
 
@@ -53,10 +54,10 @@ def esd_metrics(
 
 
 FITTED = (
-    "alpha", "alpha_distance", "alpha_peak", "alpha_mid", "hill", "hill_tenth", "alpha_weighted", "log_alpha_norm"
+    "alpha", "alpha_distance", "alpha_xmin", "alpha_peak", "alpha_mid", "hill", "hill_tenth", "alpha_weighted", "log_alpha_norm"
 )  # fmt: skip
 PLAIN = ("norm", "spectral_norm", "log_norm", "log_spectral_norm", "stable_rank", "entropy", "matrix_rank")
-METRICS = tuple(name for name in FITTED + PLAIN if name != "alpha_distance")
+METRICS = tuple(name for name in FITTED + PLAIN if name not in ("alpha_distance", "alpha_xmin"))
 
 
 def eigenvalues(weight: Float[Tensor, "out in *kernel"]) -> np.ndarray:
@@ -112,6 +113,7 @@ def _fits(values: np.ndarray, window: str, status: str) -> dict[str, Any]:
         "status": status if len(near) else "empty window",
         "alpha": alpha,
         "alpha_distance": float(distances[best]),
+        "alpha_xmin": float(values[best]),
         "alpha_peak": float(exponents[near[np.argmin(distances[near])]]) if len(near) else math.nan,
         "alpha_mid": float(exponents[middle]) if middle < len(exponents) else math.nan,
         "hill": _hill(values, len(values) // 2),

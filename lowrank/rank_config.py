@@ -6,8 +6,6 @@ The file (`lora_rank_config.json`, format "lowrank.rank_config/1") has these key
 the weights; `analysis_metadata`, the rule and its numbers; `hashes` of `base` and `tuned`; `versions`.
 """
 
-import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -32,6 +30,7 @@ from lowrank.lora_ranks import (
     smooth_ranks,
     uniform_ranks,
 )
+from lowrank.record_file import read_record, write_record
 
 __all__ = [
     "DeltaSpectrum",
@@ -177,16 +176,12 @@ class RankConfig:
 
     def save(self, path: Path | str) -> None:
         """Writes the file, whole or not at all; the same config gives the same bytes."""
-        path = Path(path)
         figures = {
             "layer_ranks": self.layer_ranks,
             "parameters": self.parameters,
             "compression_ratio": self.compression_ratio,
         }
-        text = json.dumps({"format": FORMAT} | asdict(self) | figures, indent=1, sort_keys=True, allow_nan=False)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text + "\n", encoding="utf8")
-        os.replace(partial, path)
+        write_record(path, FORMAT, asdict(self) | figures)
 
     @classmethod
     def load(cls, path: Path | str) -> "RankConfig":
@@ -195,21 +190,8 @@ class RankConfig:
         **Raises:** `FileNotFoundError`. `ValueError`: no JSON; another format or version; a key that is missing; a rank that
         is no int >= 1 or exceeds its module.
         """
-        path = Path(path)
-        if not path.exists():
-            raise FileNotFoundError(
-                f"`path` must be a file written by RankConfig.save, got {str(path)!r}, which does not exist."
-            )
-        try:
-            about = json.loads(path.read_text(encoding="utf8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"`path` must be whole JSON, got {str(path)!r}: {error}.") from error
-        given = about.get("format") if isinstance(about, dict) else about
-        if given != FORMAT:
-            raise ValueError(f"`path` must have format {FORMAT!r}, got {given!r} in {str(path)!r}.")
         keys = ("module_ranks", "modules", "analysis_metadata", "model", "hashes", "versions")
-        if lacking := [key for key in keys if key not in about]:
-            raise ValueError(f"`path` must have the key {lacking[0]!r}, got none in {str(path)!r}.")
+        about = read_record(path, FORMAT, keys, "RankConfig.save")
         for name, rank in about["module_ranks"].items():
             row = about["modules"].get(name, {})
             largest = min(row.get("out", 0), row.get("in", 0))

@@ -7,7 +7,6 @@ row of `layers` has besides the published ones `block`, `raw_metric` (null where
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from lowrank.assignment import Assignment, assign_layers, total_value
 from lowrank.esd import METRICS, esd_metrics, pruning_ratios
 from lowrank.layers import BLOCKS, is_conv1d
+from lowrank.record_file import read_record, write_record
 from lowrank.source import CONFIG, Source, named, opened
 
 __all__ = ["Assignment", "Scores", "assign_layers", "layer_scores", "layer_sizes", "total_value"]
@@ -71,11 +71,7 @@ class Scores:
 
     def save(self, path: Path | str) -> None:
         """Writes the file, whole or not at all; the same scores give the same bytes."""
-        path = Path(path)
-        text = json.dumps({"format": FORMAT} | self.about | _summary(self.layers) | {"layers": self.layers}, indent=1)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text + "\n", encoding="utf8")
-        os.replace(partial, path)
+        write_record(path, FORMAT, self.about | _summary(self.layers) | {"layers": self.layers})
 
     @classmethod
     def load(cls, path: Path | str, model: Source | None = None) -> "Scores":
@@ -84,19 +80,8 @@ class Scores:
         **Raises:** `FileNotFoundError`. `ValueError`: no JSON, another format, a row without a key or with a cost that is no
         integer >= 1, another model.
         """
-        path = Path(path)
-        if not path.exists():
-            raise FileNotFoundError(
-                f"`path` must be a file written by Scores.save, got {str(path)!r}, which does not exist."
-            )
-        try:
-            about = json.loads(path.read_text(encoding="utf8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"`path` must be whole JSON, got {str(path)!r}: {error}.") from error
-        given = about.get("format") if isinstance(about, dict) else None
-        if given != FORMAT:
-            raise ValueError(f"`path` must have format {FORMAT!r}, got {given!r} in {str(path)!r}.")
-        rows = about.pop("layers", None) or []
+        about = read_record(path, FORMAT, ("layers",), "Scores.save")
+        rows = about.pop("layers")
         if not rows:
             raise ValueError(f"`path` must have rows under 'layers', got none in {str(path)!r}.")
         for row in rows:

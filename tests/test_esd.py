@@ -16,7 +16,8 @@ from lowrank.esd import METRICS, PLAIN, eigenvalues, esd_metrics, pruning_ratios
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "layer_selection"
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the reference values are not beside this checkout")
 SAME = {  # ours -> theirs
-    "alpha": "alpha", "alpha_distance": "alpha_D", "alpha_peak": "alpha_peak", "alpha_mid": "alpha_mid",
+    "alpha": "alpha", "alpha_distance": "alpha_D", "alpha_xmin": "alpha_xmin",
+    "alpha_peak": "alpha_peak", "alpha_mid": "alpha_mid",
     "hill": "hill_k_half", "hill_tenth": "hill_k_tenth", "alpha_weighted": "alpha_weighted", "log_alpha_norm": "log_alpha_norm",
     "norm": "norm", "spectral_norm": "spectral_norm", "log_norm": "log_norm", "log_spectral_norm": "log_spectral_norm",
     "stable_rank": "stable_rank", "entropy": "entropy", "matrix_rank": "rank",

@@ -21,6 +21,7 @@ FLOORS = [
         "optimizer_state",
         "assignment",
         "gram",
+        "record_file",
         "objectives",
     },
     {"cache", "statistics", "efficiency", "evaluation", "stability", "usv", "esd"},
