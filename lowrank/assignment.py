@@ -27,8 +27,8 @@ Interval = tuple[int, int] | None
 @dataclass(frozen=True)
 class Assignment:
     """`total`: the value of all layers taken. `intervals`: for each verifier, in the order of the budgets, the first and the last
-    layer that it takes, 0-based, or None. `optimal`: whether nothing better exists; `gap`: by how much of the bound the optimum
-    may be better, 0.0 where it is optimal."""
+    layer that it takes, 0-based, or None. `optimal`: whether nothing better exists, beyond the limit to 1e-9 of the total.
+    `gap`: by how much of the bound the optimum may be better, 0.0 where it is optimal."""
 
     total: int | float
     intervals: list[Interval]
@@ -52,9 +52,9 @@ def assign_layers(
     numbers in the table of the free order, product of (verifiers with that budget + 1) over the distinct budgets, times layers +
     1; beyond it a mixed-integer program is given `seconds`, and `gap` certifies what it reached.
 
-    **Returns:** `Assignment`. Among equal totals: the run of the last layers is decided first; it ends as early and starts as
-    late as it can, the verifier that comes first takes it, and of equal verifiers the first takes the first run. Runs neither
-    start nor end with a layer of value 0.
+    **Returns:** `Assignment`. Among equal totals: the run of the last layers is decided first; it ends as early as it can and is
+    the longest that can be paid, the verifier that comes first takes it, and of equal verifiers the first takes the first run.
+    Then runs are cut, so that none starts or ends with a layer of value 0.
 
     **Raises:** `ValueError`: an empty list, lengths that differ, a number out of its range.
     """
@@ -250,7 +250,7 @@ def window_program(
     picked = [windows[w] for w in np.flatnonzero(solved.x[: len(windows)] > 0.5)] if solved.x is not None else []
     runs: list[Interval] = [None] * len(starts)
     end = 0
-    for k, i in sorted(picked, key=lambda window: (window[1], starts[window[0]][window[1]])):
+    for k, i in sorted(picked, key=lambda window: starts[window[0]][window[1]]):
         if max(end, starts[k][i]) < i:
             runs[k], end = (max(end, starts[k][i]), i - 1), i
     return -bound * unit, runs

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lowrank.gram import slabs, squared_singular_values
+from lowrank.gram import gram_matrix, slabs, squared_singular_values
 from lowrank.layers import BLOCKS
 from lowrank.moments import all_finite
 from lowrank.source import Source, named, opened
@@ -128,7 +128,7 @@ def _spectrum(before: Tensor, after: Tensor, name: str) -> DeltaSpectrum:
         if not all_finite(tensor):
             raise ValueError(f"`{what}` must have finite weights, got NaN or infinity in {name!r}.")
     pairs = zip(slabs(before), slabs(after), strict=True)
-    values = squared_singular_values(second.double() - first.double() for first, second in pairs)
+    values = squared_singular_values(gram_matrix(b.double() - a.double() for a, b in pairs)).flip(0)
     weight = sum(float(piece.double().square().sum()) for piece in slabs(before)) ** 0.5
     return DeltaSpectrum((before.shape[0], before.shape[1]), values.sqrt().cpu(), float(values.sum()), weight)
 

@@ -68,7 +68,7 @@ def compress(
 
     A layer whose factors would hold as many parameters as its weight stays as it is, bit for bit. Each dense weight goes as
     its factors come, so that beyond the model memory is that of one layer and of the statistics held: for a weight (m, n)
-    about 40 m n bytes in float64, and 16 m^2 more for `two_sided`; with `lowrank.statistics.OnDemand`, 8 n^2 for each
+    about 40 m n bytes in float64, and 16 m^2 more for `two_sided`; with `lowrank.on_demand.OnDemand`, 8 n^2 for each
     distinct input of one block, and as much again for the widest while they are collected. The last layer comes first, so
     that statistics on demand see the inputs of the dense model. Gradients come through the layers behind, which are
     compressed by then: collect them beforehand.

@@ -16,8 +16,8 @@ def slabs(matrix: Float[Tensor, "rows columns"]) -> list[Tensor]:
     return [piece if rows >= columns else piece.T for piece in matrix.split(SLAB, dim=0 if rows >= columns else 1)]
 
 
-def squared_singular_values(pieces: Iterable[Float[Tensor, "_ short"]]) -> Float[Tensor, " short"]:
-    """Of the matrix whose slabs are given, descending, in float64 on the CPU or the accelerator of the slabs."""
+def gram_matrix(pieces: Iterable[Float[Tensor, "_ short"]]) -> Float[Tensor, "short short"]:
+    """W^T W of the matrix whose slabs are given, in float64 on the CPU or the accelerator of the slabs."""
     gram: Tensor | None = None
     for piece in pieces:
         wide = piece.double()
@@ -28,4 +28,9 @@ def squared_singular_values(pieces: Iterable[Float[Tensor, "_ short"]]) -> Float
             own = wide.T @ wide
         gram = own if gram is None else gram.add_(own)
     assert gram is not None
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
+    return gram
+
+
+def squared_singular_values(grams: Float[Tensor, "*batch short short"]) -> Float[Tensor, "*batch short"]:
+    """Of the matrices whose Gram matrices are given, ascending, in float64; an accelerator takes a batch at once."""
+    return torch.linalg.eigvalsh(grams).clamp_min(0.0)

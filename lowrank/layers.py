@@ -97,7 +97,19 @@ def is_conv1d(module: nn.Module | None) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def split_block(name: str) -> tuple[str, str]:
+    """The block of a layer and what it is there: `model.layers.3.mlp.up_proj` -> ('model.layers.3', 'mlp.up_proj').
+
+    The blocks of a stage are blocks of their own (`stages.1.blocks.2`); what is numbered inside a block, as experts are, is
+    not. ('', name) outside blocks.
+    """
+    block = re.match(r"(?:.*?\.)?\d+(?:\.(?:blocks|layers)\.\d+)?(?=\.)", name)
+    return (block[0], name[block.end() + 1 :]) if block else ("", name)
+
+
 def depth_and_kind(name: str) -> tuple[int, str]:
-    """Where a layer stands and what it is: `model.layers.3.mlp.up_proj` -> (3, 'mlp.up_proj'); depth -1 outside blocks."""
-    block = re.search(r"(?:^|\.)(\d+)\.", name)
-    return (int(block.group(1)), name[block.end() :]) if block else (-1, name)
+    """Where a layer stands and what it is: `model.layers.3.mlp.up_proj` -> (3, 'mlp.up_proj'); depth -1 outside blocks. Of a
+    model in stages the depth is the stage."""
+    block, kind = split_block(name)
+    number = re.search(r"\d+", block)
+    return (int(number[0]) if number else -1), kind

@@ -7,8 +7,7 @@ row of `layers` has besides the published ones `block`, `raw_metric` (null where
 
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -20,14 +19,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.assignment import Assignment, assign_layers, total_value
-from lowrank.esd import METRICS, esd_metrics, pruning_ratios
-from lowrank.layers import BLOCKS, is_conv1d
+from lowrank.esd import METRICS, esd_metrics_together, pruning_ratios
+from lowrank.layers import BLOCKS, is_conv1d, split_block
 from lowrank.record_file import read_record, write_record
 from lowrank.source import CONFIG, Source, named, opened
 
 __all__ = ["Assignment", "Scores", "assign_layers", "layer_scores", "layer_sizes", "total_value"]
 
 FORMAT = "lowrank.scores/1"
+TOGETHER = 2**30  # bytes of Gram matrices of one size that an accelerator decomposes at once
 MAPPINGS = ("block_wise", "layer_wise")
 PRUNABLE = ("larger", "smaller")
 ROW = {
@@ -164,17 +164,19 @@ def layer_scores(
     exact: bool = True,
     missing: str = "error",
     name: str | None = None,
+    device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Scores:
     """Scores of the layers of a model: a metric of the spectrum, the share to prune, and significance = 1 - that share.
 
-    One matrix at a time is in memory, so that files of any size will do; on the device of the weights where a model is given.
+    One matrix at a time is in memory, so that files of any size will do; on an accelerator, several of one size.
 
     **Arguments:** `model`: a model, a folder with safetensors, a file, a Hub name. `metric`: one of `lowrank.esd.METRICS`.
     `layers`: names or patterns. `window`, `smallest`: as in `esd_metrics`. `prunable`: which layers to prune more, those with
     the 'larger' or the 'smaller' metric; 'larger' is what is published for exponents, for all other metrics it has to be said.
     `mapping`: 'block_wise', where layers of a block share the mean of their metrics, or 'layer_wise'. `sparsity`, `epsilon`,
-    `exact`, `missing`: as in `pruning_ratios`. `name`: kept in the file.
+    `exact`, `missing`: as in `pruning_ratios`. `name`: kept in the file. `device`: where
+    matrices are decomposed, by default where the weights are.
 
     **Raises:** `ValueError`: an unknown name or number out of its range; a layer without the metric, by name and status.
     `FileNotFoundError`: as `opened`.
@@ -187,7 +189,7 @@ def layer_scores(
     if prunable not in PRUNABLE:
         raise ValueError(f"`prunable` must be 'larger' or 'smaller' for the metric {metric!r}, got {prunable!r}.")
     entries = list(layers)
-    rows = _measured(model, entries, metric, window, smallest, progress)
+    rows = _measured(model, entries, metric, window, smallest, device, progress)
     found = {row["name"]: _number(row["raw_metric"]) for row in rows}
     if missing == "error" and (lost := next((row for row in rows if row["raw_metric"] is None), None)):
         raise ValueError(
@@ -220,18 +222,44 @@ def layer_scores(
 
 
 def _measured(
-    model: Source, layers: list[str], metric: str, window: str, smallest: float | int, progress: bool
+    model: Source,
+    layers: list[str],
+    metric: str,
+    window: str,
+    smallest: float | int,
+    device: torch.device | str | None,
+    progress: bool,
 ) -> list[dict[str, Any]]:
-    sizes, rows = layer_sizes(model, layers), []
-    with opened(model, "model") as held:
-        for index, (name, shape) in enumerate(tqdm(sizes.items(), "scores", unit="matrix", disable=not progress)):
-            weight = held.read(f"{name}.weight").detach()
-            found = esd_metrics(weight, window, smallest)
-            value = found[metric]
-            about = {"index": index, "name": name, "block": _block(name), "num_parameters": math.prod(shape)}
-            about |= {"weight_shape": list(shape), "raw_metric": value if math.isfinite(value) else None}
-            rows.append(about | {"status": found["status"]} | _norms(weight))
-    return rows
+    sizes, rows = layer_sizes(model, layers), {}
+    with (
+        opened(model, "model") as held,
+        tqdm(total=len(sizes), desc="scores", unit="matrix", disable=not progress) as bar,
+    ):
+        for names in _together(sizes, device if device is not None else _device_of(model)):
+            weights = [held.read(f"{name}.weight").detach().to(device) for name in names]
+            for name, weight, found in zip(
+                names, weights, esd_metrics_together(weights, window, smallest), strict=True
+            ):
+                value = found[metric]
+                about = {"name": name, "block": split_block(name)[0] or name, "num_parameters": weight.numel()}
+                about |= {"weight_shape": list(weight.shape), "raw_metric": value if math.isfinite(value) else None}
+                rows[name] = about | {"status": found["status"]} | _norms(weight)
+            bar.update(len(names))
+    return [{"index": index} | rows[name] for index, name in enumerate(sizes)]
+
+
+def _together(sizes: Mapping[str, tuple[int, ...]], device: torch.device | str) -> Iterator[list[str]]:
+    """One layer after the other on the CPU; elsewhere those whose Gram matrices have one size, as many as `TOGETHER` holds."""
+    sides: dict[int, list[str]] = {}
+    for name, shape in sizes.items():
+        sides.setdefault(min(shape[:2]), []).append(name)
+    for side, names in sides.items():
+        count = 1 if torch.device(device).type == "cpu" else max(1, TOGETHER // (8 * side**2))
+        yield from (names[first : first + count] for first in range(0, len(names), count))
+
+
+def _device_of(model: Source) -> torch.device | str:
+    return next(model.parameters()).device if isinstance(model, nn.Module) else "cpu"
 
 
 def _norms(weight: Tensor) -> dict[str, float | None]:
@@ -242,12 +270,6 @@ def _norms(weight: Tensor) -> dict[str, float | None]:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _block(name: str) -> str:
-    """A layer's block: its name up to the first number."""
-    found = re.match(r"(.*?\.)?\d+(?=\.)", name)
-    return found[0] if found else name
 
 
 def _name_of(model: Source) -> str:

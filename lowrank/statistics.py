@@ -11,18 +11,17 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowrank.batches import Batch, device_of, evaluating, logits, to_device, token_mask
-from lowrank.layers import BLOCKS, depth_and_kind, find_linears
+from lowrank.layers import BLOCKS, find_linears
 from lowrank.moments import LayerStatistics, Moments, whitening_factor
 
 TOKENS_PER_INPUT = 5  # fewer than this leave G poorly known, see notebook 01
-__all__ = ["LayerStatistics", "OnDemand", "collect_inputs", "collect_statistics", "visit_inputs", "whitening_factor"]
+__all__ = ["LayerStatistics", "collect_inputs", "collect_statistics", "visit_inputs", "whitening_factor"]
 
 
 class FewTokensWarning(UserWarning):
@@ -183,49 +182,6 @@ def collect_statistics(
             collector.end_batch()
     _sum_over_processes(collector, linears, with_gradients=loss is not None)
     return _finished(collector)
-
-
-class OnDemand(Mapping[str, LayerStatistics]):
-    """Statistics that are collected when they are asked for, one block of layers at a time, and dropped for the next.
-
-    For models whose moments do not fit in memory together: a pass over the batches for every block, and the moments of one
-    block held. What is asked for is measured on the model as it is then; `compress` asks for the last block first, so that
-    the inputs of every block are still those of the dense model.
-
-    **Arguments:** those of `collect_statistics`; `batches` is gone through once per block, so no generator.
-    """
-
-    def __init__(
-        self, model: nn.Module, batches: Iterable[Batch], layers: Iterable[str] = BLOCKS, **options: Any
-    ) -> None:
-        if isinstance(batches, Iterator):
-            raise ValueError("`batches` must be gone through once per block: pass a list or a loader, got an iterator.")
-        self.model, self.batches, self.options = model, batches, options
-        self.blocks: dict[str, list[str]] = {}
-        for name in find_linears(model, layers):
-            self.blocks.setdefault(self._block(name), []).append(name)
-        self.held: dict[str, LayerStatistics] = {}
-
-    @staticmethod
-    def _block(name: str) -> str:
-        return name.removesuffix(depth_and_kind(name)[1])
-
-    def __getitem__(self, name: str) -> LayerStatistics:
-        if name not in self:
-            raise KeyError(name)
-        if name not in self.held:
-            self.held = {}  # dropped before the next are made
-            self.held = collect_statistics(self.model, self.batches, self.blocks[self._block(name)], **self.options)
-        return self.held[name]
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self.blocks.get(self._block(name), ())
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for names in self.blocks.values() for name in names)
-
-    def __len__(self) -> int:
-        return sum(map(len, self.blocks.values()))
 
 
 def _run_backward(

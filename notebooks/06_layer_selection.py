@@ -127,7 +127,7 @@ report.figure(drawn, "score_by_layer")
 ranked = table.sort_values("alpha").layer.tolist()
 parts = []
 for name in dict.fromkeys(ranked[round(i * (len(ranked) - 1) / 3)] for i in range(4)):
-    values, found = eigenvalues(weights[name]), esd_metrics(weights[name], window)
+    values, found = eigenvalues(weights[name]).numpy(), esd_metrics(weights[name], window)
     above = 1 - np.arange(len(values)) / len(values)
     start = int(np.searchsorted(values, found["alpha_xmin"] * (1 - 1e-12)))
     fitted = np.where(values >= values[start], above[start] * (values / values[start]) ** (1 - found["alpha"]), np.nan)

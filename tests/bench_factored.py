@@ -22,7 +22,8 @@ from lowrank.factored import compress
 from lowrank.factorize import Factors
 from lowrank.layers import find_linears
 from lowrank.modules import FACTORED
-from lowrank.statistics import OnDemand, collect_statistics
+from lowrank.on_demand import OnDemand
+from lowrank.statistics import collect_statistics
 
 row, table = recorder("factored")
 LAYERS = ("layer", "tokens", "dtype", "keep", "storage", "multiple", "rank", "speedup", "flop_ratio", "share")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowrank.assignment import Assignment, assign_layers, total_value
+from lowrank.assignment import Assignment, assign_layers, total_value, window_program
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "layer_selection" / "mvbcs.json"
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the reference values are not beside this checkout")
@@ -158,6 +158,22 @@ def test_beyond_the_limit_a_gap_is_certified() -> None:
     assert is_valid(rough, values, costs, budgets, "free")
     assert rough.total <= exact.total <= math.floor(rough.total / (1 - rough.gap) + 1e-6)
     assert rough.optimal == (rough.gap == 0)
+
+
+def test_runs_of_the_program_that_lie_in_one_another_lose_nothing(monkeypatch) -> None:
+    """The program may let one run lie within another; cutting the overlap must not cut what only the outer one has."""
+    import scipy.optimize  # noqa: PLC0415
+
+    starts = [[0, 0, 0, 0, 0, 1, 2], [0, 0, 1, 2, 3, 4, 5]]  # verifier 0 pays four layers, verifier 1 one
+    windows = [(k, i) for k in range(2) for i in range(1, 7)]
+    picked = [float(window in ((0, 5), (1, 3))) for window in windows]  # layers 1..4, and layer 2 within
+
+    def nested(objective: np.ndarray, **_: Any) -> Any:
+        return scipy.optimize.OptimizeResult(x=np.array(picked + [0.0] * 6), mip_dual_bound=float(-len(objective)))
+
+    monkeypatch.setattr(scipy.optimize, "milp", nested)
+    _, runs = window_program([1] * 6, starts)
+    assert runs == [(1, 4), None]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowrank.esd import METRICS, PLAIN, eigenvalues, esd_metrics, pruning_ratios
+from lowrank.esd import METRICS, PLAIN, eigenvalues, esd_metrics, esd_metrics_together, pruning_ratios
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "layer_selection"
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the reference values are not beside this checkout")
@@ -62,7 +62,7 @@ def naive(values: np.ndarray) -> tuple[float, float]:
 def test_the_fit_is_its_definition(shape: tuple[int, int]) -> None:
     weight = heavy(shape)
     values = np.sort(np.linalg.svd(weight.double().numpy(), compute_uv=False) ** 2)
-    np.testing.assert_allclose(eigenvalues(weight), values, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(eigenvalues(weight).numpy(), values, rtol=1e-9, atol=1e-12)
     found = esd_metrics(weight)
     assert (found["alpha_distance"], found["alpha"]) == pytest.approx(naive(values), rel=1e-9)
     k = 12
@@ -129,8 +129,24 @@ def test_kernels_pool_their_positions() -> None:
     kernel = heavy((20, 16, 3, 3))
     positions = [kernel[:, :, i, j].double() for i in range(3) for j in range(3)]
     pooled = np.sort(np.concatenate([torch.linalg.svdvals(position).square() / 2 for position in positions]))
-    np.testing.assert_allclose(eigenvalues(kernel), pooled, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(eigenvalues(kernel).numpy(), pooled, rtol=1e-8, atol=1e-12)
     assert esd_metrics(kernel)["norm"] == pytest.approx(float(kernel.double().square().sum() / 2))
+
+
+def test_several_weights_together_are_each_alone() -> None:
+    weights = [
+        heavy((24, 40)),
+        heavy((40, 24), 1),
+        torch.full((24, 24), math.nan),
+        heavy((16, 12, 3, 3), 2),
+        heavy((12, 48), 3),
+    ]
+    together = esd_metrics_together(weights, smallest=1e-5)
+    assert [found["status"] for found in together] == ["ok", "ok", "not finite", "ok", "ok"]
+    for weight, found in zip(weights, together, strict=True):
+        alone = esd_metrics(weight, smallest=1e-5)
+        assert found.pop("status") == alone.pop("status")
+        assert found == pytest.approx(alone, rel=1e-12, nan_ok=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -37,7 +37,8 @@ from lowrank.fingerprint import hash_model
 from lowrank.layers import BLOCKS, find_linears
 from lowrank.modules import FACTORED, split_packed, unify_linears
 from lowrank.moments import LayerStatistics, statistics_of_rows
-from lowrank.statistics import OnDemand, collect_statistics
+from lowrank.on_demand import OnDemand
+from lowrank.statistics import collect_statistics
 
 VOCABULARY = 60
 LAYERS = (rf"{BLOCKS[0]}|\d+",)  # those in numbered blocks, and the numbered layers of a plain sequence

@@ -25,7 +25,7 @@ FLOORS = [
         "objectives",
     },
     {"cache", "statistics", "efficiency", "evaluation", "stability", "usv", "esd"},
-    {"factorize", "statistics_file", "output_error", "pruning"},
+    {"factorize", "statistics_file", "output_error", "pruning", "on_demand"},
     {"recipes", "tasks", "modules"},
     {"training", "checkpoint", "whitened_linear", "source"},
     {"baseline", "factored", "refine", "oialr", "deltas", "selection"},

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lowrank.layers import find_linears
 from lowrank.moments import LayerStatistics, centred, output_norm, statistics_of_rows
+from lowrank.on_demand import OnDemand
 from lowrank.pruning import METHODS, magnitude, pattern_mask, prune, pruning_mask, wanda
-from lowrank.statistics import OnDemand, collect_statistics
+from lowrank.statistics import collect_statistics
 
 RATIOS = [0, 1e-9, 0.001, 0.01, 0.1, 1 / 3, 0.29, 0.5, 0.5005, 0.7, 0.99, 0.999]
 ROWS = {"layer", "ratio", "pruned", "weights", "sparsity"}

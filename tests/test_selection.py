@@ -10,8 +10,10 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from lowrank import selection
 from lowrank.esd import METRICS, esd_metrics
-from lowrank.selection import Scores, assign_layers, layer_scores, layer_sizes
+from lowrank.layers import split_block
+from lowrank.selection import TOGETHER, Scores, _together, assign_layers, layer_scores, layer_sizes
 
 
 def llama(seed: int = 0, **sizes: Any) -> Any:
@@ -135,6 +137,47 @@ def test_a_failed_fit_keeps_its_row() -> None:
     assert all(math.isfinite(value) for value in scores.values)
 
 
+@pytest.mark.parametrize(
+    ("name", "block", "kind"),
+    [
+        ("model.layers.3.mlp.up_proj", "model.layers.3", "mlp.up_proj"),
+        ("blocks.11.attn.qkv", "blocks.11", "attn.qkv"),
+        ("0.weight", "0", "weight"),
+        ("stages.1.blocks.2.mlp.fc1", "stages.1.blocks.2", "mlp.fc1"),
+        ("encoder.stages.3.layers.0.pwconv1", "encoder.stages.3.layers.0", "pwconv1"),
+        ("model.layers.3.mlp.experts.7.w1", "model.layers.3", "mlp.experts.7.w1"),
+        ("encoder.block.4.layer.1.DenseReluDense.wi", "encoder.block.4", "layer.1.DenseReluDense.wi"),
+        ("lm_head", "", "lm_head"),
+    ],
+)
+def test_blocks_of_the_ways_in_which_models_number_them(name: str, block: str, kind: str) -> None:
+    assert split_block(name) == (block, kind)
+
+
+def test_an_accelerator_gets_matrices_of_one_size_and_a_cpu_one_at_a_time() -> None:
+    sizes = {
+        f"layers.{i}.{kind}": shape
+        for i in range(300)
+        for kind, shape in (("up", (4096, 1024)), ("down", (1024, 4096)))
+    }
+    sizes |= {f"layers.{i}.q": (2048, 4096) for i in range(40)}
+    groups = list(_together(sizes, "cuda"))
+    assert sorted(name for names in groups for name in names) == sorted(sizes)
+    for names in groups:
+        sides = {min(sizes[name]) for name in names}
+        assert len(sides) == 1
+        assert len(names) * 8 * sides.pop() ** 2 <= TOGETHER
+    assert len(groups) == 5 + 2
+    assert [len(names) for names in _together(sizes, "cpu")] == [1] * 640
+
+
+def test_the_number_that_is_decomposed_at_once_changes_nothing(monkeypatch) -> None:
+    model = llama(num_hidden_layers=3)
+    one = layer_scores(model, progress=False)
+    monkeypatch.setattr(selection, "_together", lambda sizes, device: [list(reversed(sizes))])
+    assert layer_scores(model, progress=False) == one
+
+
 def test_convolutions_and_conv1d_are_layers() -> None:
     import timm  # noqa: PLC0415
     from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415
@@ -144,6 +187,8 @@ def test_convolutions_and_conv1d_are_layers() -> None:
     assert sizes["stages.1.blocks.0.conv_dw"] == (16, 1, 7, 7)
     assert sizes["stages.1.blocks.0.mlp.fc1"] == (64, 16, 1, 1)  # this one has its linears as 1 x 1 convolutions
     assert not any("norm" in name for name in sizes)
+    blocks = {row["block"] for row in layer_scores(convnext, missing="median", progress=False).layers}
+    assert {f"stages.{stage}.blocks.0" for stage in range(4)} < blocks
     gpt = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32))
     assert len(layer_sizes(gpt)) == 8
 
