@@ -4,12 +4,16 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 
 from lowrank.imports import ROOT
 from lowrank.parameters import notebook_names
+from lowrank.report import THEME, save_figure
 
 README = ROOT / "README.md"
 OUTPUTS = ROOT / "outputs"
@@ -143,6 +147,53 @@ def adapters() -> str:
     return pd.DataFrame(rows).to_markdown(index=False)
 
 
+def _objectives() -> pd.DataFrame:
+    """The judged cases of every set, one under the other."""
+    tables = [
+        pd.read_csv(d / "quality_by_objective.csv").assign(set=n) for n, d in _results("06_layer_selection").items()
+    ]
+    return pd.concat(tables).query("objective != 'none kept'")
+
+
+def layer_selection() -> str:
+    """By set: the significance that each objective takes and what keeping its layers does to the loss; then pruning by rule."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, of_set in _objectives().groupby("set", sort=False):
+        for objective, own in of_set.groupby("objective", sort=False):
+            recovered = f"{own.recovered.mean():+.2f} ± {own.recovered.std():.2f}"
+            rows.setdefault(str(objective), {})[str(name)] = f"{own.significance_share.mean():.2f} / {recovered}"
+    parts = [pd.DataFrame(rows).T.rename_axis("maximised: taken / recovered").reset_index().to_markdown(index=False)]
+    cells: dict[str, dict[str, str]] = {}
+    for name, folder in _results("06_layer_selection").items():
+        table = pd.read_csv(folder / "quality_by_sparsity.csv")
+        metric = next(key for key in ("accuracy", "perplexity") if key in table)
+        table = table.query("method == 'wanda' and per == 'row'")
+        for share in sorted(set(table.sparsity))[-2:]:
+            for rule, rows_of_rule in table.query("sparsity == @share").groupby("rule", sort=False):
+                own = rows_of_rule[metric]
+                spread = f" ± {own.std():.2g}" if len(own) > 1 else ""
+                cells.setdefault(str(rule), {})[f"{name}, {metric} at {share}"] = f"{own.mean():.3g}{spread}"
+    parts.append(pd.DataFrame(cells).T.rename_axis("ratios").reset_index().to_markdown(index=False))
+    return "\n\n".join(parts)
+
+
+def draw_objectives(path: Path) -> None:
+    """The figure of `layer_selection`: all sets, all objectives."""
+    sns.set_theme(**THEME)
+    found, drawn_as = _objectives(), dict[str, Any](errorbar="sd", linestyle="none", dodge=0.5, markersize=5)
+    drawn, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    for axis, column in zip(axes, ("significance_share", "recovered"), strict=True):
+        sns.pointplot(found, x=column, y="objective", hue="set", ax=axis, **drawn_as)
+        axis.grid(axis="x")
+        axis.set_ylabel("what the assignment maximises")
+    axes[0].set_xlabel("significance taken / the most that can be")
+    axes[0].get_legend().remove()
+    axes[1].set_xlabel("share of the loss added by pruning that is recovered")
+    axes[1].axvline(0, ls="--", color="0.3")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(drawn, path)
+
+
 def benchmarks() -> str:
     """The measured ratios of `make bench`: those of layers side by side, the others one to a row."""
     found = [pd.read_csv(path) for path in sorted((OUTPUTS / "bench").glob("*.csv"))]
@@ -164,6 +215,7 @@ BLOCKS = {
     "preparation": preparation,
     "fixed bases": fixed_bases,
     "adapters": adapters,
+    "layer selection": layer_selection,
     "benchmarks": benchmarks,
 }
 
@@ -180,5 +232,6 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
+    draw_objectives(OUTPUTS / "summary" / "quality_by_objective.png")
     README.write_text(filled(README.read_text(encoding="utf8")), encoding="utf8")
     sys.exit(0)

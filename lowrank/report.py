@@ -27,6 +27,7 @@ from lowrank.parameters import defaults
 VERSIONED = ("numpy", "torch", "transformers", "timm", "datasets", "peft", "accelerate", "safetensors", "tokenizers")
 RESULT_SOURCES = ("lowrank", "notebooks/*.py", "params", "requirements.lock", "pyproject.toml", "Snakefile")
 SIGNIFICANT_DIGITS = 6
+THEME: dict[str, Any] = {"context": "notebook", "style": "whitegrid", "palette": "colorblind"}
 
 
 def outputs_folder() -> Path:
@@ -53,7 +54,7 @@ class Report:
         self.stages: dict[str, float] = {}
         self.inputs: dict[str, Any] = {}
         self.started = time.time()
-        sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+        sns.set_theme(**THEME)
 
     def record(self, **inputs: Any) -> None:
         """Says what went in: identities and hashes of data and models, dtype. Kept in run.json under `inputs`."""
@@ -78,13 +79,8 @@ class Report:
         if name not in self.tables:
             raise ValueError(f"`name` must be that of a table written before the figure, got {name!r}.")
         drawn = figure.figure if isinstance(figure, sns.axisgrid.Grid) else figure
-        path = self.folder / f"{name}.png"
-        pixels = io.BytesIO()
-        drawn.savefig(pixels, dpi=100, bbox_inches="tight")
-        plt.close(drawn)
-        # a palette of 128 colours: a third of the size, in outputs/ and inside every notebook
-        PIL.Image.open(pixels).convert("RGB").quantize(128).save(path, optimize=True)
-        return Image(filename=str(path))
+        save_figure(drawn, self.folder / f"{name}.png")
+        return Image(filename=str(self.folder / f"{name}.png"))
 
     def claim(self, text: str, holds: Any) -> None:
         """Records a finding and says whether it held. A claim that fails is a result, not an error."""
@@ -146,3 +142,11 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a PNG in a palette of 128 colours: a third of the size, in outputs/ and inside every notebook."""
+    pixels = io.BytesIO()
+    figure.savefig(pixels, dpi=100, bbox_inches="tight")
+    plt.close(figure)
+    PIL.Image.open(pixels).convert("RGB").quantize(128).save(path, optimize=True)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 
+import pytest
 from conftest import ROOT
 
 from lowrank.readme import filled
@@ -15,9 +16,16 @@ def test_tables_are_those_of_the_outputs() -> None:
     assert filled(README) == README, "run `python -m lowrank.readme`"
 
 
-def test_the_example_prints_what_it_shows(tmp_path, monkeypatch) -> None:
+EXAMPLES = re.findall(r"```python\n(.*?)```\n+```text\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_every_example_has_its_output() -> None:
+    assert len(EXAMPLES) == README.count("```python") > 0
+
+
+@pytest.mark.parametrize(("example", "shown"), EXAMPLES)
+def test_the_examples_print_what_they_show(example: str, shown: str, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (example, shown), *_ = re.findall(r"```python\n(.*?)```\n+```text\n(.*?)```", README, flags=re.DOTALL)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(example, "README.md", "exec"), {})
