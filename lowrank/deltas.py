@@ -95,8 +95,7 @@ def delta_spectra(
     with pair_of(base, tuned, layers) as (names, read):
         spectra = {}
         for name in tqdm(names, "spectra", unit="matrix", disable=not progress):
-            before, after = read(name)
-            spectra[name] = _spectrum(before, after, name)
+            spectra[name] = _spectrum(*read(name), name)
         return spectra
 
 

@@ -28,6 +28,7 @@ __all__ = ["Assignment", "Scores", "assign_layers", "layer_scores", "layer_sizes
 
 FORMAT = "lowrank.scores/1"
 TOGETHER = 2**30  # bytes of Gram matrices of one size that an accelerator decomposes at once
+SUMS = {"norm_1": 1, "norm_2": 2}  # norms of the entries that are sums
 MAPPINGS = ("block_wise", "layer_wise")
 PRUNABLE = ("larger", "smaller")
 ROW = {
@@ -263,9 +264,10 @@ def _device_of(model: Source) -> torch.device | str:
 
 
 def _norms(weight: Tensor) -> dict[str, float | None]:
-    wide = weight.double().abs() if weight.device.type != "mps" else weight.float().abs()
-    norms = {"norm_1": wide.sum(), "norm_2": wide.square().sum().sqrt(), "norm_inf": wide.max()}
-    return {name: float(value) if bool(torch.isfinite(value)) else None for name, value in norms.items()}
+    wide = torch.float64 if weight.device.type != "mps" else torch.float32
+    found = {"norm_inf": float(torch.linalg.vector_norm(weight, math.inf))}
+    found |= {name: float(torch.linalg.vector_norm(weight, order, dtype=wide)) for name, order in SUMS.items()}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def _number(value: float | None) -> float:

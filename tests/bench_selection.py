@@ -44,7 +44,9 @@ def test_exponents(benchmark) -> None:
         about = weightwatcher.WeightWatcher(model=model).analyze()
         found["theirs"] = dict(zip(about.longname, about.alpha, strict=True))
 
-    times = {name: median(own) for name, own in time_in_turns({"ours": ours, "theirs": theirs}, 3, 1).items()}
+    times = {
+        name: median(own) for name, own in time_in_turns({"ours": ours, "theirs": theirs}, repeats=3, warmup=1).items()
+    }
     logging.disable(logging.NOTSET)
     assert found["ours"] == pytest.approx(found["theirs"], rel=1e-9)
     case = f"{len(found['ours'])} linears of BERT-base"
