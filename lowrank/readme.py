@@ -160,9 +160,9 @@ def layer_selection() -> str:
     rows: dict[str, dict[str, str]] = {}
     for name, of_set in _objectives().groupby("set", sort=False):
         for objective, own in of_set.groupby("objective", sort=False):
-            recovered = f"{own.recovered.mean():+.2f} ± {own.recovered.std():.2f}"
-            rows.setdefault(str(objective), {})[str(name)] = f"{own.significance_share.mean():.2f} / {recovered}"
-    parts = [pd.DataFrame(rows).T.rename_axis("maximised: taken / recovered").reset_index().to_markdown(index=False)]
+            added = f"{own.added_loss.mean():+.3f} ± {own.added_loss.std():.3f}"
+            rows.setdefault(str(objective), {})[str(name)] = f"{own.significance_share.mean():.2f} / {added}"
+    parts = [pd.DataFrame(rows).T.rename_axis("maximised: taken / added loss").reset_index().to_markdown(index=False)]
     cells: dict[str, dict[str, str]] = {}
     for name, folder in _results("06_layer_selection").items():
         table = pd.read_csv(folder / "quality_by_sparsity.csv")
@@ -182,13 +182,13 @@ def draw_objectives(path: Path) -> None:
     sns.set_theme(**THEME)
     found, drawn_as = _objectives(), dict[str, Any](errorbar="sd", linestyle="none", dodge=0.5, markersize=5)
     drawn, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
-    for axis, column in zip(axes, ("significance_share", "recovered"), strict=True):
+    for axis, column in zip(axes, ("significance_share", "added_loss"), strict=True):
         sns.pointplot(found, x=column, y="objective", hue="set", ax=axis, **drawn_as)
         axis.grid(axis="x")
         axis.set_ylabel("what the assignment maximises")
     axes[0].set_xlabel("significance taken / the most that can be")
     axes[0].get_legend().remove()
-    axes[1].set_xlabel("share of the loss added by pruning that is recovered")
+    axes[1].set_xlabel("loss over that of pruning all layers alike")
     axes[1].axvline(0, ls="--", color="0.3")
     sns.move_legend(axes[1], "upper left", bbox_to_anchor=(1.02, 1))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -245,8 +245,8 @@ report.claim("ours: with equal budgets the order does not matter", (equal.gain.a
 # The same cases, another objective each. By `significance_share`, the significance taken over the most that can be taken, the
 # objective of that name cannot lose: an upper bound and no finding. What counts is the metric of the model when the selected
 # layers stay as they are and all others are pruned alike (Wanda) so that `judged_sparsity` of the whole is pruned. The table
-# `quality_by_objective`: one row per case and objective; `recovered` is the share of the loss added by pruning all layers alike
-# (`none kept`) that keeping these layers takes back, below 0 where it adds to it.
+# `quality_by_objective`: one row per case and objective; `added_loss` is the loss over that of pruning all layers alike (`none
+# kept`): above 0 it would have been better to keep none.
 
 # %%
 calibration = dict(samples=calibration_samples, batch_size=batch_size, seed=seed)
@@ -293,7 +293,7 @@ with report.stage("objectives"):
             about = {"case": case["case_id"], "strategy": case["strategy"], "objective": name}
             rows.append(about | {"significance_share": share} | quality_of(with_kept(kept)))
 objectives = pd.DataFrame(rows)
-objectives["recovered"] = (none["loss"] - objectives.loss) / (none["loss"] - dense["loss"])
+objectives["added_loss"] = objectives.loss - none["loss"]
 report.table(objectives, "quality_by_objective")
 drawn, (left, right) = plt.subplots(1, 2, figsize=(12, 4), sharey=True, layout="constrained")
 for axis, column in ((left, "significance_share"), (right, metric)):
