@@ -27,7 +27,7 @@ FLOORS = [
     {"cache", "statistics", "efficiency", "evaluation", "stability", "usv", "esd"},
     {"factorize", "statistics_file", "output_error", "pruning", "on_demand"},
     {"recipes", "tasks", "modules"},
-    {"training", "checkpoint", "whitened_linear", "source"},
+    {"training", "checkpoint", "whitened_linear", "source", "pi3"},
     {"baseline", "factored", "refine", "oialr", "deltas", "selection"},
     {"sweep", "prehab", "lora_ranks"},
     {"rank_config"},

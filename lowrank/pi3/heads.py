@@ -1,0 +1,76 @@
+"""From tokens to points, confidence and camera poses."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lowrank.pi3.blocks import Block, Table
+
+
+class HeadDecoder(nn.Module):
+    """Blocks over the tokens of one view, between two linear layers."""
+
+    def __init__(self, dim_in: int, dim: int, depth: int, heads: int, ratio: int, dim_out: int) -> None:
+        super().__init__()
+        self.projects = nn.Linear(dim_in, dim)
+        self.blocks = nn.ModuleList([Block(dim, heads, ratio) for _ in range(depth)])
+        self.linear_out = nn.Linear(dim, dim_out)
+
+    def forward(self, x: Float[Tensor, "frames tokens dim"], table: Table) -> Float[Tensor, "frames tokens out"]:
+        x = self.projects(x)
+        for block in self.blocks:
+            x = block(x, table)
+        return self.linear_out(x)
+
+
+class PixelHead(nn.Module):
+    """`channels` values for each pixel of every patch."""
+
+    def __init__(self, dim: int, patch: int, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, channels * patch**2)
+        self.patch = patch
+
+    def forward(
+        self, x: Float[Tensor, "frames patches dim"], rows: int, columns: int
+    ) -> Float[Tensor, "frames height width channels"]:
+        grid = self.proj(x).transpose(1, 2).unflatten(2, (rows, columns))
+        return functional.pixel_shuffle(grid, self.patch).permute(0, 2, 3, 1)
+
+
+class Residual(nn.Module):
+    """x + ReLU of three linear layers in a row."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.res_conv1, self.res_conv2, self.res_conv3 = (nn.Linear(dim, dim) for _ in range(3))
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        return x + functional.relu(self.res_conv3(functional.relu(self.res_conv2(functional.relu(self.res_conv1(x))))))
+
+
+class CameraHead(nn.Module):
+    """A camera-to-world pose for each view, from the mean over its tokens."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.res_conv = nn.ModuleList([Residual(dim) for _ in range(2)])
+        self.more_mlps = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU())
+        self.fc_t, self.fc_rot = nn.Linear(dim, 3), nn.Linear(dim, 9)
+
+    def forward(self, x: Float[Tensor, "frames patches dim"]) -> Float[Tensor, "frames 4 4"]:
+        for unit in self.res_conv:
+            x = unit(x)
+        x = self.more_mlps(x.mean(1))
+        pose = torch.eye(4, device=x.device).repeat(len(x), 1, 1)
+        pose[:, :3, :3] = nearest_rotation(self.fc_rot(x).unflatten(1, (3, 3)))
+        pose[:, :3, 3] = self.fc_t(x)
+        return pose
+
+
+def nearest_rotation(matrices: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 3 3"]:
+    """The rotation nearest to a matrix whose rows are first brought to length 1."""
+    left, _, right = torch.linalg.svd(functional.normalize(matrices, dim=-1, eps=1e-12))
+    sign = torch.linalg.det(left @ right)
+    return left @ torch.stack([torch.ones_like(sign), torch.ones_like(sign), sign], -1).diag_embed() @ right
