@@ -233,7 +233,7 @@ def closest_points(
     """
     tree, before = KDTree(target), (np.inf, np.inf)
     for _ in range(iterations):
-        gaps, nearest = tree.query(source, distance_upper_bound=distance)
+        gaps, nearest = (np.asarray(found) for found in tree.query(source, distance_upper_bound=distance))
         near = np.isfinite(gaps)
         if not near.any():
             break
