@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.ticker import MaxNLocator
 
 from lowrank.imports import ROOT
 from lowrank.parameters import notebook_names
@@ -190,7 +191,7 @@ def draw_objectives(path: Path) -> None:
     axes[0].get_legend().remove()
     axes[1].set_xlabel("loss over that of pruning all layers alike")
     axes[1].axvline(0, ls="--", color="0.3")
-    axes[1].xaxis.set_major_locator(plt.MaxNLocator(4))
+    axes[1].xaxis.set_major_locator(MaxNLocator(4))
     sns.move_legend(axes[1], "upper left", bbox_to_anchor=(1.02, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(drawn, path)
