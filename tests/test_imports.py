@@ -27,13 +27,13 @@ FLOORS = [
     {"cache", "statistics", "efficiency", "evaluation", "stability", "usv", "esd"},
     {"factorize", "statistics_file", "output_error", "pruning", "on_demand"},
     {"recipes", "tasks", "modules"},
-    {"training", "checkpoint", "whitened_linear", "source", "pi3"},
+    {"training", "checkpoint", "whitened_linear", "source"},
     {"baseline", "factored", "refine", "oialr", "deltas", "selection"},
     {"sweep", "prehab", "lora_ranks"},
     {"rank_config"},
-    {"adapters"},
+    {"adapters", "pi3"},
 ]
-SIDE = {"parameters", "report", "run", "pair", "readme"}
+SIDE = {"parameters", "report", "run", "pair", "readme", "pretrain"}
 REPORTING = {"matplotlib", "pandas", "seaborn", "yaml", "papermill", "jupytext", "IPython"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -120,6 +120,16 @@ def test_points_are_the_local_ones_seen_from_their_camera() -> None:
     ]
 
 
+def test_gradients_of_the_nearest_rotation() -> None:
+    """By finite differences at any matrix, mirrored ones too, and finite where singular values are equal."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(6, 3, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    assert len(torch.linalg.det(matrices).sign().unique()) == 2
+    assert torch.autograd.gradcheck(nearest_rotation, matrices)
+    at_rotation = torch.eye(3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(nearest_rotation, at_rotation)
+
+
 def test_channels_of_a_head_go_to_the_pixels_of_their_patch() -> None:
     made = model()
     tokens = torch.randn(1, 6, TINY["point_out"])

@@ -1,5 +1,7 @@
 """From tokens to points, confidence and camera poses."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -69,8 +71,28 @@ class CameraHead(nn.Module):
         return pose
 
 
+class _NearestRotation(torch.autograd.Function):
+    """R of the polar decomposition M = R P, P symmetric. Its derivative divides by sums of the eigenvalues of P, where that of
+    the singular vectors divides by their differences, which vanish as M becomes a rotation."""
+
+    @staticmethod
+    def forward(ctx: Any, matrices: Tensor) -> Tensor:
+        left, values, right = torch.linalg.svd(matrices)
+        signs = torch.ones_like(values)
+        signs[..., 2] = torch.linalg.det(left @ right)
+        ctx.save_for_backward(left, values, right, signs)
+        return left * signs[..., None, :] @ right
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        left, values, right, signs = ctx.saved_tensors
+        inner = (left * signs[..., None, :]).mT @ gradients[0] @ right.mT
+        own = signs * values
+        sums = own[..., :, None] + own[..., None, :]
+        turned = torch.where(sums == 0, 0.0, (inner - inner.mT) / sums)
+        return left * signs[..., None, :] @ turned @ right
+
+
 def nearest_rotation(matrices: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 3 3"]:
     """The rotation nearest to a matrix whose rows are first brought to length 1."""
-    left, _, right = torch.linalg.svd(functional.normalize(matrices, dim=-1, eps=1e-12))
-    sign = torch.linalg.det(left @ right)
-    return left @ torch.stack([torch.ones_like(sign), torch.ones_like(sign), sign], -1).diag_embed() @ right
+    return _NearestRotation.apply(functional.normalize(matrices, dim=-1, eps=1e-12))  # pyright: ignore[reportReturnType]
