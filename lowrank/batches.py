@@ -39,7 +39,8 @@ def as_double(batch: Batch) -> Batch:
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's output on a batch, labels withheld: the tensor itself, or the `logits` of a transformers output."""
+    """The model's output on a batch, labels withheld: the tensor itself, or the `logits` of a transformers output. Of other
+    outputs the first one: the hidden states of a bare encoder, the first entry of a mapping."""
     if isinstance(batch, Tensor):
         output: Any = model(batch)
     elif isinstance(batch, Mapping):
@@ -48,7 +49,9 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
         output = model(batch[0])
     if isinstance(output, Tensor):
         return output
-    return output.logits if hasattr(output, "logits") else output[0]  # a bare encoder gives its hidden states first
+    if hasattr(output, "logits"):
+        return output.logits
+    return next(iter(output.values())) if isinstance(output, Mapping) else output[0]
 
 
 def has_labels(batch: Batch) -> bool:

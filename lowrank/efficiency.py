@@ -119,6 +119,36 @@ def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu
     return peak
 
 
+def top_operators(function: Callable[[], object], device: torch.device | str = "cpu") -> list[dict[str, Any]]:
+    """Where the time of a call goes, by operator, the longest first, after one call that is not looked at.
+
+    Times are an operator's own: what it calls is counted there, not here, so that they add up to the whole.
+
+    **Returns:** rows of `operator`, `calls`, `self_ms`, `share` of the sum over all operators.
+    """
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
+    with torch.no_grad():
+        function()
+        synchronize(device)
+        with torch.profiler.profile(activities=activities) as profile:
+            function()
+            synchronize(device)
+    # on a GPU each kernel is an entry beside the operator that launched it: operators alone are counted
+    host = [event for event in profile.key_averages() if event.device_type == torch.profiler.DeviceType.CPU]  # pyright: ignore
+    own = {
+        event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total, event.count) for event in host
+    }
+    total = sum(time for time, _ in own.values()) or 1.0
+    longest = sorted(own.items(), key=lambda item: -item[1][0])
+    return [
+        {"operator": name, "calls": count, "self_ms": time / 1e3, "share": time / total}
+        for name, (time, count) in longest
+        if time > 0
+    ]
+
+
 def generate_in_turns(
     models: Mapping[str, Any],
     prompt: Int[Tensor, "batch tokens"],

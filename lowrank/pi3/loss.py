@@ -1,8 +1,11 @@
 """The loss that π³ is trained with: relative errors of points up to one scale, of relative poses, and of its confidence."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 ROTATION = TRANSLATION = 0.1  # weights beside that of points, 1
@@ -54,3 +57,42 @@ def geometry_loss(
     sure = (relative.detach().mean(-1, keepdim=True) < SURE).float()
     trust = functional.binary_cross_entropy_with_logits(outputs["conf"], sure)
     return relative.mean() + ROTATION * turn + TRANSLATION * shift + CONFIDENCE * trust
+
+
+def distillation(teacher: nn.Module) -> Callable[[nn.Module, Any], Tensor]:
+    """`geometry_loss` against the outputs of a teacher: a loss to refine with where nothing but images is known.
+
+    The batch is images, or begins with them.
+    """
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        with torch.no_grad():
+            wanted = teacher(images)
+        return geometry_loss(model(images), wanted["local_points"], wanted["camera_poses"])
+
+    return loss
+
+
+def sampled_loss(seed: int) -> Callable[[nn.Module, Any], Tensor]:
+    """A loss under targets that the model draws itself, whose squared gradients are its true Fisher information: relative local
+    points and poses have normal errors of variance 1/2 about the outputs. No truth is used.
+
+    Summed over the batch, as `lowrank.statistics.collect_statistics` takes it.
+
+    **Reference:** Martens and Grosse, KFAC, ICML 2015, arXiv:1503.05671, section 2.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(values: Tensor) -> Tensor:
+        return 0.5**0.5 * torch.randn(values.shape, generator=generator).to(values)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        outputs = model(batch if isinstance(batch, Tensor) else batch[0])
+        points, poses = outputs["local_points"], outputs["camera_poses"][..., :3, :]
+        depth = points[..., 2:].detach()
+        extent = depth.mean((1, 2, 3, 4))[:, None, None, None]
+        relative = torch.cat([poses[..., :3], poses[..., 3:] / extent], -1)
+        return sum((values - (values.detach() + noise(values))).square().sum() for values in (points / depth, relative))  # pyright: ignore[reportReturnType]
+
+    return loss
