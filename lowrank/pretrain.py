@@ -14,10 +14,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from lowrank.pi3 import Pi3
-from lowrank.pi3.small import ABOUT, PRETRAINED, RECIPE, SMALL, WEIGHTS, scene_loss, training_batches
+from lowrank.pi3.checkpoint import ABOUT, PRETRAINED, WEIGHTS
+from lowrank.pi3.small import RECIPE, SMALL, fresh_small_pi3, scene_loss, training_batches
 from lowrank.report import environment
-from lowrank.training import Recipe, fit, recipe_options, seed_everything
+from lowrank.training import Recipe, fit, recipe_options
 
 BLOCK = 100  # steps that the recorded losses are means over
 
@@ -25,8 +25,7 @@ BLOCK = 100  # steps that the recorded losses are means over
 def pretrain(folder: Path, recipe: Recipe = RECIPE) -> None:
     """Writes `model.safetensors` (half precision) and `run.json` into a folder."""
     origin = environment()  # before there are files of this training
-    seed_everything(recipe.seed)
-    model, start, checkpoint = Pi3(SMALL), time.perf_counter(), folder / "checkpoint"
+    model, start, checkpoint = fresh_small_pi3(recipe.seed), time.perf_counter(), folder / "checkpoint"
     history = fit(
         model,
         lambda done: training_batches(done, recipe),

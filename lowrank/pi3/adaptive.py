@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lowrank.layers import find_linears
 from lowrank.modules import LowRankLinear
 
 GRAY = (0.2989, 0.5870, 0.1140)
@@ -128,7 +129,13 @@ class AdaptiveRank(nn.Module):
         """Outputs with the slice of one regime, whatever the images are."""
         return functional_call(self.model, sliced(self.model, self.ranks[regime]), (images,))
 
-    def realised(self, macs: Iterable[float]) -> dict[str, Any]:
+    def saved(self, dense: nn.Module, regime: int) -> dict[str, int]:
+        """layer -> parameters of the dense model's weight that a regime does not multiply by, for `pi3_macs`."""
+        ranks = self.ranks[regime]
+        shapes = {name: layer.weight.shape for name, layer in find_linears(dense, list(ranks)).items()}
+        return {name: m * n - ranks[name] * (m + n) for name, (m, n) in shapes.items()}
+
+    def realised(self, macs: Iterable[float | int]) -> dict[str, Any]:
         """What the scenes so far have cost on average.
 
         **Arguments:** `macs`: of a scene in each regime.
@@ -145,3 +152,15 @@ class AdaptiveRank(nn.Module):
             "macs": mean(macs),
             "scenes": list(self.spent),
         }
+
+
+class InOrder(nn.Module):
+    """The slices of an `AdaptiveRank` in an order of one's own, one for each scene: a control of what its order is worth."""
+
+    def __init__(self, adaptive: AdaptiveRank, regimes: Iterable[int]) -> None:
+        super().__init__()
+        self.adaptive, self.regimes = adaptive, iter(list(regimes))
+
+    def forward(self, images: Float[Tensor, "scenes views 3 height width"]) -> dict[str, Tensor]:
+        found = [self.adaptive.at(next(self.regimes), scene[None]) for scene in images]
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}

@@ -72,7 +72,7 @@ def _matrix(path: Path, side: int = 4) -> np.ndarray:
     return np.loadtxt(path).reshape(side, side)
 
 
-def _png(path: Path, unit: float, least: float = 0.0, most: float = float("inf")) -> np.ndarray:
+def _png(path: Path, unit: int, least: float = 0.0, most: float = float("inf")) -> np.ndarray:
     """Depth stored as integers, in metres: 0 where it is below `least` or beyond `most`."""
     depth = np.asarray(opened(path), dtype=np.float64) / unit
     return np.where((depth >= least) & (depth <= most), depth, 0.0)
@@ -84,14 +84,14 @@ def read_sintel_depth(path: Path) -> np.ndarray:
     **Raises:** `ValueError`: another first number, or fewer values than it announces.
     """
     content = path.read_bytes()
-    tag = np.frombuffer(content[:4], "<f4")
-    if len(tag) == 0 or tag[0] != np.float32(SINTEL_TAG):
+    if len(content) < 12 or np.frombuffer(content[:4], "<f4")[0] != np.float32(SINTEL_TAG):
         raise ValueError(f"`path` must be a Sintel .dpt file, got {path}, which does not begin as one.")
-    width, height = np.frombuffer(content[4:12], "<i4")
-    values = np.frombuffer(content[12:], "<f4")
-    if len(values) != width * height:
-        raise ValueError(f"`path` must hold {width} x {height} values, got {len(values)} in {path}.")
-    return values.reshape(height, width).astype(np.float64)
+    width, height = np.frombuffer(content[4:12], "<i4").tolist()
+    if len(content) != 12 + 4 * width * height:
+        raise ValueError(
+            f"`path` must hold {width} x {height} values of 4 bytes, got {len(content) - 12} bytes in {path}."
+        )
+    return np.frombuffer(content[12:], "<f4").reshape(height, width).astype(np.float64)
 
 
 def read_sintel_camera(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -293,6 +293,8 @@ def load_scenes(
     if not folder.is_dir():
         raise FileNotFoundError(f"`folder` must be a folder with data laid out as {layout!r}, got {folder}.")
     found = LAYOUTS[layout].frames(folder)
+    if not found:
+        raise FileNotFoundError(f"`folder` must hold sequences laid out as {layout!r}, got none in {folder}.")
     if unknown := sorted(set(sequences) - set(found)):
         raise FileNotFoundError(f"`sequences` must be among {sorted(found)} of {folder}, got {unknown}.")
 

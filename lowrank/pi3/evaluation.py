@@ -93,18 +93,21 @@ def poses(outputs: Mapping[str, Tensor], scene: Scene, protocol: Protocol) -> li
     return [pose_distance(own, true) | {"rotation": rotation, "direction": direction}]
 
 
+def points_at(points: Tensor, size: tuple[int, int]) -> Tensor:
+    """Points (N, H, W, 3) in another size, bilinearly, antialiased."""
+    if tuple(points.shape[1:3]) == size:
+        return points
+    channels = points.permute(0, 3, 1, 2)
+    moved = functional.interpolate(channels, size=size, mode="bilinear", align_corners=False, antialias=True)
+    return moved.permute(0, 2, 3, 1)
+
+
 def point_map(outputs: Mapping[str, Tensor], scene: Scene, protocol: Protocol) -> list[dict[str, Any]]:
-    """`point_metrics` where depth is known; predicted points are brought to the size of the truth bilinearly, antialiased."""
+    """`point_metrics` where depth is known, in the size of the truth."""
     true = scene.points
     assert true is not None
     assert scene.depth is not None
-    own = outputs["points"]
-    if own.shape != true.shape:
-        size = (true.shape[1], true.shape[2])
-        moved = functional.interpolate(
-            own.permute(0, 3, 1, 2), size=size, mode="bilinear", align_corners=False, antialias=True
-        )
-        own = moved.permute(0, 2, 3, 1)
+    own = points_at(outputs["points"], (true.shape[1], true.shape[2]))
     return [point_metrics(own, true, scene.depth > 1e-4, protocol.distance)]
 
 

@@ -1,6 +1,7 @@
 """What a forward pass of π³ costs, part by part, by formula: multiply-accumulates, of which each is two operations."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from lowrank.pi3.model import Pi3Config
 
@@ -73,6 +74,6 @@ def part_of(layer: str) -> str:
     return stages[stage]
 
 
-def saved_parameters(table: list[dict[str, int]]) -> dict[str, int]:
+def saved_parameters(table: list[dict[str, Any]]) -> dict[str, int]:
     """layer -> parameters saved, from the table that `lowrank.factored.compress` returns."""
     return {str(row["layer"]): row["dense_parameters"] - row["parameters"] for row in table}

@@ -24,7 +24,7 @@ def size_within(width: int, height: int, patch: int = 14, pixels: int = PIXELS) 
     share = (pixels / (width * height)) ** 0.5
     columns, rows = max(1, round(width * share / patch)), max(1, round(height * share / patch))
     while columns * rows * patch**2 > pixels:
-        if columns / rows > width / height and columns > 1:
+        if rows == 1 or (columns > 1 and columns / rows > width / height):
             columns -= 1
         else:
             rows -= 1

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-ROTATION = TRANSLATION = 0.1  # weights beside that of points, 1
+ROTATION = TRANSLATION = 0.3  # weights beside that of points, 1
 CONFIDENCE = 0.05
 SURE = 0.1  # a point is meant to be trusted where its relative error is below
 
@@ -76,7 +76,8 @@ def distillation(teacher: nn.Module) -> Callable[[nn.Module, Any], Tensor]:
 
 def sampled_loss(seed: int) -> Callable[[nn.Module, Any], Tensor]:
     """A loss under targets that the model draws itself, whose squared gradients are its true Fisher information: relative local
-    points and poses have normal errors of variance 1/2 about the outputs. No truth is used.
+    points and poses have normal errors of variance 1/2 about the outputs, trust is a coin of the confidence's probability. No
+    truth is used.
 
     Summed over the batch, as `lowrank.statistics.collect_statistics` takes it.
 
@@ -93,6 +94,11 @@ def sampled_loss(seed: int) -> Callable[[nn.Module, Any], Tensor]:
         depth = points[..., 2:].detach()
         extent = depth.mean((1, 2, 3, 4))[:, None, None, None]
         relative = torch.cat([poses[..., :3], poses[..., 3:] / extent], -1)
-        return sum((values - (values.detach() + noise(values))).square().sum() for values in (points / depth, relative))  # pyright: ignore[reportReturnType]
+        conf = outputs["conf"]
+        coin = torch.rand(conf.shape, generator=generator).to(conf) < conf.detach().sigmoid()
+        total = functional.binary_cross_entropy_with_logits(conf, coin.to(conf.dtype), reduction="sum")
+        for values in (points / depth, relative):
+            total = total + (values - (values.detach() + noise(values))).square().sum()
+        return total
 
     return loss

@@ -1,16 +1,10 @@
-"""The small π³ of the embedded report: its sizes, how it is trained on rendered scenes, and the weights that came of it.
+"""The small π³ of the embedded report: its sizes, and how `python -m lowrank.pretrain` trains it on rendered scenes."""
 
-`python -m lowrank.pretrain` made the files in `pretrained/` beside this one: weights in half precision, and run.json.
-"""
-
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowrank.pi3.loss import geometry_loss
@@ -18,27 +12,37 @@ from lowrank.pi3.model import Pi3, Pi3Config
 from lowrank.pi3.scenes import render_scene
 from lowrank.training import Recipe
 
-PRETRAINED = Path(__file__).with_name("pretrained")
-WEIGHTS, ABOUT = "model.safetensors", "run.json"
 SIDE, MOST_VIEWS = 64, 6
 FIRST_SEED = 10**6  # of the scenes to train on; smaller seeds are for calibration and evaluation
 SMALL = Pi3Config(
     patch_size=8,
     encoder_dim=96,
-    encoder_depth=4,
+    encoder_depth=2,
     encoder_heads=4,
     encoder_registers=2,
     pos_grid=SIDE // 8,
     decoder_dim=96,
-    decoder_depth=6,
+    decoder_depth=8,
     decoder_heads=4,
     head_dim=96,
-    head_depth=2,
+    head_depth=1,
     head_heads=4,
     point_out=96,
     camera_out=48,
 )
-RECIPE = Recipe(steps=4500, batch_size=32, learning_rate=1.5e-3, weight_decay=0.05, warmup=0.05)
+RECIPE = Recipe(steps=4500, batch_size=32, learning_rate=1.5e-3, weight_decay=0.01, warmup=0.05)
+
+
+def fresh_small_pi3(seed: int) -> Pi3:
+    """The small π³ before its training. The scales in its decoder start at 1: from .01 on, as in the large one, so short a
+    training leaves the decoder with little to do."""
+    torch.manual_seed(seed)
+    model = Pi3(SMALL)
+    with torch.no_grad():
+        for name, scale in model.decoder.named_parameters():
+            if name.endswith("gamma"):
+                scale.fill_(1.0)
+    return model
 
 
 def scene_batch(first: int, scenes: int, views: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,11 +65,3 @@ def scene_loss(model: nn.Module, batch: Any) -> Tensor:
     """`geometry_loss` of a batch (images, local points, poses)."""
     images, points, poses = batch
     return geometry_loss(model(images), points, poses)
-
-
-def small_pi3(folder: Path = PRETRAINED) -> Pi3:
-    """The small π³ as it was trained, in evaluation mode, float32."""
-    about = json.loads((folder / ABOUT).read_text(encoding="utf8"))
-    model = Pi3(Pi3Config(**about["config"]))
-    model.load_state_dict({name: value.float() for name, value in load_file(folder / WEIGHTS).items()})
-    return model.eval()

@@ -28,7 +28,7 @@ TARGETS = TARGETS | {"decoder + encoder": (*TARGETS["decoder"], r"encoder\.block
 TARGETS = TARGETS | {"all linears": (*TARGETS["decoder + encoder"], r"(point|conf|camera)_decoder\..*")}
 
 
-def published_ranks(model: nn.Module, targets: str, keep: float) -> dict[str, int]:
+def published_ranks(model: nn.Module, targets: str, keep: float, storage: str = "factors") -> dict[str, int]:
     """layer -> the largest rank within `keep` of each layer of a group of `TARGETS`.
 
     **Raises:** `ValueError`: an unknown group, `keep` outside (0, 1].
@@ -36,7 +36,7 @@ def published_ranks(model: nn.Module, targets: str, keep: float) -> dict[str, in
     if targets not in TARGETS:
         raise ValueError(f"`targets` must be one of {list(TARGETS)}, got {targets!r}.")
     linears = find_linears(model, TARGETS[targets])
-    return {name: rank_for_keep(tuple(layer.weight.shape), keep) for name, layer in linears.items()}
+    return {name: rank_for_keep(tuple(layer.weight.shape), keep, storage) for name, layer in linears.items()}
 
 
 def random_pi3(
