@@ -26,7 +26,8 @@ def rotary_table(positions: Int[Tensor, "tokens 2"], width: int, base: float | i
 def rotated(x: Float[Tensor, "batch heads tokens width"], table: Table) -> Float[Tensor, "batch heads tokens width"]:
     """Channels turned by the angles of a table."""
     cos, sin = table
-    partner = x.unflatten(-1, (2, 2, x.shape[-1] // 4)).flip(-2).flatten(-3)
+    first, second = x.unflatten(-1, (2, 2, x.shape[-1] // 4)).unbind(-2)
+    partner = torch.stack([second, first], -2).flatten(-3)
     return x * cos + partner * sin
 
 

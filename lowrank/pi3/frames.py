@@ -123,7 +123,9 @@ def video_frames(path: Path, every: int) -> Sequence[Image.Image]:
         import av  # noqa: PLC0415
         from av.error import FFmpegError  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"videos need PyAV: pip install 'lowrank[video]' ({error})") from error
+        raise ModuleNotFoundError(
+            f"videos need PyAV: pip install '.[video]' from a checkout of lowrank ({error})"
+        ) from error
     try:
         with av.open(str(path)) as video:
             decoded = video.decode(video=0) if video.streams.video else ()
