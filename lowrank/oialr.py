@@ -4,29 +4,25 @@ After the conversion W = U S V^T only S is trained (and all that was never conve
 vectors of W and cuts the rank where singular values are small beside the largest.
 """
 
-import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowrank.checkpoint import distinct_tensors
 from lowrank.layers import ENDS
 from lowrank.modules import replace_module
 from lowrank.moments import all_finite
+from lowrank.oialr_file import read_training, write_training
 from lowrank.optimizer_state import replace_parameter
+from lowrank.processes import agreed, processes
 from lowrank.stability import BasisMonitor
 from lowrank.usv import USV, USVConv2d, USVLinear, convertible, usv_kind
 
 __all__ = ["OIALR", "TRIGGERS", "USVConv2d", "USVLinear", "cut_rank"]
 
 TRIGGERS = ("schedule", "mean", "layer")
-FORMAT = "lowrank.oialr/1"
 
 
 def cut_rank(singular_values: Tensor | Sequence[float], rank: int, sigma_cutoff: float | int, minimum: int) -> int:
@@ -183,7 +179,7 @@ class OIALR:
         left = [name for name in self.layers if name not in self.ranks]
         if self.settings["trigger"] == "schedule":
             return left
-        return _agreed([name for name in left if self.streaks[name] >= self.settings["checks"]], owner=0)
+        return agreed([name for name in left if self.streaks[name] >= self.settings["checks"]], owner=0)
 
     def _covered(self) -> list[str]:
         count = self.checks * int((len(self.layers) - 1) * self.settings["coverage"]) or len(self.layers)
@@ -193,11 +189,11 @@ class OIALR:
         self, names: list[str], act: Callable[..., bool], optimizer: Any, stability: dict[str, float]
     ) -> bool:
         """Decomposes the layers named, each in one process, and acts on all of them in every process."""
-        world, rank = _processes()
+        world, rank = processes()
         found = {name: self._decompose(name) for place, name in enumerate(names) if place % world == rank}
         changed = False
         for place, name in enumerate(names):
-            usv, turns, row = _agreed(found.pop(name, None), owner=place % world)
+            usv, turns, row = agreed(found.pop(name, None), owner=place % world)
             if row:
                 about = {"step": self.steps, "layer": name, "stability": stability.get(name, float("nan"))}
                 self.history.append(about | row)
@@ -284,41 +280,16 @@ class OIALR:
 
     def save(self, path: Path | str) -> None:
         """Writes model and state to one safetensors file, whole or not at all; the ranks stand in its metadata."""
-        path = Path(path)
-        tensors, tied = distinct_tensors(self.model)
-        state = self.state_dict()
-        previous = state["monitor"].pop("previous")
-        seen = {f"{layer}:{place}": part for layer, parts in previous.items() for place, part in enumerate(parts)}
-        about = {"format": FORMAT, "state": json.dumps(state), "tied": json.dumps(tied)}
-        partial = path.with_name(f".{path.name}.partial")
-        everything = {f"model:{n}": t for n, t in tensors.items()} | {f"previous:{n}": t for n, t in seen.items()}
-        save_file(everything, partial, metadata=about)
-        os.replace(partial, path)
+        write_training(Path(path), self.model, self.state_dict())
 
     def load(self, path: Path | str) -> None:
         """Reads what `save` wrote: layers of the saved ranks, their tensors, and where the training stood.
 
         **Raises:** `FileNotFoundError`. `ValueError`, before anything is changed: not such a file; of another model or settings.
         """
-        if not Path(path).exists():
-            raise FileNotFoundError(
-                f"`path` must be a file written by OIALR.save, got {str(path)!r}, which does not exist."
-            )
-        try:
-            with safe_open(path, "pt") as file:
-                about: dict[str, str] = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except SafetensorError as error:
-            raise ValueError(f"`path` must be a whole safetensors file, got {str(path)!r}: {error}.") from error
-        if about.get("format") != FORMAT:
-            raise ValueError(f"`path` must have format {FORMAT!r}, got {about.get('format')!r} in {str(path)!r}.")
-        state, tied = json.loads(about["state"]), json.loads(about["tied"])
-        own = {name.removeprefix("model:"): tensor for name, tensor in tensors.items() if name.startswith("model:")}
-        previous: dict[str, list[Tensor]] = {}
-        for name in sorted(tensors.keys() - {f"model:{n}" for n in own}):
-            previous.setdefault(name.removeprefix("previous:").rpartition(":")[0], []).append(tensors[name])
-        self.load_state_dict(state | {"monitor": state["monitor"] | {"previous": previous}})
-        self.model.load_state_dict(own | {name: own[kept] for name, kept in tied.items()})
+        tensors, state = read_training(Path(path))
+        self.load_state_dict(state)
+        self.model.load_state_dict(tensors)
 
 
 def _blank(shape: torch.Size, rank: int) -> USV:
@@ -329,22 +300,6 @@ def _blank(shape: torch.Size, rank: int) -> USV:
 def _on_cpu(parts: Any) -> Any:
     moved = [part.cpu() for part in parts]
     return type(parts)(*moved) if isinstance(parts, USV) else tuple(moved)
-
-
-def _processes() -> tuple[int, int]:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 1, 0
-    return distributed.get_world_size(), distributed.get_rank()
-
-
-def _agreed(value: Any, owner: int) -> Any:
-    """The owner's value, in every process."""
-    if _processes()[0] == 1:
-        return value
-    held = [value]
-    torch.distributed.broadcast_object_list(held, src=owner)
-    return held[0]
 
 
 def _hold(rules: dict[str, tuple[Any, bool, str]]) -> None:

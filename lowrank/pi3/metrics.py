@@ -125,6 +125,13 @@ def depth_metrics(
     return metrics | {f"delta_{k}": float((ratio < 1.25**k).mean()) for k in (1, 2, 3)} | {"valid_pixels": len(g)}
 
 
+def _rotation(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
+    """The rotation R of least sum |R x - y|^2 of centred points `(n, 3)`, and sum y . R x."""
+    left, values, right = np.linalg.svd(y.T @ x)
+    signs = np.array([1.0, 1.0, np.sign(np.linalg.det(left) * np.linalg.det(right))])
+    return left * signs @ right, float((values * signs).sum())
+
+
 def similarity(source: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
     """Scale c, rotation R and shift t of least sum |c R x + t - y|^2, of points `(n, 3)`; scale 1 where the source has no extent.
 
@@ -132,10 +139,9 @@ def similarity(source: np.ndarray, target: np.ndarray) -> tuple[float, np.ndarra
     """
     centre, goal = source.mean(0), target.mean(0)
     x, y = source - centre, target - goal
-    left, values, right = np.linalg.svd(y.T @ x / len(x))
-    signs = np.array([1.0, 1.0, np.sign(np.linalg.det(left) * np.linalg.det(right))])
-    rotation, extent = left * signs @ right, (x**2).sum(1).mean()
-    scale = float((values * signs).sum() / extent) if extent > 0 else 1.0
+    rotation, agreement = _rotation(x, y)
+    extent = float((x**2).sum())
+    scale = agreement / extent if extent > 0 else 1.0
     return scale, rotation, goal - scale * rotation @ centre
 
 
@@ -242,8 +248,7 @@ def closest_points(
             break
         before = now
         x, y = source[near], target[nearest[near]]
-        left, _, right = np.linalg.svd((y - y.mean(0)).T @ (x - x.mean(0)))
-        rotation = left * [1.0, 1.0, np.sign(np.linalg.det(left) * np.linalg.det(right))] @ right
+        rotation, _ = _rotation(x - x.mean(0), y - y.mean(0))
         source = source @ rotation.T + y.mean(0) - rotation @ x.mean(0)
     return source
 
