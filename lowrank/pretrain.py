@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from lowrank.pi3.checkpoint import ABOUT, PRETRAINED, WEIGHTS
 from lowrank.pi3.small import RECIPE, SMALL, fresh_small_pi3, scene_loss, training_batches
 from lowrank.report import environment
-from lowrank.training import Recipe, fit, recipe_options
+from lowrank.training import STATES, Recipe, fit, recipe_options
 
 BLOCK = 100  # steps that the recorded losses are means over
 
@@ -26,6 +26,7 @@ def pretrain(folder: Path, recipe: Recipe = RECIPE) -> None:
     """Writes `model.safetensors` (half precision) and `run.json` into a folder."""
     origin = environment()  # before there are files of this training
     model, start, checkpoint = fresh_small_pi3(recipe.seed), time.perf_counter(), folder / "checkpoint"
+    resumed = max((int(path.name.removeprefix("step-")) for path in checkpoint.glob(STATES)), default=0)
     history = fit(
         model,
         lambda done: training_batches(done, recipe),
@@ -41,6 +42,7 @@ def pretrain(folder: Path, recipe: Recipe = RECIPE) -> None:
         "loss": [
             round(sum(part) / len(part), 4) for part in (losses[i : i + BLOCK] for i in range(0, len(losses), BLOCK))
         ],
+        "resumed_at_step": resumed,
         "wall_s": round(time.perf_counter() - start, 1),
         **origin,
     }

@@ -67,3 +67,10 @@ def test_refusals() -> None:
         render_scene(0, views=0)
     with pytest.raises(ValueError, match="`height` must be >= 1, got 0"):
         render_scene(0, height=0)
+
+
+def test_cameras_find_a_place_beside_things_that_fill_theirs() -> None:
+    """A scene in which the arc of the cameras lies within a box."""
+    shot = render_scene(1093572, 4, 8, 8)
+    assert shot.depth.min() > 0.05
+    assert len(shot.poses) == 4

@@ -19,7 +19,7 @@ def pi3_macs(
     scenes: int = 1,
     saved: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """Multiply-accumulates of one forward pass; norms, activations and the last products of poses and points are left out.
+    """Multiply-accumulates of one forward pass; norms and activations are left out, and what rotations take.
 
     **Arguments:** `views`: of each scene. `height`, `width`: of the images, in pixels. `saved`: layer -> parameters that its
     compressed form stores less than its weight (`saved_parameters`): each parameter of a linear layer is one multiply-accumulate
@@ -54,6 +54,7 @@ def pi3_macs(
         "head decoder linears": frames * tokens * (3 * head + outs * c.head_dim),
         "head attention": frames * 3 * c.head_depth * attention(tokens, c.head_dim),
         "heads": frames * (patches * (4 * c.patch_size**2 * c.point_out + 6 * camera**2) + 2 * camera**2 + 12 * camera),
+        "points": frames * height * width * 9,
     }
     for layer, number in (saved or {}).items():
         part = part_of(layer)
