@@ -2,7 +2,7 @@
 VENV   := .venv
 BIN    := $(CURDIR)/$(VENV)/bin
 PYTHON ?= python3
-SETS   ?= digits-vit docs-bert docs-llama
+SETS   ?= digits-vit docs-bert docs-llama scenes-pi3
 CORES  ?= 2
 
 # One thread per process: CORES notebooks run side by side, and sums do not depend on the number of cores.

@@ -197,6 +197,42 @@ def draw_objectives(path: Path) -> None:
     save_figure(drawn, path)
 
 
+def geometry() -> str:
+    """Four tasks of π³ before and after, in each set; the published table of one forward pass; the speed-up at the published
+    size on every device that it was measured on."""
+    shown = {"mono_depth": "abs_rel", "video_depth": "abs_rel", "pose": "ate", "points": "acc_mean"}
+    rows, first = [], []
+    for name, folder in _results("07_pi3_efficiency").items():
+        tables = {task: pd.read_csv(folder / f"{task}.csv") for task in shown}
+        for model in tables["mono_depth"].model.unique():
+            row = {"set": name if not rows or rows[-1]["set"] != name else "", "model": model}
+            for task, column in shown.items():
+                for data, own in tables[task].query("model == @model").groupby("data", sort=False):
+                    row[f"{task}, {column}, {data}"] = f"{own[column].mean():.3f} ± {own[column].std():.3f}"
+            rows.append(row)
+        first.append(pd.read_csv(folder / "first_forward.csv").assign(set=name))
+    parts = [pd.DataFrame(rows).fillna("").to_markdown(index=False)]
+    parts.append(pd.concat(first).to_markdown(index=False, floatfmt=".1f"))
+    speed = pd.read_csv(OUTPUTS / "bench" / "pi3.csv")
+    speed["size"] = speed.width.astype(str) + " x " + speed.height.astype(str) + ", " + speed.precision
+    columns = [
+        "device",
+        "views",
+        "size",
+        "model",
+        "forward_ms",
+        "frames_per_s",
+        "speed_up",
+        "ceiling",
+        "share_of_ceiling",
+    ]
+    table = speed[columns].astype(object)
+    if speed.device.str.startswith("CPU").all():
+        table.loc[len(table)] = ["a GPU", "1, 2, 11, 30", "700 x 364, bf16", *["not measured"] * 6]
+    parts.append(table.to_markdown(index=False))
+    return "\n\n".join(parts)
+
+
 def benchmarks() -> str:
     """The measured ratios of `make bench`: those of layers side by side, the others one to a row."""
     found = [pd.read_csv(path) for path in sorted((OUTPUTS / "bench").glob("*.csv"))]
@@ -219,6 +255,7 @@ BLOCKS = {
     "fixed bases": fixed_bases,
     "adapters": adapters,
     "layer selection": layer_selection,
+    "geometry": geometry,
     "benchmarks": benchmarks,
 }
 

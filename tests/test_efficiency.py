@@ -11,6 +11,7 @@ from lowrank.efficiency import (
     peak_bytes,
     synchronize,
     time_in_turns,
+    top_operators,
     training_step,
     weight_bytes,
 )
@@ -183,6 +184,54 @@ def test_the_clock_is_read_around_each_call_after_waiting_for_the_device(monkeyp
 
 def test_waiting_for_the_cpu_returns() -> None:
     assert synchronize(torch.device("cpu")) is None
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+
+def test_operators_share_all_the_time_the_longest_first(generator) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 64))
+    x = torch.randn(32, 64, generator=generator)
+    rows = top_operators(lambda: model(x))
+    assert [list(row) for row in rows] == [["operator", "calls", "self_ms", "share"]] * len(rows)
+    assert sum(row["share"] for row in rows) == pytest.approx(1, abs=1e-6)
+    assert all(row["self_ms"] > 0 for row in rows)
+    times = [row["self_ms"] for row in rows]
+    assert times == sorted(times, reverse=True)
+    assert [row["share"] for row in rows] == pytest.approx([time / sum(times) for time in times])
+    calls = {row["operator"]: row["calls"] for row in rows}
+    assert len(calls) == len(rows)
+    expected = {"aten::addmm": 2, "aten::linear": 2, "aten::gelu": 1, "aten::native_layer_norm": 1}
+    assert {name: calls[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("bias", "product"), [(True, "aten::addmm"), (False, "aten::mm")])
+def test_time_is_where_the_product_is_computed_and_not_in_what_calls_it(bias: bool, product: str, generator) -> None:
+    model, x = linear((1024, 1024), bias), torch.randn(512, 1024, generator=generator)
+    rows = top_operators(lambda: model(x))
+    shares = {row["operator"]: row["share"] for row in rows}
+    assert rows[0]["operator"] == product
+    assert shares["aten::linear"] < shares[product]  # which holds all of it
+
+
+def test_operators_are_counted_in_one_call_without_gradients_after_another(generator) -> None:
+    x = torch.randn(8, 8, generator=generator, requires_grad=True)
+    seen: list[bool] = []
+
+    def call() -> Tensor:
+        seen.append(torch.is_grad_enabled())
+        for _ in range(3):
+            y = x @ x
+        return y
+
+    rows = top_operators(call)
+    assert seen == [False, False]
+    assert {row["operator"]: row["calls"] for row in rows}["aten::mm"] == 3
+    assert torch.is_grad_enabled()
+
+
+def test_a_call_without_operators_has_no_rows() -> None:
+    assert top_operators(lambda: None) == []
 
 
 # --- generation -------------------------------------------------------------------------------------------------------

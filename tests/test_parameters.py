@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ import yaml
 
 from lowrank import parameters as module
 from lowrank.parameters import ParameterError, defaults, jobs, notebook_names, parameters, read_set, set_names
+from lowrank.pi3.calibration import RENDERED
+from lowrank.pi3.data import load_scenes, rendered_scenes
+from lowrank.pi3.evaluation import PROTOCOLS
+from lowrank.pi3.evaluation import TASKS as EVALUATED
 from lowrank.tasks import TASKS
 from lowrank.training import Recipe
 
@@ -22,6 +27,14 @@ def test_every_set_fits_every_notebook_it_names(name: str) -> None:
     for _, notebook in found:
         values = parameters(name, notebook)
         assert values["set_name"] == name
+        if "task" not in values:  # of notebook 07, which is no task of training
+            sources = [values["calibration"], values["swept"], *chain.from_iterable(values["evaluation"].values())]
+            for source in sources:
+                load = rendered_scenes if source["layout"] == RENDERED else load_scenes
+                assert set(source) - {"layout"} <= set(inspect.signature(load).parameters)
+                assert source["layout"] in PROTOCOLS
+            assert set(values["evaluation"]) <= set(EVALUATED)
+            continue
         options = inspect.signature(importlib.import_module(TASKS[values["task"]]).load).parameters
         assert set(values["task_options"]) <= set(options)
         Recipe(

@@ -6,6 +6,7 @@ stored tensors is all that changes from one input to the next.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ STEPS = (0.3, 0.2, 0.1)  # below the keep at which the model is factored, for lo
 def image_entropy(images: Float[Tensor, "*batch 3 height width"]) -> Float[Tensor, "*batch"]:
     """Shannon entropy, in bits, of the histogram of 256 levels of gray; images in [0, 1].
 
-    0 for an image of one level, 8 for one that has all equally often.
+    0 for an image of one level; at most log2 255, since the weights of the published gray add up to .9999 and white falls on 254.
 
     **Raises:** `ValueError`: values outside [0, 1], NaN.
     """
@@ -68,7 +69,7 @@ class EntropyScale:
         return (scores >= self.low).long() + (scores >= self.high).long()
 
 
-def sliced_ranks(model: nn.Module, keep: float, base: float) -> dict[str, int]:
+def sliced_ranks(model: nn.Module, keep: float | int, base: float | int) -> dict[str, int]:
     """layer -> round(rank * keep / base), at least 1, of every layer of two factors.
 
     **Raises:** `ValueError`: `keep` not in (0, base]; a model without such layers.
@@ -107,7 +108,7 @@ class AdaptiveRank(nn.Module):
     **Reference:** the published regimes base - .3, - .2, - .1 of SVD^3, with raw images in calibration and use.
     """
 
-    def __init__(self, model: nn.Module, base: float, scale: EntropyScale) -> None:
+    def __init__(self, model: nn.Module, base: float | int, scale: EntropyScale) -> None:
         super().__init__()
         if not STEPS[0] < base <= 1:
             raise ValueError(f"`base` must be in ({STEPS[0]}, 1], got {base}.")
@@ -162,5 +163,8 @@ class InOrder(nn.Module):
         self.adaptive, self.regimes = adaptive, iter(list(regimes))
 
     def forward(self, images: Float[Tensor, "scenes views 3 height width"]) -> dict[str, Tensor]:
-        found = [self.adaptive.at(next(self.regimes), scene[None]) for scene in images]
+        own = list(islice(self.regimes, len(images)))
+        if len(own) < len(images):
+            raise ValueError(f"`regimes` must be one for each scene, got none for the last {len(images) - len(own)}.")
+        found = [self.adaptive.at(regime, scene[None]) for regime, scene in zip(own, images, strict=True)]
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}

@@ -31,6 +31,10 @@ def load_pi3(source: Path | str = OFFICIAL, config: Pi3Config | None = None) -> 
             config = Pi3Config(**json.loads((path / ABOUT).read_text(encoding="utf8"))["config"])
         path = path / WEIGHTS
     if not path.exists():
+        if source == SMALL:
+            raise FileNotFoundError(
+                f"the small model must lie in {PRETRAINED}: make it with python -m lowrank.pretrain."
+            )
         if path.suffix == ".safetensors":
             raise FileNotFoundError(f"`source` must be a checkpoint, got {path}, which does not exist.")
         path = found("model", str(source), lambda: _from_hub(str(source)))

@@ -15,6 +15,7 @@ from torch.nn import functional
 from lowrank.batches import device_of, evaluating
 from lowrank.pi3.data import Scene
 from lowrank.pi3.metrics import DEPTH, angle_summary, depth_metrics, pair_angles, point_metrics, pose_distance
+from lowrank.pi3.model import autocast
 
 CHUNK = 32  # single images in one pass
 
@@ -49,7 +50,7 @@ def predict(model: nn.Module, images: Tensor, precision: str = "fp32") -> dict[s
     **Arguments:** `precision`: 'fp32' or 'bf16' (autocast; the heads stay in float32).
     """
     device, single = device_of(model), images.dim() == 4
-    with evaluating(model), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with evaluating(model), torch.no_grad(), autocast(device, precision):
         outputs = model((images[None] if single else images).to(device))
     return {name: (value[0] if single else value).cpu() for name, value in outputs.items()}
 

@@ -5,6 +5,7 @@ confidence and poses off the last two of them. Keys of the state dict are those 
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -196,6 +197,16 @@ class Pi3(nn.Module):
             else:
                 x = block(x, own)
         return torch.cat([before, x], -1)
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """The context of a forward pass: 'fp32', or 'bf16' where the model and its heads leave it to torch.
+
+    **Raises:** `ValueError`: another precision.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"`precision` must be 'fp32' or 'bf16', got {precision!r}.")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def check_images(images: Tensor, patch: int) -> None:

@@ -125,12 +125,14 @@ def _cameras(views: int, things: list[_Thing], half: np.ndarray, generator: np.r
     """Cameras on an arc near the walls that look at the middle of the room, none within a thing."""
     start, step, poses = generator.uniform(0, 2 * np.pi), generator.uniform(0.15, 0.45) * generator.choice([-1, 1]), []
     for view in range(views):
-        for attempt in range(10**6):  # where things fill the place, ever farther along the wall
-            angle = start + step * view + generator.normal() * 0.05 * (1 + attempt // 100)
+        tried = 0
+        while True:
+            angle = start + step * view + generator.normal() * 0.05 * (1 + tried // 100)
             position = np.array([np.cos(angle), 0.0, np.sin(angle)]) * half * generator.uniform(0.75, 0.88)
             position[1] = generator.uniform(-0.5, 0.3)
             if all(_outside(thing, position) for thing in things[1:]):
                 break
+            tried += 1  # where things fill the place, ever farther along the wall
         target = np.array([0.0, 0.35, 0.0]) + generator.normal(size=3) * 0.2
         poses.append(looking(position, target, generator.normal() * 0.05))
     return poses

@@ -20,7 +20,7 @@ from lowrank.budget import kept_parameters, rank_for_keep
 from lowrank.efficiency import peak_bytes, synchronize, time_in_turns, weight_bytes
 from lowrank.layers import find_linears
 from lowrank.modules import LowRankLinear, replace_module
-from lowrank.pi3.model import Pi3, Pi3Config
+from lowrank.pi3.model import Pi3, Pi3Config, autocast
 
 # Groups of layers that are compressed, each with what is in the one before. Output heads stay dense: they are in float32.
 TARGETS: Mapping[str, tuple[str, ...]] = {"decoder": (r"decoder\.\d+\..*",)}
@@ -28,7 +28,7 @@ TARGETS = TARGETS | {"decoder + encoder": (*TARGETS["decoder"], r"encoder\.block
 TARGETS = TARGETS | {"all linears": (*TARGETS["decoder + encoder"], r"(point|conf|camera)_decoder\..*")}
 
 
-def published_ranks(model: nn.Module, targets: str, keep: float, storage: str = "factors") -> dict[str, int]:
+def published_ranks(model: nn.Module, targets: str, keep: float | int, storage: str = "factors") -> dict[str, int]:
     """layer -> the largest rank within `keep` of each layer of a group of `TARGETS`.
 
     **Raises:** `ValueError`: an unknown group, `keep` outside (0, 1].
@@ -58,8 +58,10 @@ def random_pi3(
             replace_module(model, name, made)
             saved[name] = less
     model = model.to_empty(device=device)
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for tensor in model.parameters():
         nn.init.normal_(tensor, std=0.02) if tensor.dim() > 1 else nn.init.ones_(tensor)
+    for tensor in model.buffers():
+        nn.init.ones_(tensor)
     return model.eval(), saved
 
 
@@ -68,7 +70,7 @@ def forward(model: nn.Module, images: Tensor, precision: str = "fp32") -> Callab
     device = device_of(model)
 
     def run() -> object:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.no_grad(), autocast(device, precision):
             return model(images)
 
     return run
