@@ -4,6 +4,7 @@ Competitors take turns in one process, so that a machine that slows down slows t
 the device is waited for before the clock is read; what is reported are all rounds, for a median and a spread.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank.batches import device_of, evaluating
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes lines with times to stderr otherwise
 
 
 def synchronize(device: torch.device) -> None:

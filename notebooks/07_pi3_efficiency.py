@@ -405,7 +405,7 @@ for name, own in models.items():
 wide = speed.pivot(index="views", columns="model", values="ceiling")
 print("operations counted equal the formula within 1 %")
 report.claim(
-    "the ceiling falls with the number of views", (wide.drop(columns="original").diff().dropna() < 0).all(None)
+    "the ceiling falls with the number of views", (wide.drop(columns="original").diff().dropna() < 0).all(axis=None)
 )
 
 # %% [markdown]
