@@ -204,8 +204,8 @@ def geometry() -> str:
     rows, first = [], []
     for name, folder in _results("07_pi3_efficiency").items():
         tables = {task: pd.read_csv(folder / f"{task}.csv") for task in shown}
-        for model in tables["mono_depth"].model.unique():
-            row = {"set": name if not rows or rows[-1]["set"] != name else "", "model": model}
+        for place, model in enumerate(tables["mono_depth"].model.unique()):
+            row = {"set": "" if place else name, "model": model}
             for task, column in shown.items():
                 for data, own in tables[task].query("model == @model").groupby("data", sort=False):
                     row[f"{task}, {column}, {data}"] = f"{own[column].mean():.3f} ± {own[column].std():.3f}"
