@@ -22,7 +22,7 @@ from lowrank.training import STATES, Recipe, fit, recipe_options
 BLOCK = 100  # steps that the recorded losses are means over
 
 
-def pretrain(folder: Path, recipe: Recipe = RECIPE) -> None:
+def pretrain(folder: Path, recipe: Recipe) -> None:
     """Writes `model.safetensors` (half precision) and `run.json` into a folder."""
     origin = environment()  # before there are files of this training
     model, start, checkpoint = fresh_small_pi3(recipe.seed), time.perf_counter(), folder / "checkpoint"
@@ -55,11 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lowrank.pretrain", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=PRETRAINED, help="where to write; default: the package's own")
-    parser.add_argument("--steps", type=int, default=RECIPE.steps)
-    parser.add_argument("--frames", type=int, default=RECIPE.batch_size, help="views per step, of all scenes together")
     given = parser.parse_args(arguments)
     given.folder.mkdir(parents=True, exist_ok=True)
-    pretrain(given.folder, Recipe(**recipe_options(RECIPE) | {"steps": given.steps, "batch_size": given.frames}))
+    pretrain(given.folder, RECIPE)
     return 0
 
 

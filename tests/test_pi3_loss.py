@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from lowrank.pi3.loss import (
     sampled_loss,
 )
 from lowrank.pi3.scenes import render_scene
-from lowrank.pi3.small import SMALL, training_batches
+from lowrank.pi3.small import RECIPE, SMALL, training_batches
 from lowrank.pretrain import main
 from lowrank.statistics import collect_statistics
 from lowrank.training import Recipe
@@ -85,8 +86,9 @@ def test_batches_hold_new_scenes_in_every_step_and_are_the_same_again() -> None:
     assert not torch.equal(one[0][0][0, 0], one[1][0][0, 0])
 
 
-def test_the_command_trains_and_what_it_wrote_is_read(tmp_path) -> None:
-    assert main(["--folder", str(tmp_path), "--steps", "2", "--frames", "4"]) == 0
+def test_the_command_trains_and_what_it_wrote_is_read(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank.pretrain.RECIPE", replace(RECIPE, steps=2, batch_size=4))
+    assert main(["--folder", str(tmp_path)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "run.json"]
     about = json.loads((tmp_path / "run.json").read_text())
     assert about["recipe"]["steps"] == 2
