@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +51,8 @@ class Report:
         self.notebook = notebook
         self.tables: set[str] = set()
         self.claims: list[dict[str, object]] = []
+        self.measured_columns: dict[str, list[str]] = {}
+        self.measured_claims: list[str] = []
         self.stages: dict[str, float] = {}
         self.inputs: dict[str, Any] = {}
         self.started = time.time()
@@ -67,9 +69,16 @@ class Report:
         yield
         self.stages[name] = self.stages.get(name, 0.0) + round(time.perf_counter() - start, 2)
 
-    def table(self, table: pd.DataFrame, name: str, rows: int = 12) -> pd.DataFrame:
-        """Writes `name.csv` and returns the first rows to be shown."""
+    def table(self, table: pd.DataFrame, name: str, rows: int = 12, *, measured: Sequence[str] = ()) -> pd.DataFrame:
+        """Writes `name.csv` and returns the first rows to be shown.
+
+        **Arguments:** `measured`: columns that rest on times or memory, which no two runs share; see `lowrank.compare`.
+        """
         self._named(name)
+        if unknown := sorted(set(measured) - set(table)):
+            raise ValueError(f"`measured` must be columns of the table, got {unknown}.")
+        if measured:
+            self.measured_columns[name] = list(measured)
         table.to_csv(self.folder / f"{name}.csv", index=False, float_format=f"%.{SIGNIFICANT_DIGITS}g")
         self.tables.add(name)
         return table.head(rows)
@@ -82,9 +91,14 @@ class Report:
         save_figure(drawn, self.folder / f"{name}.png")
         return Image(filename=str(self.folder / f"{name}.png"))
 
-    def claim(self, text: str, holds: Any) -> None:
-        """Records a finding and says whether it held. A claim that fails is a result, not an error."""
+    def claim(self, text: str, holds: Any, *, measured: bool = False) -> None:
+        """Records a finding and says whether it held. A claim that fails is a result, not an error.
+
+        **Arguments:** `measured`: it rests on times or memory, which no two runs share.
+        """
         held = bool(holds)
+        if measured:
+            self.measured_claims.append(text)
         self.claims.append({"claim": text, "holds": held})
         pd.DataFrame(self.claims).to_csv(self.folder / "claims.csv", index=False)
         print(f"{'holds' if held else 'FAILS'}: {text}")
@@ -98,6 +112,8 @@ class Report:
             "parameters": self.parameters,
             "inputs": self.inputs,
             "claims": {"held": held, "failed": len(self.claims) - held},
+            "measured_columns": self.measured_columns,
+            "measured_claims": self.measured_claims,
             "stages_s": self.stages,
             "wall_s": round(time.time() - self.started, 1),
             "peak_memory_mb": peak_memory_mb(),

@@ -512,7 +512,7 @@ columns = ["storage", "keep", "phase", "per_s", "speedup", "flop_ratio", "weight
 efficiency = pd.DataFrame(rows, columns=columns).assign(
     dtype=str(next(model.parameters()).dtype).removeprefix("torch.")
 )
-report.table(efficiency, "efficiency_by_keep", rows=20)
+report.table(efficiency, "efficiency_by_keep", rows=20, measured=["per_s", "speedup", "activations_mb", "total_mb"])
 
 # %%
 smaller = efficiency[efficiency.storage != "dense"]

@@ -72,3 +72,15 @@ def test_without_a_runner_results_are_drafts(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.delenv("LOWRANK_OUTPUTS", raising=False)
     assert outputs_folder().parts[-2:] == ("outputs", "draft")
+
+
+def test_what_rests_on_times_is_said_in_run_json(report: Report) -> None:
+    report.table(pd.DataFrame({"rank": [1], "time_ms": [2.0]}), "times_by_rank", measured=["time_ms"])
+    report.claim("quick", True, measured=True)
+    report.claim("exact", True)
+    report.finish()
+    about = json.loads((report.folder / "run.json").read_text())
+    assert about["measured_columns"] == {"times_by_rank": ["time_ms"]}
+    assert about["measured_claims"] == ["quick"]
+    with pytest.raises(ValueError, match=r"`measured` must be columns of the table, got \['time'\]"):
+        report.table(pd.DataFrame({"rank": [1]}), "error_by_rank", measured=["time"])
