@@ -1,6 +1,10 @@
 """Expensive results on disk, each under a hash of all that determines it."""
 
+import hashlib
+import json
 import os
+import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +15,7 @@ from filelock import FileLock
 from lowrank.fingerprint import hash_files, hash_options
 from lowrank.imports import ROOT, sources
 
+HASHES = "hashes.json"  # of the other files of an entry
 PACKAGES = ("torch", "transformers", "timm", "tokenizers")  # whose versions change numbers
 
 
@@ -21,23 +26,57 @@ def cache_folder() -> Path:
     return ROOT / ".cache" if (ROOT / "pyproject.toml").exists() else Path.home() / ".cache" / "lowrank"
 
 
+def _hashes(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as content:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(content, "blake2b").hexdigest()[:16]
+    found.pop(HASHES, None)
+    return found
+
+
+def damage(folder: Path) -> str | None:
+    """The first file of an entry that is not as it was built; None where all are."""
+    try:
+        built = json.loads((folder / HASHES).read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return HASHES
+    found = _hashes(folder)
+    return next((name for name in sorted({*built, *found}) if built.get(name) != found.get(name)), None)
+
+
 def cached(kind: str, key: Mapping[str, Any], code: Path, build: Callable[[Path], None]) -> Path:
-    """The folder of a result, built where it is missing.
+    """The folder of a result, built where it is missing or damaged.
 
     The folder appears under its name only when `build` has returned. What a killed build leaves is handed to the next
-    one, so it can resume; two processes never build the same result at once.
+    one, so it can resume; two processes never build the same result at once. Whole results are read where nothing can
+    be written.
 
     **Arguments:** `kind`: subfolder. `key`: JSON, what determines the result. `code`: the module that builds it; its
     source and that of all it imports, and the versions of torch and the model libraries, join the key. `build`:
     writes the result into the folder that it is given.
+
+    **Raises:** `OSError`: the result is missing and the cache cannot be written.
+
+    **Warns:** a damaged result: a file is not as it was built. It is built again.
     """
     determined = {"key": dict(key), "code": hash_files(sources(code)), "versions": {p: version(p) for p in PACKAGES}}
     folder = cache_folder() / kind / hash_options(determined)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    if folder.exists() and not damage(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(f"{folder}.lock").acquire()
+    except OSError as error:
+        raise OSError(f"`LOWRANK_CACHE` must be a folder that can be written, or hold {folder}: {error}") from error
+    with held:
+        if folder.exists() and (changed := damage(folder)):
+            warnings.warn(f"{folder} is damaged ({changed} is not as it was built): it is built again.", stacklevel=2)
+            shutil.rmtree(folder)
         if not folder.exists():
             partial = folder.with_suffix(".partial")
             partial.mkdir(exist_ok=True)
             build(partial)
+            (partial / HASHES).write_text(json.dumps(_hashes(partial)), encoding="utf8")
             partial.rename(folder)
     return folder

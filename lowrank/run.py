@@ -92,8 +92,12 @@ def run(set_name: str, name: str) -> Path:
         handler = logging.FileHandler(logs / f"{name}.log", mode="w", encoding="utf8")
         logging.basicConfig(level=logging.INFO, handlers=[handler], format="%(asctime)s %(message)s", force=True)
         growing = logs / f"{name}.ipynb"
-        execute(read_notebook(name), growing, staging, f"{set_name}/{name}", values)
         made, final = staging / set_name / name, results / set_name / name
+        try:
+            execute(read_notebook(name), growing, staging, f"{set_name}/{name}", values)
+        except NotebookError:
+            shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
+            raise
         growing.replace(made / f"{name}.ipynb")
         final.parent.mkdir(parents=True, exist_ok=True)
         if final.exists():

@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import ROOT
+from processes import run_mounted
 
 from lowrank import parameters as module
 from lowrank.parameters import set_names
@@ -153,3 +154,45 @@ def test_committed_results_came_from_a_clean_tree() -> None:
         assert about["git_commit"], path
         assert about["git_dirty"] is False, path
         assert {f"{folder}/claims.csv", f"{folder}/{about['notebook']}.ipynb"} <= committed
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+from lowrank import parameters
+from lowrank.run import main
+
+parameters.NOTEBOOKS = parameters.SETS = Path(sys.argv[1])
+sys.exit(main(["quick", "01_small"]))
+"""
+LARGE = 'number == 3 or (folder / "large.csv").write_text("0" * 400_000)'
+
+
+@pytest.mark.parametrize("left", [350, 0])  # kB: not enough for what a cell writes, or for anything
+def test_a_full_disk_is_named_and_leaves_the_former_result(tmp_path: Path, left: int) -> None:
+    (tmp_path / "01_small.py").write_text(NOTEBOOK + LARGE)
+    (tmp_path / "quick.yaml").write_text("01_small: {}\n")
+    (script := tmp_path / "command.py").write_text(COMMAND)
+    (folder := tmp_path / "disk").mkdir()
+    result = f"{folder}/outputs/quick/01_small"
+    commands = f"""
+        mount -t tmpfs -o size=400k tmpfs {folder}
+        python {script} {tmp_path}
+        md5sum {result}/* > {tmp_path}/before
+        echo '01_small: {{number: 4}}' > {tmp_path}/quick.yaml
+        dd if=/dev/zero of={folder}/other bs=1k count=$(($(df --output=avail {folder} | tail -1) - {left})) status=none
+        python {script} {tmp_path} || echo "status $?"
+        md5sum --check --quiet {tmp_path}/before
+        rm {folder}/other
+        test ! -e {folder}/outputs/.partial/quick-01_small
+        sed -i s/400_000/4/ {tmp_path}/01_small.py
+        python {script} {tmp_path}
+        cat {result}/run.json
+    """
+    done = run_mounted(commands, LOWRANK_OUTPUTS=f"{folder}/outputs")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [result, "status", "1", result, "4"]
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: quick/01_small failed: [Errno 28] No space left on device (see "
+    )
+    assert "Traceback" not in done.stderr
