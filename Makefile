@@ -13,7 +13,7 @@ export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter
 export JUPYTER_PREFER_ENV_PATH := 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: report test lab lint bench notebooks readme lock
+.PHONY: report test lab lint bench soak notebooks readme lock
 
 report: $(VENV)/.ok  ## execute the notebooks for SETS into outputs/; what is up to date is not run again
 	snakemake --cores $(CORES) --config sets='$(SETS)' --rerun-incomplete --nolock --keep-going --quiet host rules reason
@@ -32,6 +32,9 @@ lab: $(VENV)/.ok  ## JupyterLab; .py and .ipynb of a pair both open as a noteboo
 
 bench: $(VENV)/.ok  ## ratios of time and memory, measured in one run
 	python -m pytest -q -o addopts= tests/bench_*.py --benchmark-only --benchmark-columns=median,rounds
+
+soak: $(VENV)/.ok  ## kill the report at 20 random moments: it ends with the tables in outputs/
+	python tests/soak.py '$(SETS)' --cores $(CORES)
 
 notebooks: $(VENV)/.ok  ## execute the notebooks with their defaults and store them with outputs
 	python -m lowrank.pair

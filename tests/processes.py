@@ -1,11 +1,13 @@
-"""Tests in processes of their own: two that speak gloo, or with file systems that others do not see."""
+"""Tests in processes of their own: two that speak gloo, some with file systems that others do not see, and whole reports."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 
 def run_in_two(script: Path) -> None:
@@ -29,3 +31,35 @@ def run_mounted(commands: str, **environment: str) -> subprocess.CompletedProces
         timeout=300,
         check=False,
     )
+
+
+def copy_project(folder: Path) -> Path:
+    """What a report needs of the project, copied, so that killed runs touch nothing of this one."""
+    for name in ("lowrank", "notebooks", "params", "pyproject.toml", "requirements.lock", "Snakefile", "Makefile"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    return folder
+
+
+def start_report(house: Path, outputs: str, sets: str, cores: int) -> subprocess.Popen[bytes]:
+    """What `make report` does after the set-up, with the code of a copy, in a process group of its own; its results, cache
+    and log lie in the copy."""
+    environment = os.environ | {
+        "LOWRANK_OUTPUTS": str(house / outputs),
+        "LOWRANK_CACHE": str(house / f"{outputs}-cache"),
+        "PYTHONPATH": str(house),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "JUPYTER_PREFER_ENV_PATH": "1",
+    }
+    command = ["make", "-o", ".venv/.ok", "report", f"SETS={sets}", f"CORES={cores}"]
+    with (house / f"{outputs}.log").open("ab") as log:
+        return subprocess.Popen(
+            command,
+            cwd=house,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )

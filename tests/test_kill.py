@@ -5,12 +5,11 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from processes import copy_project, start_report
 
 from lowrank.compare import differences
 
@@ -21,37 +20,14 @@ SET = """common: {task: digits, task_options: {width: 16, depth: 2}, steps: 240,
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project with one small set, so that killed runs touch nothing of this one."""
-    house = tmp_path_factory.mktemp("house")
-    for name in ("lowrank", "notebooks", "pyproject.toml", "requirements.lock", "Snakefile", "Makefile"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, house / name)
-    (house / "params").mkdir()
+    """A copy of the project with one small set."""
+    house = copy_project(tmp_path_factory.mktemp("house"))
     (house / "params" / "small.yaml").write_text(SET)
     return house
 
 
 def report(house: Path, outputs: str) -> subprocess.Popen[bytes]:
-    """What `make report` does after the set-up, with the code of the copy."""
-    environment = os.environ | {
-        "LOWRANK_OUTPUTS": str(house / outputs),
-        "LOWRANK_CACHE": str(house / f"{outputs}-cache"),
-        "PYTHONPATH": str(house),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "JUPYTER_PREFER_ENV_PATH": "1",
-    }
-    command = ["make", "-o", ".venv/.ok", "report", "SETS=small", "CORES=1"]
-    with (house / f"{outputs}.log").open("ab") as log:
-        return subprocess.Popen(
-            command,
-            cwd=house,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+    return start_report(house, outputs, "small", cores=1)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,78 @@
+"""`make soak`: the report killed at random moments, again and again, ends with the tables that are committed.
+
+Every kill hits the whole process group, by SIGKILL or SIGTERM; whatever lies under outputs/ then must be whole. At last the
+report runs to its end and all its tables are compared, byte for byte but for times. With 20 kills about an hour on two cores.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from conftest import ROOT
+from processes import copy_project, start_report
+
+from lowrank.compare import differences
+from lowrank.parameters import ParameterError, jobs
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM)
+
+
+def half_results(outputs: Path) -> list[str]:
+    """Folders of results that lack their notebook, their claims or where they came from."""
+    folders = [path for path in outputs.glob("[a-z]*/[0-9]*") if path.is_dir() and path.parent.name != "logs"]
+    needed = ("run.json", "claims.csv")
+    return [str(f) for f in folders if not all((f / name).exists() for name in (*needed, f"{f.name}.ipynb"))]
+
+
+def kill_once(house: Path, sets: str, seconds: float, sent: signal.Signals, cores: int) -> bool:
+    """Whether the report was still at work when its time was up."""
+    run = start_report(house, "outputs", sets, cores)
+    try:
+        run.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, sent)
+        run.wait(timeout=120)
+        return True
+    if run.returncode:
+        raise SystemExit(f"error: the report failed by itself: {(house / 'outputs.log').read_text()[-3000:]}")
+    return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("sets", help="names of sets, with spaces between")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--longest", type=float, default=240.0, help="seconds between two kills")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cores", type=int, default=2)
+    given = parser.parse_args()
+    try:
+        number = len(jobs(given.sets.split()))
+    except ParameterError as error:
+        raise SystemExit(f"error: {error}") from error
+    chance, start = random.Random(given.seed), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        house = copy_project(Path(folder))
+        for kill in range(1, given.kills + 1):
+            seconds, sent = chance.uniform(0, given.longest), chance.choice(SIGNALS)
+            if not kill_once(house, given.sets, seconds, sent, given.cores):
+                raise SystemExit(f"error: the report ended before kill {kill} of {given.kills}: lower --longest")
+            if half := half_results(house / "outputs"):
+                raise SystemExit(f"error: half-written results after kill {kill}: {half}")
+            done = len(list((house / "outputs" / ".done").glob("*")))
+            print(f"kill {kill}: {sent.name} after {seconds:.0f} s, {done} of {number} jobs done", flush=True)
+        if start_report(house, "outputs", given.sets, given.cores).wait():
+            raise SystemExit(f"error: the report failed: {(house / 'outputs.log').read_text()[-3000:]}")
+        count, lines = differences(house / "outputs", ROOT / "outputs")
+    print("\n".join([*lines, f"{count} tables compared, {len(lines)} differences, {time.monotonic() - start:.0f} s"]))
+    return 1 if lines or not count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
