@@ -46,8 +46,8 @@ lock: $(VENV)/.ok  ## resolve pyproject.toml anew
 	uv pip compile -q --universal --python-version 3.11 --all-extras --generate-hashes --no-header \
 		--no-emit-package lowrank pyproject.toml -o requirements.lock
 
-# JupyterLab opens a .py of a pair as text unless it is told not to.
-LAB_SETTINGS := {"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"python": "Jupytext Notebook"}}}
+# JupyterLab opens a .py of a pair as text, and asks about news from the web, unless it is told not to.
+LAB_SETTINGS := {"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"python": "Jupytext Notebook"}}, "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
 
 # uv comes from the lock too: its pin is read from there.
 $(VENV)/.ok: requirements.lock pyproject.toml

@@ -65,8 +65,19 @@ def test_killing_at_any_moment_gives_the_same_tables(house: Path, undisturbed: f
     assert time.monotonic() - again < undisturbed / 2
 
     (house / "params" / "small.yaml").write_text(SET.replace("theorem_samples: 64", "theorem_samples: 65"))
+    before = {path.name: path.read_bytes() for path in result.iterdir()}
+    run = report(house, "killed")
+    with pytest.raises(subprocess.TimeoutExpired):
+        run.wait(timeout=undisturbed * 0.3)
+    os.killpg(run.pid, signal.SIGTERM)  # which lets Snakemake delete what an unfinished job was to write
+    run.wait(timeout=60)
+    assert {path.name: path.read_bytes() for path in result.iterdir()} == before
     assert report(house, "killed").wait(timeout=400) == 0
     assert (result / "run.json").stat().st_mtime_ns != stamp  # one number changed: it was run again
+
+    shutil.rmtree(result)
+    assert report(house, "killed").wait(timeout=400) == 0
+    assert (result / "run.json").exists()  # what was lost is made again
 
 
 def test_two_reports_at_once_give_the_same_tables(house: Path, undisturbed: float) -> None:
