@@ -13,10 +13,13 @@ export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter
 export JUPYTER_PREFER_ENV_PATH := 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: report test lab lint bench soak notebooks readme lock
+.PHONY: report site test lab lint bench soak notebooks readme lock
 
 report: $(VENV)/.ok  ## execute the notebooks for SETS into outputs/; what is up to date is not run again
 	snakemake --cores $(CORES) --config sets='$(SETS)' --rerun-incomplete --nolock --keep-going --quiet host rules reason
+
+site: $(VENV)/.ok  ## the results of SETS as pages in _site/: start with _site/index.html
+	python -m lowrank.site $(SETS)
 
 test: lint  ## ruff, pyright, unit tests, notebook guards, nbval
 	python -m pytest -q -n $(CORES) --dist loadfile

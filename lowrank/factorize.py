@@ -6,7 +6,7 @@ minimises ||H (W - W') S||_F over the weights W' of a rank; they differ in what 
 | method | H | S |
 |---|---|---|
 | `svd` | I | I |
-| `asvd` | I | diag(mean |x|)^alpha |
+| `asvd` | I | diag(mean abs x)^alpha |
 | `fwsvd` | diag(row Fisher)^(1/2) | I |
 | `whitened` | I | S S^T = G |
 | `two_sided` | H^T H = E[g g^T], with a ridge | S S^T = G |
