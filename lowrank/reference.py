@@ -81,8 +81,8 @@ def write_reference(folder: Path) -> None:
     lines = []
     for name, path in modules.items():
         (folder / f"{name}.md").write_text(module_page(name, path), encoding="utf8")
-        summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf8"))) or "").partition("\n")[0]
-        lines.append(f"- [{name}]({name}.md): {summary}")
+        summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf8"))) or "").partition("\n\n")[0]
+        lines.append(f"- [{name}]({name}.md): {' '.join(summary.split())}")
     toctree = "\n".join(["```{toctree}", ":hidden:", *modules, "```"])
     page = "\n\n".join(
         ["# Reference", "Every public function and class, from its docstring.", "\n".join(lines), toctree]

@@ -80,7 +80,7 @@ def _sintel(folder: Path) -> dict[str, Path]:
 
 
 def sintel(sequence: Path) -> list[Frame]:
-    """training/{final,depth,camdata_left}/<sequence>/frame_0001.{png,dpt,cam}."""
+    """`training/{final,depth,camdata_left}/<sequence>/frame_0001.{png,dpt,cam}`."""
     depth, camera = (sequence.parents[1] / part / sequence.name for part in ("depth", "camdata_left"))
     frames = []
     for image in image_files(sequence):
@@ -122,8 +122,8 @@ def _tum(folder: Path) -> dict[str, Path]:
 
 
 def tum(sequence: Path) -> list[Frame]:
-    """<sequence>/{rgb.txt,depth.txt,groundtruth.txt}, each row beginning with a time; what is nearest in time belongs together,
-    and pictures without depth or pose are left out. Bonn and TUM RGB-D."""
+    """`<sequence>/{rgb.txt,depth.txt,groundtruth.txt}`, each row beginning with a time; what is nearest in time belongs
+    together, and pictures without depth or pose are left out. Bonn and TUM RGB-D."""
     depths, poses = (_listed(_within(sequence, name, layout="TUM RGB-D")) for name in ("depth.txt", "groundtruth.txt"))
     frames = []
     for time, image in (row[:2] for row in _listed(sequence / "rgb.txt")):
@@ -142,7 +142,7 @@ def _kitti(folder: Path) -> dict[str, Path]:
 
 
 def kitti(drive: Path) -> list[Frame]:
-    """The cropped validation selection: {image,groundtruth_depth}/<drive>_{image,groundtruth_depth}_<number>_<camera>.png."""
+    """The cropped validation selection: `{image,groundtruth_depth}/<drive>_{image,groundtruth_depth}_<number>_<camera>.png`."""
     frames = []
     for image in image_files(drive.parent):
         if image.name.partition("_image_")[0] == drive.name:
@@ -162,8 +162,8 @@ def _seven_scenes(folder: Path) -> dict[str, Path]:
 
 
 def seven_scenes(sequence: Path) -> list[Frame]:
-    """<scene>/seq-01/frame-000000.{color.png,depth.png,pose.txt}, of the sequences that <scene>/TestSplit.txt names; registered
-    depth, .depth.proj.png, where there is some."""
+    """`<scene>/seq-01/frame-000000.{color.png,depth.png,pose.txt}`, of the sequences that `<scene>/TestSplit.txt` names;
+    registered depth, .depth.proj.png, where there is some."""
     intrinsics, frames = np.array([[525.0, 0, 320], [0, 525.0, 240], [0, 0, 1]]), []
     for image in sorted(sequence.glob("frame-*.color.png")):
         stem = image.name.removesuffix(".color.png")
@@ -179,7 +179,8 @@ def _scenes(folder: Path) -> dict[str, Path]:
 
 
 def nrgbd(scene: Path) -> list[Frame]:
-    """<scene>/{images/img0.png,depth/depth0.png,poses.txt,focal.txt}; cameras look along -z there, y up, and are turned here."""
+    """`<scene>/{images/img0.png,depth/depth0.png,poses.txt,focal.txt}`; cameras look along -z there, y up, and are turned
+    here."""
     images, depth, *texts = (
         _within(scene, name, layout="NRGBD") for name in ("images", "depth", "poses.txt", "focal.txt")
     )
@@ -198,7 +199,7 @@ def nrgbd(scene: Path) -> list[Frame]:
 
 
 def scannet(scene: Path) -> list[Frame]:
-    """<scene>/{color/0.jpg,depth/0.png,pose/0.txt,intrinsic/intrinsic_depth.txt}, as its reader exports."""
+    """`<scene>/{color/0.jpg,depth/0.png,pose/0.txt,intrinsic/intrinsic_depth.txt}`, as its reader exports."""
     color, depth, pose, camera = (
         _within(scene, *parts, layout="an export of ScanNet")
         for parts in (("color",), ("depth",), ("pose",), ("intrinsic", "intrinsic_depth.txt"))
