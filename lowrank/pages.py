@@ -75,9 +75,11 @@ def provenance_section(about: dict[str, Any]) -> str:
         "went in": ", ".join(f"{escaped(name)} {code(value)}" for name, value in about["inputs"].items()),
         "wall time": f"{about['wall_s']} s",
         "peak memory": ", ".join(f"{megabytes} MB ({where})" for where, megabytes in about["peak_memory_mb"].items()),
-    } | {f"stage: {escaped(stage)}": f"{seconds} s" for stage, seconds in about["stages_s"].items()}
-    table = markdown(pd.DataFrame(rows.items(), columns=["", "as run.json has it"]))
-    return f"## Where this came from\n\n{table}"
+    }
+    facts = pd.DataFrame(rows.items(), columns=["", "as run.json has it"])
+    stages = [(escaped(stage), f"{seconds} s") for stage, seconds in about["stages_s"].items()]
+    tables = [facts, pd.DataFrame(stages, columns=["stage", "wall time"])]
+    return "\n\n".join(["## Where this came from", *(markdown(table) for table in tables)])
 
 
 def _without_widgets(cell: Any) -> Any:

@@ -108,9 +108,8 @@ def claims_section(results: Results) -> str:
 def about_set(name: str) -> str:
     """What a set is: the comment that its file begins with."""
     lines = (SETS / f"{name}.yaml").read_text(encoding="utf8").splitlines()
-    return escaped(
-        " ".join(line.removeprefix("# ") for line in itertools.takewhile(lambda line: line[:1] == "#", lines))
-    )
+    comment = itertools.takewhile(lambda line: line[:1] == "#", lines)
+    return " ".join(line.removeprefix("# ") for line in comment).replace("|", r"\|")
 
 
 def sets_section(results: Results) -> str:
