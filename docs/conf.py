@@ -20,6 +20,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = html_show_sourcelink = html_show_copyright = False
+html_show_search_summary = False  # a page opened from disk may not read others
 html_math_renderer = "pictures"
 python_maximum_signature_line_length = 100
 smartquotes = False  # W' is a letter of a formula
@@ -39,12 +40,14 @@ def formula(self: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
     """Formulas as pictures that grow with the text: no script, no font, nothing to load, the same in every browser."""
     kind = "block" if isinstance(node, nodes.math_block) else "inline"
     tex = re.sub(r"\\mathbb (\w)", r"\\mathbb{\1}", node.astext())  # ziamath wants the braces
-    drawn = Latex(tex, size=FORMULA_SIZE, inline=kind == "inline", color="currentColor", title=node.astext())
+    drawn = Latex(tex, size=FORMULA_SIZE, inline=kind == "inline", color="currentColor")
     picture = drawn.svgxml()
     for side in ("width", "height"):
         picture.set(side, f"{float(picture.get(side, 0)) / TEXT_SIZE:.3f}em")
+    picture.set("role", "img")
+    picture.set("aria-label", node.astext())
     picture.set("style", f"vertical-align: {drawn.getyofst() / TEXT_SIZE:.3f}em")
-    self.body.append(f'<span class="math-{kind}" role="img">{tostring(picture, encoding="unicode")}</span>')
+    self.body.append(f'<span class="math-{kind}">{tostring(picture, encoding="unicode")}</span>')
     raise nodes.SkipNode
 
 

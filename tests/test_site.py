@@ -149,19 +149,38 @@ HIDDEN = (
 )
 
 
-@pytest.mark.parametrize("width", [1300, 400])
-def test_a_browser_shows_every_page_whole(site: Path, pages, browser, width: int) -> None:
-    tab, problems = browser.new_page(viewport={"width": width, "height": 900}), []
-    tab.on("console", lambda message: problems.append((tab.url, message.type, message.text)))
-    tab.on("pageerror", lambda error: problems.append((tab.url, str(error))))
-    tab.on("requestfailed", lambda request: problems.append((tab.url, "failed", request.url)))
-    tab.on("request", lambda request: request.url.startswith(("file:", "data:")) or problems.append(request.url))
+@pytest.fixture
+def problems() -> list[tuple[str, ...]]:
+    """What a browser complained about."""
+    return []
+
+
+@pytest.fixture(params=[1300, 400])
+def tab(browser, request: pytest.FixtureRequest, problems) -> Iterator:
+    """A window that is wide, or narrow, and writes down all that goes wrong in it."""
+    opened = browser.new_page(viewport={"width": request.param, "height": 900})
+    opened.on("console", lambda message: problems.append((opened.url, message.type, message.text)))
+    opened.on("pageerror", lambda error: problems.append((opened.url, str(error))))
+    opened.on("requestfailed", lambda asked: problems.append((opened.url, "failed", asked.url)))
+    opened.on("request", lambda asked: asked.url.startswith(("file:", "data:")) or problems.append((asked.url,)))
+    yield opened
+    opened.close()
+
+
+def test_a_browser_shows_every_page_whole(pages, tab, problems) -> None:
     for path in pages:
         tab.goto(path.as_uri(), wait_until="load")
         problems += [(path.name, sizeless) for sizeless in tab.evaluate(SIZELESS)]
         if (hidden := tab.evaluate(HIDDEN)) > 0:
             problems.append((path.name, f"{hidden} pixels wider than the window"))
-    tab.close()
+    assert not problems
+
+
+def test_the_search_finds_pages_from_disk(site: Path, tab, problems) -> None:
+    tab.goto((site / "search.html").as_uri() + "?q=whitened")
+    tab.wait_for_selector("#search-results .search-summary:has-text('found')")
+    found = tab.locator("#search-results li a").evaluate_all("links => links.map(link => link.href)")
+    assert any(link.partition("#")[0].endswith("01_whitening.html") for link in found)
     assert not problems
 
 
