@@ -23,16 +23,6 @@ from lowrank.site import FIGURES, SiteError, build, main
 
 SETS = re.search(r"^SETS +\?= (.*)$", (ROOT / "Makefile").read_text(encoding="utf8"), flags=re.MULTILINE)[1].split()
 OUTPUTS = ROOT / "outputs"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture(scope="module")
@@ -125,18 +115,6 @@ def test_the_reference_has_what_modules_define(site: Path, pages) -> None:
 
 def test_every_notebook_has_a_figure_for_the_start_page() -> None:
     assert sorted(FIGURES) == notebook_names()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine, so no browser to look with")
-    from playwright.sync_api import sync_playwright  # noqa: PLC0415
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield started
-        started.close()
 
 
 # What a browser is asked of a page: pictures and formulas without a size, and whether a narrow page scrolls sideways.
