@@ -37,7 +37,11 @@ def kill_once(house: Path, sets: str, seconds: float, sent: signal.Signals, core
         run.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(run.pid, sent)
-        run.wait(timeout=120)
+        try:
+            run.wait(timeout=30)
+        except subprocess.TimeoutExpired:  # Snakemake's handler can wait for a lock that its own thread holds
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
         return True
     if run.returncode:
         raise SystemExit(f"error: the report failed by itself: {(house / 'outputs.log').read_text()[-3000:]}")
