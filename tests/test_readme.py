@@ -2,7 +2,12 @@
 
 import contextlib
 import io
+import itertools
 import re
+import shlex
+import subprocess
+import sys
+import tomllib
 
 import pytest
 from conftest import ROOT
@@ -42,7 +47,26 @@ def test_figures_and_links_exist() -> None:
         assert (ROOT / target).exists(), target
 
 
-def test_every_make_target_it_names_exists() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf8")
-    for target in re.findall(r"(?:`|^)make ([a-z]+)", "\n".join(TEXTS), flags=re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", "\n".join(TEXTS), flags=re.DOTALL)).splitlines()
+INLINE = re.findall(r"`((?:make|python -m|pip) [^`]+)`", "\n".join(TEXTS))
+COMMANDS = sorted({shlex.join(shlex.split(line, comments=True)) for line in [*SHELL, *INLINE]} - {""})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_it_names_is_there(command: str) -> None:
+    """Short of running it: CI runs report, site and test, test_lab.py the lab, and each module has tests of its own."""
+    words = list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), shlex.split(command)))
+    if words[0] == "make":
+        planned = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, check=False)
+        assert planned.returncode == 0
+    elif words[:2] == ["python", "-m"]:
+        asked = [sys.executable, "-m", words[2], "--help"]
+        told = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert words[2] in told
+        assert all(word in told for word in words if word.startswith("--"))
+    else:
+        assert words[:2] == ["pip", "install"], command
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
+        extra = re.fullmatch(r"\.\[(\w+)\]", words[2])
+        assert extra
+        assert extra[1] in project["optional-dependencies"]
