@@ -96,7 +96,8 @@ def test_defaults_then_common_then_own(house: Path) -> None:
         ({"01_small": {"sizes": [1, "2"]}}, "must be of type list"),
         ({"01_small": {"more": [1]}}, "must be of type dict"),
         ({"01_small": None}, "must map notebook names to parameters"),
-        ({"02_other": {}}, r"must be one of \['02_other'\] in set 'a', got '01_small'"),
+        ({"common": {}}, r"`notebook` must be one of \[\] in set 'a', got '01_small'"),
+        ({"01_small": {}, "resource": {"gpus": 1}}, r"must be among .*, 'resources'\], got \['resource'\]"),
         ("just words", "must map notebook names to parameters, got str"),
         ("", "must map notebook names to parameters, got NoneType"),
         ("a: [1, 2", "must be YAML: while parsing a flow sequence"),
@@ -124,3 +125,43 @@ def test_a_parameters_cell_holds_literals_only(house: Path) -> None:
     (house / "01_small.py").write_text("# %%\nwidth = 3\n")
     with pytest.raises(ParameterError, match="must have a cell tagged 'parameters'"):
         defaults("01_small")
+
+
+def test_a_variant_is_the_set_with_one_parameter_changed(house: Path) -> None:
+    write(house, {"common": {"rate": 0.25}, "01_small": {"width": 7}})
+    for change, expected in {
+        "width=9": {"width": 9},
+        "rate=1e-3": {"rate": 1e-3},
+        "fast=False": {"fast": False},
+        "sizes=3": {"sizes": [3]},
+        "sizes=3,4": {"sizes": [3, 4]},
+        "width=9@sizes=3,4": {"width": 9, "sizes": [3, 4]},
+    }.items():
+        name = f"a@{change}"
+        assert jobs([name]) == [(name, "01_small")]
+        assert parameters(name, "01_small") == parameters("a", "01_small") | expected | {"set_name": name}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a@", "`set` must be SET or SET@NAME=VALUE, with words, numbers or commas, got 'a@'"),
+        ("a@width", "got 'a@width'"),
+        ("a@width=../b", "got 'a@width=../b'"),
+        ("b@width=3", r"`set` must be one of \['a'\], got 'b'"),
+        ("a@widht=3", r"must change parameters of one of its notebooks, got 'a@widht=3'"),
+        ("a@width=wide", "`width` of '01_small' must be of type int .*, got 'wide' in set 'a@width=wide'"),
+        ("a@width=3.5", "`width` of '01_small' must be of type int"),
+        ("a@sizes=3,x", "`sizes` of '01_small' must be of type list"),
+    ],
+)
+def test_bad_variants_are_named(house: Path, name: str, words: str) -> None:
+    write(house, {"01_small": {}})
+    with pytest.raises(ParameterError, match=words):
+        [parameters(*job) for job in jobs([name])]
+
+
+def test_a_variant_has_the_notebooks_that_have_what_it_changes() -> None:
+    found = [notebook for _, notebook in jobs(["digits-vit@seeds=3"])]
+    assert found
+    assert found == [n for n in notebook_names() if "seeds" in defaults(n) and n in read_set("digits-vit")]
