@@ -4,6 +4,13 @@ BIN    := $(CURDIR)/$(VENV)/bin
 PYTHON ?= python3
 SETS   ?= digits-vit docs-bert docs-llama scenes-pi3
 CORES  ?= 2
+# Where the jobs of `make report` run: a folder of profiles/, empty for this machine. Elsewhere their errors are not seen here, and
+# Snakemake tells them only where it tells all about the jobs.
+PROFILE ?=
+PROFILES := $(patsubst profiles/%/config.yaml,%,$(wildcard profiles/*/config.yaml))
+ifneq ($(filter-out $(PROFILES),$(PROFILE)),)
+$(error `PROFILE` must be empty or one of [$(PROFILES)], got '$(PROFILE)')
+endif
 
 # One thread per process: CORES notebooks run side by side, and sums do not depend on the number of cores.
 export OMP_NUM_THREADS ?= 1
@@ -13,10 +20,11 @@ export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter
 export JUPYTER_PREFER_ENV_PATH := 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: report site test lab lint bench soak notebooks readme lock
+.PHONY: report site test cluster-test lab lint bench soak notebooks readme lock
 
 report: $(VENV)/.ok  ## execute the notebooks for SETS into outputs/; what is up to date is not run again
-	snakemake --cores $(CORES) --config sets='$(SETS)' --rerun-incomplete --nolock --keep-going --quiet host rules reason
+	snakemake $(if $(PROFILE),--profile profiles/$(PROFILE),--cores $(CORES)) --config sets='$(SETS)' \
+		--rerun-incomplete --nolock --keep-going --quiet host reason $(if $(PROFILE),,rules)
 
 site: $(VENV)/.ok  ## the results of SETS as pages in _site/: start with _site/index.html
 	python -m lowrank.site $(SETS)
@@ -24,6 +32,9 @@ site: $(VENV)/.ok  ## the results of SETS as pages in _site/: start with _site/i
 test: lint  ## ruff, pyright, unit tests, notebook guards, nbval
 	python -m pytest -q -n $(CORES) --dist loadfile
 	LOWRANK_OUTPUTS=$$(mktemp -d) python -m pytest -q --nbval-lax --nbval-current-env notebooks
+
+cluster-test: $(VENV)/.ok  ## a small report on a real Slurm of one node, installed from Debian's packages; needs root
+	tests/cluster/run
 
 lint: $(VENV)/.ok
 	ruff check

@@ -1,21 +1,24 @@
-# One job per notebook and parameter set. `make report` calls this; so does a cluster (`snakemake --executor ...`).
+# One job per notebook and parameter set. `make report` calls this; with PROFILE=slurm its jobs go to a cluster.
 import os
 from pathlib import Path
 
 from lowrank.imports import sources
 from lowrank.parameters import ParameterError, jobs, notebook_path, parameters
+from lowrank.resources import resources as asked
 
 try:
     JOBS = jobs(str(config.get("sets", "")).split())
-    VALUES = {job: parameters(*job) for job in JOBS}
+    VALUES, ASKED = ({job: read(*job) for job in JOBS} for read in (parameters, asked))
 except ParameterError as error:
     raise SystemExit(f"error: {error}")
 OUTPUTS = Path(os.environ.get("LOWRANK_OUTPUTS") or "outputs")
 RESULT, DONE = f"{OUTPUTS}/{{set}}/{{notebook}}/run.json", f"{OUTPUTS}/.done/{{set}}-{{notebook}}"
 
 wildcard_constraints:
-    set="[a-z0-9-]+",
+    set=r"[a-z0-9-]+(@[a-z_]+=[\w.,+-]+)*",
     notebook="[0-9]{2}_[a-z0-9_]+",
+
+localrules: all
 
 rule all:
     default_target: True
@@ -29,6 +32,9 @@ rule notebook:
         lock="requirements.lock",
     output: result=update(RESULT), done=touch(DONE)
     params: values=lambda w: VALUES[w.set, w.notebook]
-    threads: 1
-    resources: mem_mb=4000, runtime=60
+    threads: lambda w: ASKED[w.set, w.notebook]["cpus"]
+    resources:
+        mem_mb=lambda w: ASKED[w.set, w.notebook]["memory_mb"],
+        runtime=lambda w: ASKED[w.set, w.notebook]["minutes"],
+        gpu=lambda w: ASKED[w.set, w.notebook]["gpus"],
     shell: "LOWRANK_BAR=$(({jobid} % 2)) python -m lowrank.run {wildcards.set} {wildcards.notebook} > /dev/null"

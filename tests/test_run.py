@@ -1,6 +1,8 @@
 """The runner: whole results or none, clear errors, exit statuses."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +140,31 @@ def test_the_workflow_plans_one_job_per_notebook_and_set(tmp_path: Path) -> None
     assert "digits-vit-01_whitening" in done.stdout + done.stderr
     assert "docs-bert-01_whitening" in done.stdout + done.stderr
     assert "docs-llama" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("where", [[], ["--profile", "profiles/slurm"]], ids=["here", "on Slurm"])
+def test_the_workflow_asks_for_the_resources_of_the_set(where: list[str], tmp_path: Path) -> None:
+    done = snakemake("--dry-run", *where, "--config", "sets=imagenet-vit", outputs=tmp_path)
+    assert done.returncode == 0, done.stderr
+    planned = re.findall(r"notebook=(\d\d)_.*\n(?:.*\n)*?\s+resources: (.*)", done.stdout + done.stderr)
+    assert planned
+    for number, resources in planned:
+        assert {"gpu=1", "mem_mb=64000", f"runtime={4320 if number == '04' else 480}"} <= set(resources.split(", "))
+
+
+def test_an_unknown_profile_is_named() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not there")
+    done = subprocess.run(["make", "report", "PROFILE=sulrm"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "`PROFILE` must be empty or one of [slurm], got 'sulrm'" in done.stderr
+
+
+def test_a_variant_has_a_folder_of_its_own(house, outputs) -> None:
+    assert main(["quick", "01_small"]) == 0
+    assert main(["quick@number=4", "01_small"]) == 0
+    assert (outputs / "quick/01_small/run.json").read_text() == "3"
+    assert (outputs / "quick@number=4/01_small/run.json").read_text() == "4"
 
 
 def test_committed_results_came_from_a_clean_tree() -> None:

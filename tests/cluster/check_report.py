@@ -1,0 +1,163 @@
+"""The report on a real Slurm, which `tests/cluster/run` starts: what is sent, what it gets, what a kill leaves, the tables."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+SETS = "small small@seed=1"
+RESOURCES = {"01_whitening": ("cpu=1,gres/gpu=0,mem=1500M", 5), "06_layer_selection": ("cpu=1,gres/gpu=1,mem=2000M", 7)}
+SET = """resources: {memory_mb: 1500, minutes: 5, 06_layer_selection: {memory_mb: 2000, gpus: 1, minutes: 7}}
+common: {task: digits, task_options: {width: 16, depth: 2}, steps: 120, batch_size: 32, learning_rate: 0.004}
+01_whitening: {calibration_samples: 256, theorem_samples: 64, held_out_tokens: 512}
+06_layer_selection: {more_seeds: [], calibration_samples: 128, cases: 10, judged_cases: 3, evaluation_samples: 100}
+"""
+TIMES = ("_ms", "_s")  # how the names of columns of times end: no two runs share them
+
+
+class House:
+    """A copy of the project with one small set, and the jobs that it has sent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in (
+            "lowrank",
+            "notebooks",
+            "profiles",
+            "pyproject.toml",
+            "requirements.lock",
+            "Snakefile",
+            "Makefile",
+        ):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, folder / name)
+        (folder / "params").mkdir()
+        self.set_file = folder / "params" / "small.yaml"
+        self.set_file.write_text(SET)
+        self.runs: list[subprocess.Popen[str]] = []
+
+    def report(self, outputs: str, *words: str) -> subprocess.Popen[str]:
+        """`make report` after the set-up, with the code of the copy."""
+        environment = os.environ | {
+            "LOWRANK_OUTPUTS": str(self.folder / outputs),
+            "LOWRANK_CACHE": str(self.folder / f"{outputs}-cache"),
+            "PYTHONPATH": str(self.folder),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        command = ["make", "-o", ".venv/.ok", "report", f"SETS={SETS}", *words]
+        where = dict(cwd=self.folder, env=environment, start_new_session=True)
+        self.runs.append(
+            subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **where)
+        )
+        return self.runs[-1]
+
+    def on_slurm(self) -> tuple[int, str]:
+        """Exit status of the report on Slurm, and what it printed."""
+        run = self.report("cluster", "PROFILE=slurm")
+        printed = run.communicate(timeout=900)[0]
+        print(printed)
+        return run.returncode, printed
+
+
+def jobs() -> pd.DataFrame:
+    """What Slurm's accounting knows, a row per job: `comment` names the rule, the set and the notebook."""
+    columns = ["jobid", "comment", "state", "alloctres", "timelimitraw", "elapsed"]
+    command = ["sacct", "-X", "--noheader", "--parsable2", f"--format={','.join(columns)}"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return pd.DataFrame([line.split("|") for line in printed.splitlines()], columns=columns)
+
+
+def running(words: str) -> str:
+    """The id of the job whose comment holds some words, once it has run for some seconds."""
+    for _ in range(200):
+        time.sleep(1)
+        command = ["squeue", "--noheader", "--states=RUNNING", "--format=%i|%k|%M"]
+        for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+            number, comment, took = line.split("|")
+            if words in comment and took >= "0:08":
+                return number
+    raise AssertionError(f"no job with {words!r} has run")
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """Every table as text; where columns are times, without them."""
+    found = {}
+    for path in sorted(folder.glob("small*/*/*.csv")):
+        text = path.read_text(encoding="utf8")
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if times := [column for column in table if column.endswith(TIMES)]:
+            text = table.drop(columns=times).to_csv(index=False)
+        found[str(path.relative_to(folder))] = text
+    return found
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    house = House(tmp_path_factory.mktemp("house"))
+    yield house
+    for run in house.runs:
+        if run.poll() is None:  # a check has failed while it ran
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+def test_a_killed_job_fails_the_report_and_the_others_finish(house: House) -> None:
+    run = house.report("cluster", "PROFILE=slurm")
+    killed = running("06_layer_selection")
+    subprocess.run(["scancel", killed], check=True)
+    printed = run.communicate(timeout=900)[0]
+    print(printed)
+    assert run.returncode != 0
+    assert f"SLURM-job '{killed}' failed, SLURM status is: 'CANCELLED" in printed
+    found = jobs()
+    assert len(found) == 4
+    assert sorted(found.state.str.split().str[0]) == ["CANCELLED", "COMPLETED", "COMPLETED", "COMPLETED"]
+    assert len(list((house.folder / "cluster").glob("small*/*/run.json"))) == 3
+
+
+def test_the_next_report_sends_only_what_is_missing(house: House) -> None:
+    before = jobs()
+    assert house.on_slurm()[0] == 0
+    after = jobs()
+    (sent,) = set(after.jobid) - set(before.jobid)
+    (killed,) = before.comment[before.state.str.startswith("CANCELLED")]
+    assert after.set_index("jobid").comment[sent] == killed
+    assert house.on_slurm()[0] == 0
+    assert len(jobs()) == len(after)  # nothing is left to do
+
+
+def test_every_job_got_the_resources_of_its_set(house: House) -> None:
+    print(jobs().to_string())
+    for notebook, (resources, minutes) in RESOURCES.items():
+        own = jobs()[lambda table, notebook=notebook: table.comment.str.contains(notebook)]
+        assert len(own) >= 2
+        for resource in resources.split(","):
+            asked = [set(allocated.split(",")) for allocated in own.alloctres]
+            assert all((resource in got) != resource.endswith("=0") for got in asked), own
+        assert set(own.timelimitraw) == {str(minutes)}
+
+
+def test_a_change_of_resources_runs_nothing_again(house: House) -> None:
+    before = jobs()
+    house.set_file.write_text(SET.replace("memory_mb: 1500, minutes: 5", "memory_mb: 1600, minutes: 6, cpus: 2"))
+    assert house.on_slurm()[0] == 0
+    assert len(jobs()) == len(before)
+    house.set_file.write_text(SET)
+
+
+def test_the_tables_are_those_of_a_local_report(house: House) -> None:
+    local = house.report("local")
+    printed = local.communicate(timeout=900)[0]
+    assert local.returncode == 0, printed
+    ours, theirs = tables(house.folder / "cluster"), tables(house.folder / "local")
+    assert len(ours) > 20
+    assert ours.keys() == theirs.keys()
+    for name, text in ours.items():
+        assert text == theirs[name], name
