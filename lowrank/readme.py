@@ -1,4 +1,4 @@
-"""Fills the marked blocks of README.md from outputs/: `python -m lowrank.readme`. No number in it is typed."""
+"""Fills the marked blocks of README.md and docs/ from outputs/: `python -m lowrank.readme`. No number in them is typed."""
 
 import json
 import re
@@ -13,16 +13,18 @@ import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 
 from lowrank.imports import ROOT
-from lowrank.parameters import notebook_names
+from lowrank.parameters import notebook_names, set_names
 from lowrank.report import THEME, save_figure
+from lowrank.sizing import sizing
 
 README = ROOT / "README.md"
 OUTPUTS = ROOT / "outputs"
 
 
 def _results(notebook: str) -> dict[str, Path]:
-    """Set -> folder of results of one notebook, for every set that has been executed."""
-    return {path.parent.parent.name: path.parent for path in sorted(OUTPUTS.glob(f"[a-z]*/{notebook}/run.json"))}
+    """Set -> folder of results of one notebook, for every set that has been executed; variants are no sets."""
+    found = {path.parent.parent.name: path.parent for path in sorted(OUTPUTS.glob(f"[a-z]*/{notebook}/run.json"))}
+    return {name: folder for name, folder in found.items() if name in set_names()}
 
 
 def claims() -> str:
@@ -258,14 +260,16 @@ BLOCKS = {
     "geometry": geometry,
     "benchmarks": benchmarks,
 }
+PAGES = {README: BLOCKS, ROOT / "docs" / "cluster.md": {"sizing": lambda: sizing(OUTPUTS / "bench" / "sizing.csv")}}
 
 
-def filled(text: str) -> str:
-    """The text with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
-    for name, make in BLOCKS.items():
+def filled(page: Path) -> str:
+    """The text of a page with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
+    text = page.read_text(encoding="utf8")
+    for name, make in PAGES[page].items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         if not re.search(pattern, text, flags=re.DOTALL):
-            raise ValueError(f"README.md must have a block <!-- {name} --> ... <!-- /{name} -->.")
+            raise ValueError(f"{page.name} must have a block <!-- {name} --> ... <!-- /{name} -->.")
         content = make()
         text = re.sub(pattern, lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL)
     return text
@@ -273,5 +277,6 @@ def filled(text: str) -> str:
 
 if __name__ == "__main__":
     draw_objectives(OUTPUTS / "summary" / "quality_by_objective.png")
-    README.write_text(filled(README.read_text(encoding="utf8")), encoding="utf8")
+    for path in PAGES:
+        path.write_text(filled(path), encoding="utf8")
     sys.exit(0)

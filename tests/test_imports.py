@@ -34,7 +34,20 @@ FLOORS = [
     {"rank_config"},
     {"adapters", "pi3"},
 ]
-SIDE = {"parameters", "resources", "report", "run", "pair", "readme", "pretrain", "compare", "site", "pages", "reference", "sizing"}
+SIDE = {
+    "parameters",
+    "resources",
+    "report",
+    "run",
+    "pair",
+    "readme",
+    "pretrain",
+    "compare",
+    "site",
+    "pages",
+    "reference",
+    "sizing",
+}
 REPORTING = {"matplotlib", "pandas", "seaborn", "yaml", "papermill", "jupytext", "IPython"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
