@@ -1,12 +1,14 @@
 """The dense model of a task, trained once, and the statistics of its layers, collected once: both cached on disk.
 
-Every notebook starts here, and so runs alone: what is missing is built.
+Every notebook starts here, and so runs alone: what is missing is built. Under `accelerate launch` all processes build it
+together, each from its share of the data, and one process finds it afterwards.
 """
 
 import json
 import shutil
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import nn
 from lowrank.cache import cached
 from lowrank.fingerprint import hash_model, hash_options
 from lowrank.moments import LayerStatistics
+from lowrank.processes import processes
 from lowrank.statistics import collect_statistics
 from lowrank.statistics_file import FORMAT, load_statistics, save_statistics
 from lowrank.tasks import Task
@@ -48,6 +51,8 @@ def load_baseline(task: Task, recipe: Recipe) -> Baseline:
     def build(folder: Path) -> None:
         start = time.perf_counter()
         history = train(model, task, recipe, checkpoint=folder / "checkpoints")
+        if processes()[1] > 0:
+            return
         save_model(model, str(folder / "model.safetensors"))
         shutil.rmtree(folder / "checkpoints")
         about = {"history": history, "seconds": round(time.perf_counter() - start, 1)}
@@ -55,7 +60,7 @@ def load_baseline(task: Task, recipe: Recipe) -> Baseline:
 
     key = {"task": task.identity, "recipe": recipe_options(recipe)}
     training = Path(__file__).with_name("training.py")
-    folder = cached("baselines", key, training, build)
+    folder = cached("baselines", key, training, build, together=True)
     load_model(model, str(folder / "model.safetensors"))
     about = json.loads((folder / "training.json").read_text(encoding="utf8"))
     return Baseline(model.to(PartialState().device).eval(), about["history"], about["seconds"])
@@ -93,8 +98,11 @@ def load_calibration(
 
     def build(folder: Path) -> None:
         batches = task.batches(split, batch_size, samples=samples, seed=seed)
-        statistics = collect_statistics(model, batches, task.layers, loss=losses[gradients], products=torch.float64)
-        save_statistics(folder / "statistics.safetensors", statistics, model, hash_options(key))
+        world, rank = processes()
+        own = islice(batches, rank, None, world)
+        statistics = collect_statistics(model, own, task.layers, loss=losses[gradients], products=torch.float64)
+        if rank == 0:
+            save_statistics(folder / "statistics.safetensors", statistics, model, hash_options(key))
 
-    folder = cached("statistics", key, Path(__file__).with_name("statistics.py"), build)
+    folder = cached("statistics", key, Path(__file__).with_name("statistics.py"), build, together=True)
     return load_statistics(folder / "statistics.safetensors", model, hash_options(key))

@@ -6,6 +6,8 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from filelock import FileLock
 
 from lowrank.fingerprint import hash_files, hash_options
 from lowrank.imports import ROOT, sources
+from lowrank.processes import agreed, processes
 
 HASHES = "hashes.json"  # of the other files of an entry
 PACKAGES = ("torch", "transformers", "timm", "tokenizers")  # whose versions change numbers
@@ -45,7 +48,25 @@ def damage(folder: Path) -> str | None:
     return next((name for name in sorted({*built, *found}) if built.get(name) != found.get(name)), None)
 
 
-def cached(kind: str, key: Mapping[str, Any], code: Path, build: Callable[[Path], None]) -> Path:
+def _locked(folder: Path) -> AbstractContextManager[Any]:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(f"{folder}.lock").acquire()
+    except OSError as error:
+        raise OSError(f"`LOWRANK_CACHE` must be a folder that can be written, or hold {folder}: {error}") from error
+
+
+def _missing(folder: Path) -> bool:
+    """Whether a result is not there, which a damaged one is not from here on."""
+    if folder.exists() and (changed := damage(folder)):
+        warnings.warn(f"{folder} is damaged ({changed} is not as it was built): it is built again.", stacklevel=3)
+        shutil.rmtree(folder)
+    return not folder.exists()
+
+
+def cached(
+    kind: str, key: Mapping[str, Any], code: Path, build: Callable[[Path], None], *, together: bool = False
+) -> Path:
     """The folder of a result, built where it is missing or damaged.
 
     The folder appears under its name only when `build` has returned. What a killed build leaves is handed to the next
@@ -54,7 +75,8 @@ def cached(kind: str, key: Mapping[str, Any], code: Path, build: Callable[[Path]
 
     **Arguments:** `kind`: subfolder. `key`: JSON, what determines the result. `code`: the module that builds it; its
     source and that of all it imports, and the versions of torch and the model libraries, join the key. `build`:
-    writes the result into the folder that it is given.
+    writes the result into the folder that it is given. `together`: all processes of an `accelerate launch` call this and
+    build one result between them; the first one decides, and writes it.
 
     **Raises:** `OSError`: the result is missing and the cache cannot be written.
 
@@ -62,21 +84,17 @@ def cached(kind: str, key: Mapping[str, Any], code: Path, build: Callable[[Path]
     """
     determined = {"key": dict(key), "code": hash_files(sources(code)), "versions": {p: version(p) for p in PACKAGES}}
     folder = cache_folder() / kind / hash_options(determined)
-    if folder.exists() and not damage(folder):
+    first = processes()[1] == 0 or not together
+    decided: Callable[[Any], Any] = partial(agreed, owner=0) if together else lambda value: value
+    if decided(first and folder.exists() and not damage(folder)):
         return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(f"{folder}.lock").acquire()
-    except OSError as error:
-        raise OSError(f"`LOWRANK_CACHE` must be a folder that can be written, or hold {folder}: {error}") from error
-    with held:
-        if folder.exists() and (changed := damage(folder)):
-            warnings.warn(f"{folder} is damaged ({changed} is not as it was built): it is built again.", stacklevel=2)
-            shutil.rmtree(folder)
-        if not folder.exists():
-            partial = folder.with_suffix(".partial")
-            partial.mkdir(exist_ok=True)
-            build(partial)
-            (partial / HASHES).write_text(json.dumps(_hashes(partial)), encoding="utf8")
-            partial.rename(folder)
+    with _locked(folder) if first else nullcontext():
+        if decided(first and _missing(folder)):
+            growing = folder.with_suffix(".partial")
+            growing.mkdir(exist_ok=True)
+            build(growing)
+            if first:
+                (growing / HASHES).write_text(json.dumps(_hashes(growing)), encoding="utf8")
+                growing.rename(folder)
+        decided(None)  # the others wait for the name
     return folder

@@ -1,14 +1,19 @@
-"""Two gloo processes on the CPU against one: moments are summed, whatever the share of each."""
+"""Two gloo processes on the CPU against one: moments are summed, whatever the share of each, and a baseline is one baseline."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from processes import run_in_two
 from torch import nn
 
+from lowrank.baseline import load_baseline, load_calibration
 from lowrank.statistics import collect_statistics
 from lowrank.statistics_file import load_statistics
+from lowrank.tasks import load_task
+from lowrank.training import Recipe
 
 WORKER = """
 import sys, torch
@@ -63,3 +68,36 @@ def test_two_processes_give_the_moments_of_one(share: str, tmp_path: Path) -> No
             assert found[name].tokens == layer.tokens == 24
             for field in ("gram", "mean", "abs_mean", "gradient_gram"):
                 assert torch.allclose(getattr(found[name], field), getattr(layer, field), rtol=1e-12, atol=1e-14)
+
+
+RECIPE = Recipe(steps=20, batch_size=64, learning_rate=4e-3, weight_decay=0.05)
+
+
+@pytest.fixture
+def calibrated_in_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache after docs/cluster.md's script, with fewer steps, ran in two processes."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(encoding="utf8"), re.DOTALL)
+    (script,) = [block for block in blocks if "load_calibration" in block]
+    short, changed = re.subn("steps=600", f"steps={RECIPE.steps}", script)
+    assert changed == 1
+    (tmp_path / "calibrate.py").write_text(f"{short}\nassert PartialState().num_processes == 2\n")
+    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "two"))
+    run_in_two(tmp_path / "calibrate.py")
+    return tmp_path / "two"
+
+
+def test_one_process_finds_what_two_have_made(calibrated_in_two: Path) -> None:
+    task, made = load_task("digits"), set(calibrated_in_two.rglob("*"))
+    model = load_baseline(task, RECIPE).model
+    found = load_calibration(task, model, samples=1024, batch_size=64, seed=0)
+    assert set(calibrated_in_two.rglob("*")) == made  # nothing was built again
+    # the moments are those that one process collects from all batches
+    alone = collect_statistics(
+        model, task.batches("train", 64, samples=1024, seed=0), task.layers, products=torch.float64
+    )
+    assert alone.keys() == found.keys()
+    for name, layer in alone.items():
+        assert found[name].tokens == layer.tokens
+        for field in ("gram", "mean", "abs_mean"):
+            ours, theirs = getattr(found[name], field), getattr(layer, field)
+            assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12 * float(theirs.abs().max()))
