@@ -152,6 +152,17 @@ def test_a_change_of_resources_runs_nothing_again(house: House) -> None:
     house.set_file.write_text(SET)
 
 
+def test_an_interrupt_cancels_what_was_sent(house: House) -> None:
+    run = house.report("cluster", "PROFILE=slurm", "SETS=small@seed=2")
+    running("small@seed=2")
+    os.killpg(run.pid, signal.SIGINT)
+    print(run.communicate(timeout=100)[0])
+    assert run.returncode != 0
+    sent = jobs()[lambda table: table.comment.str.contains("small@seed=2")]
+    assert len(sent) == 2
+    assert sent.state.str.startswith("CANCELLED").all()
+
+
 def test_the_tables_are_those_of_a_local_report(house: House) -> None:
     local = house.report("local")
     printed = local.communicate(timeout=900)[0]
