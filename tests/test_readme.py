@@ -17,7 +17,6 @@ from lowrank import factorize
 from lowrank.readme import PAGES, filled
 
 
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tables_are_those_of_the_outputs(page: Path) -> None:
     assert filled(page) == page.read_text(encoding="utf8"), "run `python -m lowrank.readme`"
