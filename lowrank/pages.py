@@ -32,18 +32,16 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_claims(folder: Path) -> pd.DataFrame:
-    """The claims of one run with what they came to, `holds` or `fails`, and the numbers beside it where there are any."""
-    table = pd.read_csv(folder / "claims.csv")
-    numbers = table.drop(columns=["claim", "holds"]).to_dict("records")
-    shown = [[f"{value:.3g}" for value in row.values() if pd.notna(value)] for row in numbers]
-    return table.assign(verdict=table.holds.map({True: "holds", False: "fails"}), numbers=shown)
+    """The claims of one run with what they came to, `holds` or `fails`, and the `number` beside it, empty where there is none."""
+    table = pd.read_csv(folder / "claims.csv", dtype={"number": str}).reindex(columns=["claim", "holds", "number"])
+    return table.assign(verdict=table.holds.map({True: "holds", False: "fails"}), number=table.number.fillna(""))
 
 
 def verdicts(claims: pd.DataFrame, target: str = "") -> list[str]:
     """What claims came to in Markdown, failing ones set off, each a link where there is a target."""
-    pairs = zip(claims.verdict, claims.numbers, strict=True)
+    pairs = zip(claims.verdict, claims.number, strict=True)
     link = f"({target})" if target else ""
-    return [f"[{', '.join([verdict, *numbers])}]{link}{{.{verdict}}}" for verdict, numbers in pairs]
+    return [f"[{', '.join(filter(None, pair))}]{link}{{.{pair[0]}}}" for pair in pairs]
 
 
 def counted(claims: pd.DataFrame) -> str:

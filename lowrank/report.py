@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import PIL.Image
 import seaborn as sns
@@ -91,15 +92,20 @@ class Report:
         save_figure(drawn, self.folder / f"{name}.png")
         return Image(filename=str(self.folder / f"{name}.png"))
 
-    def claim(self, text: str, holds: Any, *, measured: bool = False) -> None:
+    def claim(self, text: str, holds: Any, number: float | int | None = None, *, measured: bool = False) -> None:
         """Records a finding and says whether it held. A claim that fails is a result, not an error.
 
-        **Arguments:** `measured`: it rests on times or memory, which no two runs share.
+        **Arguments:** `holds`: a truth value, or one for each case, all of which must be true; in how many they are is then
+        the number of the claim. `number`: the figure that decides otherwise. `measured`: it rests on times or memory, which
+        no two runs share.
         """
-        held = bool(holds)
+        cases = np.asarray(holds)
+        held, shown = bool(cases.all()), "" if number is None else f"{number:.3g}"
+        if cases.ndim:
+            shown = f"{int(cases.sum())} of {cases.size}"
         if measured:
             self.measured_claims.append(text)
-        self.claims.append({"claim": text, "holds": held})
+        self.claims.append({"claim": text, "holds": held, "number": shown})
         pd.DataFrame(self.claims).to_csv(self.folder / "claims.csv", index=False)
         print(f"{'holds' if held else 'FAILS'}: {text}")
 
@@ -120,7 +126,7 @@ class Report:
             **environment(),
         }
         (self.folder / "run.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf8")
-        return pd.DataFrame(self.claims, columns=["claim", "holds"])
+        return pd.DataFrame(self.claims, columns=["claim", "holds", "number"])
 
     def _named(self, name: str) -> None:
         if not name.replace("_", "").isalnum() or name in {"claims", "run"}:

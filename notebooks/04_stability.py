@@ -223,13 +223,16 @@ report.figure(drawn, "stability_by_epoch")
 by_epoch = {variant: own.set_index("epoch")["mean"] for variant, own in curve.groupby("variant")}
 steady, control = by_epoch["dense"], by_epoch["constant rate"]
 print(f"{int((compared.masked != '').sum())} of {len(compared)} values masked as rank deficient")
-report.claim("as published: stability rises from its lowest look to the last", steady.iloc[-1] > steady.min() + 0.01)
-report.claim("as published: the mean stability of the last look is at least 0.99", steady.iloc[-1] >= 0.99)
+last, rise = steady.iloc[-1], steady.iloc[-1] - steady.min()
+report.claim("as published: stability rises from its lowest look to the last", last > steady.min() + 0.01, rise)
+report.claim("as published: the mean stability of the last look is at least 0.99", last >= 0.99, last)
 half = control[control.index >= epochs / 2]
-report.claim("ours: at a constant rate stability rises over the second half", half.iloc[-1] > half.iloc[0])
+rise = half.iloc[-1] - half.iloc[0]
+report.claim("ours: at a constant rate stability rises over the second half", rise > 0, rise)
 report.claim(
     "ours: at a constant rate the last stability is within 0.05 of that with decay",
-    control.iloc[-1] > steady.iloc[-1] - 0.05,
+    control.iloc[-1] > last - 0.05,
+    last - control.iloc[-1],
 )
 
 # %% [markdown]
@@ -271,9 +274,11 @@ report.figure(drawn, "similarity_by_epoch")
 # %% tags=["nbval-check-output"]
 last = mixing[mixing.variant == "dense"].iloc[-1]
 report.claim(
-    "ours: at the last look P has moved further from 1 than the basis has", last.p_similarity < steady.iloc[-1]
+    "ours: at the last look P has moved further from 1 than the basis has",
+    last.p_similarity < steady.iloc[-1],
+    last.p_similarity,
 )
-above = (mixing.r_similarity > mixing.r_floor).all() and (mixing.p_similarity > mixing.p_floor).all()
+above = pd.concat([mixing.r_similarity > mixing.r_floor, mixing.p_similarity > mixing.p_floor])
 report.claim("ours: both similarities stay above those of independent weights", above)
 
 # %% [markdown]
@@ -343,16 +348,22 @@ report.table(table.reset_index(), "comparison", measured=["step_ms", "memory_mb"
 
 # %% tags=["nbval-check-output"]
 oialr, whole, static = (table.loc[name] for name in ("OIALR", "dense", "static low rank"))
-report.claim("ours: OIALR ends within 1 point of the dense training (mean)", oialr[metric] >= whole[metric] - 0.01)
-report.claim("ours: OIALR trains at most 30 % of the dense parameters", oialr.trainable_share <= 0.3)
-report.claim("ours: at its end OIALR stores less than the dense model", oialr.stored_share < 1)
+behind, trains, stores = whole[metric] - oialr[metric], oialr.trainable_share, oialr.stored_share
+report.claim(
+    "ours: OIALR ends within 1 point of the dense training (mean)", oialr[metric] >= whole[metric] - 0.01, behind
+)
+report.claim("ours: OIALR trains at most 30 % of the dense parameters", trains <= 0.3, trains)
+report.claim("ours: at its end OIALR stores less than the dense model", stores < 1, stores)
 margin = np.nanmax([oialr["std"], static["std"], 0.0])
 report.claim(
     "ours: OIALR beats static low rank of the same size, by more than one standard deviation",
     oialr[metric] > static[metric] + margin,
+    oialr[metric] - static[metric],
 )
-quicker = oialr.step_ms < whole.step_ms
-report.claim("ours: after the last cut a training step takes less time than a dense one", quicker, measured=True)
+ratio = oialr.step_ms / whole.step_ms
+report.claim(
+    "ours: after the last cut a training step takes less time than a dense one", ratio < 1, ratio, measured=True
+)
 
 # %% [markdown]
 # ## What this shows

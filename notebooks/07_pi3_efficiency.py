@@ -135,7 +135,7 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {len(list(m
 by_predictor = dense.pivot(index="seed", columns="predictor", values="abs_rel")
 report.claim(
     "ours: AbsRel of the dense model is below half of that of a constant depth",
-    (by_predictor["π³"] < by_predictor["constant depth"] / 2).all(),
+    by_predictor["π³"] < by_predictor["constant depth"] / 2,
 )
 
 # %% [markdown]
@@ -223,11 +223,9 @@ least = pd.Series({key: least_keep(part) for key, part in sweep.groupby(["seed",
 print(least.to_string())
 report.claim(
     "whitened keeps AbsRel within the tolerance at a smaller share than plain SVD, on every seed",
-    (least.whitened < least.svd).all(),
+    least.whitened < least.svd,
 )
-report.claim(
-    "ours: pivoted storage never needs a larger share than factors do", (least.pivoted <= least.whitened).all()
-)
+report.claim("ours: pivoted storage never needs a larger share than factors do", least.pivoted <= least.whitened)
 
 # %% [markdown]
 # ## More than the decoder, and other calibrations
@@ -265,9 +263,9 @@ report.table(by_calibration, "abs_rel_by_calibration")
 
 # %% tags=["nbval-check-output"]
 wide = by_calibration.pivot(index=["seed", "keep"], columns="calibration", values="abs_rel")
+lower = (wide["several views"] < wide["one view"]).mean()
 report.claim(
-    "ours: calibrating on several views at a time gives lower AbsRel than one by one, in most cases",
-    (wide["several views"] < wide["one view"]).mean() > 0.5,
+    "ours: calibrating on several views at a time gives lower AbsRel than one by one, in most cases", lower > 0.5, lower
 )
 
 # %% [markdown]
@@ -298,7 +296,7 @@ report.table(by_refinement, "abs_rel_by_refinement")
 
 # %% tags=["nbval-check-output"]
 gap = by_refinement.pivot(index="seed", columns="model", values="gap")
-report.claim("refinement narrows the gap to the dense model, on every seed", (gap.refined < gap.compressed).all())
+report.claim("refinement narrows the gap to the dense model, on every seed", gap.refined < gap.compressed)
 
 # %% [markdown]
 # ## Ranks by the entropy of the images
@@ -334,7 +332,7 @@ wide = by_adaptation.pivot(index="seed", columns="ranks", values="abs_rel")
 for other in ("one for all", "at random"):
     report.claim(
         f"as published: ranks by entropy have lower AbsRel than ranks {other} at the same mean share, on every seed",
-        (wide["by entropy"] < wide[other]).all(),
+        wide["by entropy"] < wide[other],
     )
 
 # %% [markdown]
@@ -414,9 +412,7 @@ for name, own in models.items():
         assert abs(counted / macs(views, saved[name]) - 1) < 0.01  # the formula
 wide = speed.pivot(index="views", columns="model", values="ceiling")
 print("operations counted equal the formula within 1 %")
-report.claim(
-    "the ceiling falls with the number of views", (wide.drop(columns="original").diff().dropna() < 0).all(axis=None)
-)
+report.claim("the ceiling falls with the number of views", wide.drop(columns="original").diff().dropna() < 0)
 
 # %% [markdown]
 # ## Where the time goes
@@ -475,14 +471,14 @@ pd.concat({task: means[task][columns] for task, columns in shown.items()}, axis=
 
 # %% tags=["nbval-check-output"]
 by_model = tasks["pose"].pivot_table(index="seed", columns="model", values="rpe_rot")
-better = (by_model["original"] < by_model["cameras that stand still"]).all()
+better = by_model["original"] < by_model["cameras that stand still"]
 report.claim("ours: the dense model turns its cameras better than not at all (rpe_rot), on every seed", better)
 lower = {"mono_depth": "abs_rel", "video_depth": "abs_rel", "pose": "ate", "points": "acc_mean"}
 for task, column in lower.items():
     by_model = tasks[task].pivot_table(index="seed", columns="model", values=column)
     report.claim(
         f"ours: refined is better than compressed in {task} ({column}), on every seed",
-        (by_model["refined"] < by_model["SVD-π³"]).all(),
+        by_model["refined"] < by_model["SVD-π³"],
     )
 
 # %% [markdown]

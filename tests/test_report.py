@@ -43,7 +43,7 @@ def test_a_failed_claim_is_a_result(report: Report, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "holds: one is one\nFAILS: one is two\n"
     report.finish()
     claims = pd.read_csv(report.folder / "claims.csv")
-    assert claims.to_dict("list") == {"claim": ["one is one", "one is two"], "holds": [True, False]}
+    assert claims[["claim", "holds"]].to_dict("list") == {"claim": ["one is one", "one is two"], "holds": [True, False]}
     assert json.loads((report.folder / "run.json").read_text())["claims"] == {"held": 1, "failed": 1}
 
 
@@ -84,3 +84,13 @@ def test_what_rests_on_times_is_said_in_run_json(report: Report) -> None:
     assert about["measured_claims"] == ["quick"]
     with pytest.raises(ValueError, match=r"`measured` must be columns of the table, got \['time'\]"):
         report.table(pd.DataFrame({"rank": [1]}), "error_by_rank", measured=["time"])
+
+
+def test_a_claim_has_its_number_or_says_in_how_many_cases_it_holds(report: Report) -> None:
+    report.claim("a figure", True, 0.123456)
+    report.claim("all of many", pd.Series([True, True, False]))
+    report.claim("all of a table", pd.DataFrame({"a": [True, True], "b": [True, True]}))
+    report.claim("neither", False)
+    claims = pd.read_csv(report.folder / "claims.csv", dtype=str, keep_default_na=False)
+    assert list(claims.holds) == ["True", "False", "True", "False"]
+    assert list(claims.number) == ["0.123", "2 of 3", "4 of 4", ""]

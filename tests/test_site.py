@@ -54,7 +54,8 @@ def test_every_result_has_a_page_that_the_start_page_leads_to(site: Path, pages)
 @pytest.mark.parametrize(("name", "notebook"), jobs(SETS))
 def test_every_claim_appears_with_its_verdict(site: Path, pages, name: str, notebook: str) -> None:
     start, page = pages[site / "index.html"], pages[site / "results" / name / f"{notebook}.html"]
-    for claim, holds in pd.read_csv(OUTPUTS / name / notebook / "claims.csv").itertuples(index=False):
+    claims = pd.read_csv(OUTPUTS / name / notebook / "claims.csv")
+    for claim, holds in claims[["claim", "holds"]].itertuples(index=False):
         word = "holds" if holds else "fails"
         for where, shown in ((start, f"results/{name}/{notebook}.html"), (page, None)):
             rows = [row for row in where.select("table tr") if words(row.td.text if row.td else "") == words(claim)]
@@ -219,8 +220,8 @@ def test_pages_need_no_kernel(tmp_path: Path) -> None:
 
 
 def test_numbers_beside_a_claim_are_shown(tmp_path: Path) -> None:
-    (tmp_path / "claims.csv").write_text("claim,holds,value\nfirst,True,0.12345\nsecond,False,\n")
-    assert verdicts(read_claims(tmp_path)) == ["[holds, 0.123]{.holds}", "[fails]{.fails}"]
+    (tmp_path / "claims.csv").write_text("claim,holds,number\nfirst,True,0.123\nsecond,False,2 of 3\nthird,True,\n")
+    assert verdicts(read_claims(tmp_path)) == ["[holds, 0.123]{.holds}", "[fails, 2 of 3]{.fails}", "[holds]{.holds}"]
     assert verdicts(read_claims(tmp_path), "a.md")[1] == "[fails](a.md){.fails}"
 
 
