@@ -222,7 +222,7 @@ def test_pages_need_no_kernel(tmp_path: Path) -> None:
 def test_numbers_beside_a_claim_are_shown(tmp_path: Path) -> None:
     (tmp_path / "claims.csv").write_text("claim,holds,number\nfirst,True,0.123\nsecond,False,2 of 3\nthird,True,\n")
     assert verdicts(read_claims(tmp_path)) == ["[holds, 0.123]{.holds}", "[fails, 2 of 3]{.fails}", "[holds]{.holds}"]
-    assert verdicts(read_claims(tmp_path), "a.md")[1] == "[fails](a.md){.fails}"
+    assert verdicts(read_claims(tmp_path), "a.md")[1] == "[fails, 2 of 3](a.md){.fails}"
 
 
 def test_text_is_shown_unchanged() -> None:
