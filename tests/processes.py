@@ -35,13 +35,14 @@ def run_mounted(commands: str, **environment: str) -> subprocess.CompletedProces
 
 def copy_project(folder: Path) -> Path:
     """What a report needs of the project, copied, so that killed runs touch nothing of this one."""
-    for name in ("lowrank", "notebooks", "params", "pyproject.toml", "requirements.lock", "Snakefile", "Makefile"):
+    files = ("pyproject.toml", "requirements.lock", "Snakefile", "Makefile")
+    for name in ("lowrank", "notebooks", "params", "profiles", *files):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     return folder
 
 
-def start_report(house: Path, outputs: str, sets: str, cores: int) -> subprocess.Popen[bytes]:
+def start_report(house: Path, outputs: str, sets: str, cores: int = 1, profile: str = "") -> subprocess.Popen[bytes]:
     """What `make report` does after the set-up, with the code of a copy, in a process group of its own; its results, cache
     and log lie in the copy."""
     environment = os.environ | {
@@ -52,7 +53,7 @@ def start_report(house: Path, outputs: str, sets: str, cores: int) -> subprocess
         "OMP_NUM_THREADS": "1",
         "JUPYTER_PREFER_ENV_PATH": "1",
     }
-    command = ["make", "-o", ".venv/.ok", "report", f"SETS={sets}", f"CORES={cores}"]
+    command = ["make", "-o", ".venv/.ok", "report", f"SETS={sets}", f"CORES={cores}", f"PROFILE={profile}"]
     with (house / f"{outputs}.log").open("ab") as log:
         return subprocess.Popen(
             command,

@@ -27,7 +27,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def report(house: Path, outputs: str) -> subprocess.Popen[bytes]:
-    return start_report(house, outputs, "small", cores=1)
+    return start_report(house, outputs, "small")
 
 
 @pytest.fixture(scope="module")

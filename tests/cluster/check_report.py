@@ -1,17 +1,17 @@
 """The report on a real Slurm, which `tests/cluster/run` starts: what is sent, what it gets, what a kill leaves, the tables."""
 
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT
+from processes import copy_project, start_report
+
+from lowrank.compare import differences
 
 SETS = "small small@seed=1"
 RESOURCES = {"01_whitening": ("cpu=1,gres/gpu=0,mem=1500M", 5), "06_layer_selection": ("cpu=1,gres/gpu=1,mem=2000M", 7)}
@@ -20,51 +20,28 @@ common: {task: digits, task_options: {width: 16, depth: 2}, steps: 120, batch_si
 01_whitening: {calibration_samples: 256, theorem_samples: 64, held_out_tokens: 512}
 06_layer_selection: {more_seeds: [], calibration_samples: 128, cases: 10, judged_cases: 3, evaluation_samples: 100}
 """
-TIMES = ("_ms", "_s")  # how the names of columns of times end: no two runs share them
 
 
 class House:
-    """A copy of the project with one small set, and the jobs that it has sent."""
+    """A copy of the project with one small set, and the reports that were begun in it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for name in (
-            "lowrank",
-            "notebooks",
-            "profiles",
-            "pyproject.toml",
-            "requirements.lock",
-            "Snakefile",
-            "Makefile",
-        ):
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            copy(ROOT / name, folder / name)
-        (folder / "params").mkdir()
+        self.folder = copy_project(folder)
         self.set_file = folder / "params" / "small.yaml"
         self.set_file.write_text(SET)
-        self.runs: list[subprocess.Popen[str]] = []
+        self.runs: list[subprocess.Popen[bytes]] = []
 
-    def report(self, outputs: str, *words: str) -> subprocess.Popen[str]:
-        """`make report` after the set-up, with the code of the copy."""
-        environment = os.environ | {
-            "LOWRANK_OUTPUTS": str(self.folder / outputs),
-            "LOWRANK_CACHE": str(self.folder / f"{outputs}-cache"),
-            "PYTHONPATH": str(self.folder),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }
-        command = ["make", "-o", ".venv/.ok", "report", f"SETS={SETS}", *words]
-        where = dict(cwd=self.folder, env=environment, start_new_session=True)
-        self.runs.append(
-            subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **where)
-        )
+    def report(self, outputs: str, sets: str = SETS, profile: str = "slurm") -> subprocess.Popen[bytes]:
+        (self.folder / f"{outputs}.log").unlink(missing_ok=True)
+        self.runs.append(start_report(self.folder, outputs, sets, profile=profile))
         return self.runs[-1]
 
-    def on_slurm(self) -> tuple[int, str]:
-        """Exit status of the report on Slurm, and what it printed."""
-        run = self.report("cluster", "PROFILE=slurm")
-        printed = run.communicate(timeout=900)[0]
+    def ended(self, run: subprocess.Popen[bytes], outputs: str = "cluster") -> tuple[int, str]:
+        """Exit status of a report, and what it printed."""
+        status = run.wait(timeout=900)
+        printed = (self.folder / f"{outputs}.log").read_text(encoding="utf8")
         print(printed)
-        return run.returncode, printed
+        return status, printed
 
 
 def jobs() -> pd.DataFrame:
@@ -87,18 +64,6 @@ def running(words: str) -> str:
     raise AssertionError(f"no job with {words!r} has run")
 
 
-def tables(folder: Path) -> dict[str, str]:
-    """Every table as text; where columns are times, without them."""
-    found = {}
-    for path in sorted(folder.glob("small*/*/*.csv")):
-        text = path.read_text(encoding="utf8")
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        if times := [column for column in table if column.endswith(TIMES)]:
-            text = table.drop(columns=times).to_csv(index=False)
-        found[str(path.relative_to(folder))] = text
-    return found
-
-
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     house = House(tmp_path_factory.mktemp("house"))
@@ -109,12 +74,11 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 
 def test_a_killed_job_fails_the_report_and_the_others_finish(house: House) -> None:
-    run = house.report("cluster", "PROFILE=slurm")
+    run = house.report("cluster")
     killed = running("06_layer_selection")
     subprocess.run(["scancel", killed], check=True)
-    printed = run.communicate(timeout=900)[0]
-    print(printed)
-    assert run.returncode != 0
+    status, printed = house.ended(run)
+    assert status != 0
     assert f"SLURM-job '{killed}' failed, SLURM status is: 'CANCELLED" in printed
     found = jobs()
     assert len(found) == 4
@@ -124,12 +88,12 @@ def test_a_killed_job_fails_the_report_and_the_others_finish(house: House) -> No
 
 def test_the_next_report_sends_only_what_is_missing(house: House) -> None:
     before = jobs()
-    assert house.on_slurm()[0] == 0
+    assert house.ended(house.report("cluster"))[0] == 0
     after = jobs()
     (sent,) = set(after.jobid) - set(before.jobid)
     (killed,) = before.comment[before.state.str.startswith("CANCELLED")]
     assert after.set_index("jobid").comment[sent] == killed
-    assert house.on_slurm()[0] == 0
+    assert house.ended(house.report("cluster"))[0] == 0
     assert len(jobs()) == len(after)  # nothing is left to do
 
 
@@ -147,28 +111,24 @@ def test_every_job_got_the_resources_of_its_set(house: House) -> None:
 def test_a_change_of_resources_runs_nothing_again(house: House) -> None:
     before = jobs()
     house.set_file.write_text(SET.replace("memory_mb: 1500, minutes: 5", "memory_mb: 1600, minutes: 6, cpus: 2"))
-    assert house.on_slurm()[0] == 0
+    assert house.ended(house.report("cluster"))[0] == 0
     assert len(jobs()) == len(before)
     house.set_file.write_text(SET)
 
 
 def test_an_interrupt_cancels_what_was_sent(house: House) -> None:
-    run = house.report("cluster", "PROFILE=slurm", "SETS=small@seed=2")
+    run = house.report("cluster", "small@seed=2")
     running("small@seed=2")
     os.killpg(run.pid, signal.SIGINT)
-    print(run.communicate(timeout=100)[0])
-    assert run.returncode != 0
+    assert house.ended(run)[0] != 0
     sent = jobs()[lambda table: table.comment.str.contains("small@seed=2")]
     assert len(sent) == 2
     assert sent.state.str.startswith("CANCELLED").all()
 
 
 def test_the_tables_are_those_of_a_local_report(house: House) -> None:
-    local = house.report("local")
-    printed = local.communicate(timeout=900)[0]
-    assert local.returncode == 0, printed
-    ours, theirs = tables(house.folder / "cluster"), tables(house.folder / "local")
-    assert len(ours) > 20
-    assert ours.keys() == theirs.keys()
-    for name, text in ours.items():
-        assert text == theirs[name], name
+    status, printed = house.ended(house.report("local", profile=""), "local")
+    assert status == 0, printed
+    count, lines = differences(house.folder / "local", house.folder / "cluster")
+    assert count > 20
+    assert lines == []
