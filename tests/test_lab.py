@@ -29,6 +29,7 @@ CHANGE = """smaller => {
     });
     cells.get(at).sharedModel.setSource(lines.join("\\n"));
 }"""
+KERNEL = "window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel"
 OUTPUTS = """() => {
     const cells = window.jupyterapp.shell.currentWidget.content.model.cells, kinds = [];
     for (let i = 0; i < cells.length; i++)
@@ -78,12 +79,13 @@ def test_a_notebook_is_opened_changed_and_run(lab, browser) -> None:
                 break
         page.wait_for_timeout(500)
     page.goto(address)
-    page.wait_for_selector(".jp-Notebook .jp-MarkdownOutput mjx-container", timeout=60_000)  # formulas, offline
+    page.wait_for_selector(".jp-Notebook .jp-MarkdownOutput mjx-container", timeout=120_000)  # formulas, offline
     assert page.evaluate(OUTPUTS)  # of the pair, before anything is run
+    page.wait_for_function(f"() => {KERNEL}?.status === 'idle'", timeout=120_000)  # without one, nothing would be run
     page.evaluate(CHANGE, SMALLER)
     page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
     result = house / "outputs" / "draft" / "digits-vit" / "01_whitening"
-    for _ in range(400):
+    for _ in range(800):
         if (result / "run.json").exists() or "error" in page.evaluate(OUTPUTS):
             break
         page.wait_for_timeout(500)
