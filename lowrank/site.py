@@ -5,6 +5,7 @@ Not in `outputs/`, which holds results only: the site can be made of them at any
 
 import argparse
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -143,6 +144,9 @@ def write_source(results: Results, source: Path) -> None:
     """Everything that Sphinx reads, in a new folder: docs/, the README, which they include parts of, and generated pages."""
     shutil.copytree(ROOT / "docs", source)
     shutil.copy(ROOT / "README.md", source / "README.md")
+    for path in source.glob("*.md"):  # the marks of filled blocks would be text: `<` is one in docstrings
+        text = re.sub(r"^<!-- .* -->\n", "", path.read_text(encoding="utf8"), flags=re.MULTILINE)
+        path.write_text(text, encoding="utf8")
     for notebook, folders in results.items():
         for name, folder in folders.items():
             path = source / f"{page(name, notebook)}.ipynb"

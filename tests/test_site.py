@@ -219,6 +219,11 @@ def test_pages_need_no_kernel(tmp_path: Path) -> None:
     nbformat.validate(page)
 
 
+def test_no_mark_of_a_filled_block_is_shown(pages) -> None:
+    own = {path: page for path, page in pages.items() if path.parent.name != "reference"}
+    assert not [path.name for path, page in own.items() if "<!--" in page.get_text()]
+
+
 def test_numbers_beside_a_claim_are_shown(tmp_path: Path) -> None:
     (tmp_path / "claims.csv").write_text("claim,holds,number\nfirst,True,0.123\nsecond,False,2 of 3\nthird,True,\n")
     assert verdicts(read_claims(tmp_path)) == ["[holds, 0.123]{.holds}", "[fails, 2 of 3]{.fails}", "[holds]{.holds}"]
