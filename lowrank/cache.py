@@ -1,6 +1,5 @@
 """Expensive results on disk, each under a hash of all that determines it."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -30,12 +29,8 @@ def cache_folder() -> Path:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as content:
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(content, "blake2b").hexdigest()[:16]
-    found.pop(HASHES, None)
-    return found
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: hash_files([path]) for name, path in files.items() if name != HASHES}
 
 
 def damage(folder: Path) -> str | None:

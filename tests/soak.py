@@ -1,7 +1,7 @@
 """`make soak`: the report killed at random moments, again and again, ends with the tables that are committed.
 
 Every kill hits the whole process group, by SIGKILL or SIGTERM; whatever lies under outputs/ then must be whole. At last the
-report runs to its end and all its tables are compared, byte for byte but for times. With 20 kills about an hour on two cores.
+report runs to its end and all its tables are compared, byte for byte but for times.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from processes import copy_project, start_report
 from lowrank.compare import differences
 from lowrank.parameters import ParameterError, jobs
 
+KILLS, LONGEST = 20, 160  # seconds between two of them
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
 
@@ -51,22 +52,21 @@ def kill_once(house: Path, sets: str, seconds: float, sent: signal.Signals, core
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sets", help="names of sets, with spaces between")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--longest", type=float, default=160.0, help="seconds between two kills")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cores", type=int, default=2)
     given = parser.parse_args()
     try:
         number = len(jobs(given.sets.split()))
     except ParameterError as error:
         raise SystemExit(f"error: {error}") from error
-    chance, start = random.Random(given.seed), time.monotonic()
+    chance, start = random.Random(0), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         house = copy_project(Path(folder))
-        for kill in range(1, given.kills + 1):
-            seconds, sent = chance.uniform(0, given.longest), chance.choice(SIGNALS)
+        for kill in range(1, KILLS + 1):
+            seconds, sent = chance.uniform(0, LONGEST), chance.choice(SIGNALS)
             if not kill_once(house, given.sets, seconds, sent, given.cores):
-                raise SystemExit(f"error: the report ended before kill {kill} of {given.kills}: lower --longest")
+                raise SystemExit(
+                    f"error: `sets` must keep the report at work for {KILLS} kills, it ended before kill {kill}."
+                )
             if half := half_results(house / "outputs"):
                 raise SystemExit(f"error: half-written results after kill {kill}: {half}")
             done = len(list((house / "outputs" / ".done").glob("*")))
