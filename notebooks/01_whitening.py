@@ -371,7 +371,7 @@ ranks = pd.DataFrame(rows, columns=["depth", "kind", "matrix", "measure", "rank_
 report.table(ranks, "rank_by_layer")
 style = dict(x="depth", y="rank_share", hue="kind", style="matrix", markers=True)
 drawn = sns.relplot(ranks, kind="line", col="measure", height=3.4, facet_kws={"sharey": False}, **style)
-drawn.set(xlabel="block", ylabel="rank / min(out, in)").set_titles("{col_name} rank")
+drawn.set_axis_labels("block", "rank / min(out, in)").set_titles("{col_name} rank")
 report.figure(drawn, "rank_by_layer")
 
 # %% tags=["nbval-check-output"]
