@@ -58,6 +58,7 @@ class Report:
         self.inputs: dict[str, Any] = {}
         self.started = time.time()
         sns.set_theme(**THEME)
+        pd.set_option("display.max_colwidth", None)  # claims are shown whole
 
     def record(self, **inputs: Any) -> None:
         """Says what went in: identities and hashes of data and models, dtype. Kept in run.json under `inputs`."""

@@ -302,6 +302,7 @@ report.table(stale, "quality_by_statistics")
 drawn, axis = plt.subplots(figsize=(7, 3.4))
 sns.pointplot(stale, x="loss", y="variant", hue="statistics", errorbar="sd", dodge=0.3, linestyle="none", ax=axis)
 axis.set(xlabel=f"held-out loss at keep {target_keep}", ylabel="")
+axis.legend(title="statistics", bbox_to_anchor=(1.02, 1), loc="upper left")
 report.figure(drawn, "quality_by_statistics")
 
 # %% tags=["nbval-check-output"]

@@ -47,6 +47,12 @@ def test_a_failed_claim_is_a_result(report: Report, capsys: pytest.CaptureFixtur
     assert json.loads((report.folder / "run.json").read_text())["claims"] == {"held": 1, "failed": 1}
 
 
+def test_claims_are_shown_whole(report: Report) -> None:
+    text = " and ".join(["one is one"] * 20)
+    report.claim(text, True)
+    assert text in str(report.finish()._repr_html_())  # what JupyterLab draws
+
+
 def test_provenance_says_what_went_in(report: Report) -> None:
     with report.stage("training"):
         pass
