@@ -1,7 +1,8 @@
 """`make soak`: the report killed at random moments, again and again, ends with the tables that are committed.
 
-Every kill hits the whole process group, by SIGKILL or SIGTERM; whatever lies under outputs/ then must be whole. At last the
-report runs to its end and all its tables are compared, byte for byte but for times.
+Each time the report of one set is killed, so that kills fall on all notebooks: that of all sets would begin with the same two
+again and again. Every kill hits the whole process group, by SIGKILL or SIGTERM; whatever lies under outputs/ then must be
+whole. At last the report of all sets runs to its end and all tables are compared, byte for byte but for times.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from processes import copy_project, start_report
 from lowrank.compare import differences
 from lowrank.parameters import ParameterError, jobs
 
-KILLS, LONGEST = 20, 160  # seconds between two of them
+KILLS, LONGEST = 20, 120  # seconds between two of them
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
 
@@ -31,7 +32,7 @@ def half_results(outputs: Path) -> list[str]:
     return [str(f) for f in folders if not all((f / name).exists() for name in (*needed, f"{f.name}.ipynb"))]
 
 
-def kill_once(house: Path, sets: str, seconds: float, sent: signal.Signals, cores: int) -> bool:
+def killed(house: Path, sets: str, seconds: float, sent: signal.Signals, cores: int) -> bool:
     """Whether the report was still at work when its time was up."""
     run = start_report(house, "outputs", sets, cores)
     try:
@@ -61,16 +62,21 @@ def main() -> int:
     chance, start = random.Random(0), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         house = copy_project(Path(folder))
-        for kill in range(1, KILLS + 1):
-            seconds, sent = chance.uniform(0, LONGEST), chance.choice(SIGNALS)
-            if not kill_once(house, given.sets, seconds, sent, given.cores):
+        left, kills = given.sets.split(), 0
+        while kills < KILLS:
+            if not left:
                 raise SystemExit(
-                    f"error: `sets` must keep the report at work for {KILLS} kills, it ended before kill {kill}."
+                    f"error: `sets` must keep the report at work for {KILLS} kills, it ended after {kills}."
                 )
+            name, seconds, sent = chance.choice(left), chance.uniform(0, LONGEST), chance.choice(SIGNALS)
+            if not killed(house, name, seconds, sent, given.cores):
+                left.remove(name)
+                continue
+            kills += 1
             if half := half_results(house / "outputs"):
-                raise SystemExit(f"error: half-written results after kill {kill}: {half}")
+                raise SystemExit(f"error: half-written results after kill {kills}: {half}")
             done = len(list((house / "outputs" / ".done").glob("*")))
-            print(f"kill {kill}: {sent.name} after {seconds:.0f} s, {done} of {number} jobs done", flush=True)
+            print(f"kill {kills}: {name}, {sent.name} after {seconds:.0f} s, {done} of {number} jobs done", flush=True)
         if start_report(house, "outputs", given.sets, given.cores).wait():
             raise SystemExit(f"error: the report failed: {(house / 'outputs.log').read_text()[-3000:]}")
         count, lines = differences(house / "outputs", ROOT / "outputs")
