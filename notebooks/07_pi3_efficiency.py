@@ -284,8 +284,7 @@ with report.stage("refinement"):
         scenes = list(load_source(refined_on, seed))
         for name, own in {"original": model, "compressed": smaller}.items():
             rows.append({"seed": seed, "model": name} | depth_errors(own, scenes))
-        windows = view_windows(calibrating[seed], calibration_views, refine_samples, seed)
-        batches = image_batches(windows, refine_batch)
+        batches = image_batches(view_windows(calibrating[seed], calibration_views, refine_samples, seed), refine_batch)
         refine_factors(smaller, batches, recipe=replace(recipe, seed=seed), loss=distillation(model), progress=False)
         refined[seed] = smaller.to(device).eval()
         rows.append({"seed": seed, "model": "refined"} | depth_errors(smaller, scenes))
