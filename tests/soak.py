@@ -8,6 +8,7 @@ whole. At last the report of all sets runs to its end and all tables are compare
 import argparse
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,28 +61,28 @@ def main() -> int:
     except ParameterError as error:
         raise SystemExit(f"error: {error}") from error
     chance, start = random.Random(0), time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        house = copy_project(Path(folder))
-        left, kills = given.sets.split(), 0
-        while kills < KILLS:
-            if not left:
-                raise SystemExit(
-                    f"error: `sets` must keep the report at work for {KILLS} kills, it ended after {kills}."
-                )
-            name, seconds, sent = chance.choice(left), chance.uniform(0, LONGEST), chance.choice(SIGNALS)
-            if not killed(house, name, seconds, sent, given.cores):
-                left.remove(name)
-                continue
-            kills += 1
-            if half := half_results(house / "outputs"):
-                raise SystemExit(f"error: half-written results after kill {kills}: {half}")
-            done = len(list((house / "outputs" / ".done").glob("*")))
-            print(f"kill {kills}: {name}, {sent.name} after {seconds:.0f} s, {done} of {number} jobs done", flush=True)
-        if start_report(house, "outputs", given.sets, given.cores).wait():
-            raise SystemExit(f"error: the report failed: {(house / 'outputs.log').read_text()[-3000:]}")
-        count, lines = differences(house / "outputs", ROOT / "outputs")
+    house = copy_project(Path(tempfile.mkdtemp(prefix="soak-")))  # stays there where something fails
+    left, kills = given.sets.split(), 0
+    while kills < KILLS:
+        if not left:
+            raise SystemExit(f"error: `sets` must keep the report at work for {KILLS} kills, it ended after {kills}.")
+        name, seconds, sent = chance.choice(left), chance.uniform(0, LONGEST), chance.choice(SIGNALS)
+        if not killed(house, name, seconds, sent, given.cores):
+            left.remove(name)
+            continue
+        kills += 1
+        if half := half_results(house / "outputs"):
+            raise SystemExit(f"error: half-written results after kill {kills}: {half}")
+        done = len(list((house / "outputs" / ".done").glob("*")))
+        print(f"kill {kills}: {name}, {sent.name} after {seconds:.0f} s, {done} of {number} jobs done", flush=True)
+    if start_report(house, "outputs", given.sets, given.cores).wait():
+        raise SystemExit(f"error: the report failed: {(house / 'outputs.log').read_text()[-3000:]}")
+    count, lines = differences(house / "outputs", ROOT / "outputs")
     print("\n".join([*lines, f"{count} tables compared, {len(lines)} differences, {time.monotonic() - start:.0f} s"]))
-    return 1 if lines or not count else 0
+    if lines or not count:
+        return 1
+    shutil.rmtree(house)
+    return 0
 
 
 if __name__ == "__main__":
