@@ -225,6 +225,7 @@ def _save(
     """A new state beside the old one, then the name moves: a kill leaves the old or the new, never a mixture."""
     partial = checkpoint / "partial"
     accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()  # each process writes its own random state
     if accelerator.is_main_process:
         (partial / "history.json").write_text(json.dumps(history))
         torch.save([state.state_dict() for state in states], partial / "states.pt")

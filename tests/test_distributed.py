@@ -31,6 +31,44 @@ save_statistics({folder!r} + f"/{{state.process_index}}.safetensors", found, mod
 """
 
 
+TRAINER = """
+import sys, time, torch
+from accelerate import PartialState
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_distributed import make_batches, make_model, loss
+from lowrank.training import Recipe, fit
+state = PartialState(cpu=True)
+write = torch.save
+def write_late(*arguments, **options):
+    time.sleep(state.process_index)
+    write(*arguments, **options)
+torch.save = write_late
+killed_at = 7
+def train(folder, kill=False):
+    model, seen = torch.nn.Sequential(torch.nn.Dropout(), *make_model().blocks[::2]), 0
+    def step_loss(model, batch):
+        nonlocal seen
+        seen += 1
+        if kill and seen > killed_at:
+            raise InterruptedError
+        return loss(model, batch)
+    batches = [make_batches()[state.process_index] for _ in range(10)]
+    checkpoint = Path({folder!r}, folder)
+    fit(model, lambda done: batches[done:], Recipe(steps=10), step_loss, checkpoint=checkpoint, checkpoint_every=5)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+whole = train("whole")
+try:
+    train("killed", kill=True)
+except InterruptedError:
+    pass
+(saved,) = Path({folder!r}, "killed").iterdir()
+state.wait_for_everyone()
+assert {{"random_states_0.pkl", "random_states_1.pkl"}} < {{path.name for path in saved.iterdir()}}, list(saved.iterdir())
+assert torch.equal(train("killed"), whole)
+"""
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -68,6 +106,13 @@ def test_two_processes_give_the_moments_of_one(share: str, tmp_path: Path) -> No
             assert found[name].tokens == layer.tokens == 24
             for field in ("gram", "mean", "abs_mean", "gradient_gram"):
                 assert torch.allclose(getattr(found[name], field), getattr(layer, field), rtol=1e-12, atol=1e-14)
+
+
+def test_a_training_killed_in_two_processes_goes_on_exactly(tmp_path: Path) -> None:
+    """Also where one process writes its part of a saved state later than the other."""
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    run_in_two(script)
 
 
 RECIPE = Recipe(steps=20, batch_size=64, learning_rate=4e-3, weight_decay=0.05)
