@@ -240,7 +240,9 @@ def _resume(accelerator: Accelerator, saved: Path | None) -> list[dict[str, int 
     if saved is None:
         return []
     accelerator.load_state(str(saved))
-    return json.loads((saved / "history.json").read_text())
+    history = json.loads((saved / "history.json").read_text())
+    accelerator.wait_for_everyone()  # with no step left, the first could return and its caller delete the state
+    return history
 
 
 def recipe_options(recipe: Recipe) -> dict[str, Any]:

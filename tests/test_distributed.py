@@ -32,18 +32,19 @@ save_statistics({folder!r} + f"/{{state.process_index}}.safetensors", found, mod
 
 
 TRAINER = """
-import sys, time, torch
+import shutil, sys, time, torch
 from accelerate import PartialState
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_distributed import make_batches, make_model, loss
 from lowrank.training import Recipe, fit
 state = PartialState(cpu=True)
-write = torch.save
-def write_late(*arguments, **options):
-    time.sleep(state.process_index)
-    write(*arguments, **options)
-torch.save = write_late
+def late(function):
+    def wrapped(*arguments, **options):
+        time.sleep(state.process_index)
+        return function(*arguments, **options)
+    return wrapped
+torch.save, torch.load = late(torch.save), late(torch.load)
 killed_at = 7
 def train(folder, kill=False):
     model, seen = torch.nn.Sequential(torch.nn.Dropout(), *make_model().blocks[::2]), 0
@@ -66,6 +67,10 @@ except InterruptedError:
 state.wait_for_everyone()
 assert {{"random_states_0.pkl", "random_states_1.pkl"}} < {{path.name for path in saved.iterdir()}}, list(saved.iterdir())
 assert torch.equal(train("killed"), whole)
+again = train("whole")
+if state.process_index == 0:
+    shutil.rmtree(Path({folder!r}, "whole"))
+assert torch.equal(again, whole)
 """
 
 
@@ -109,7 +114,7 @@ def test_two_processes_give_the_moments_of_one(share: str, tmp_path: Path) -> No
 
 
 def test_a_training_killed_in_two_processes_goes_on_exactly(tmp_path: Path) -> None:
-    """Also where one process writes its part of a saved state later than the other."""
+    """Also where one process writes or reads its part of a saved state later than the other."""
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
     run_in_two(script)
