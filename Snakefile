@@ -1,5 +1,7 @@
 # One job per notebook and parameter set. `make report` calls this; with PROFILE=slurm its jobs go to a cluster.
 import os
+import signal
+from _thread import start_new_thread
 from pathlib import Path
 
 from lowrank.imports import sources
@@ -17,6 +19,11 @@ RESULT, DONE = f"{OUTPUTS}/{{set}}/{{notebook}}/run.json", f"{OUTPUTS}/.done/{{s
 wildcard_constraints:
     set=r"[a-z0-9-]+(@[a-z_]+=[\w.,+-]+)*",
     notebook="[0-9]{2}_[a-z0-9_]+",
+
+# Snakemake's handler waits for locks, which the thread that it interrupts may hold: it waits in a thread of its own.
+onstart:
+    graceful = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *given: start_new_thread(graceful, given))
 
 localrules: all
 

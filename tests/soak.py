@@ -40,11 +40,7 @@ def killed(house: Path, sets: str, seconds: float, sent: signal.Signals, cores: 
         run.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(run.pid, sent)
-        try:
-            run.wait(timeout=30)
-        except subprocess.TimeoutExpired:  # Snakemake's handler can wait for a lock that its own thread holds
-            os.killpg(run.pid, signal.SIGKILL)
-            run.wait()
+        run.wait(timeout=60)
         return True
     if run.returncode:
         raise SystemExit(f"error: the report failed by itself: {(house / 'outputs.log').read_text()[-3000:]}")
