@@ -4,7 +4,7 @@ import signal
 from _thread import start_new_thread
 from pathlib import Path
 
-from lowrank.imports import sources
+from lowrank.imports import hash_code, sources
 from lowrank.parameters import ParameterError, jobs, notebook_path, parameters
 from lowrank.resources import resources as asked
 
@@ -32,13 +32,14 @@ rule all:
     input: [path.format(set=s, notebook=n) for s, n in JOBS for path in (RESULT, DONE)]
 
 # The result is replaced as a whole by the runner, never deleted beforehand (`update`). That it is up to date is what
-# DONE says, which git does not keep: a fresh clone has results, and makes its own.
+# DONE says, which git does not keep: a fresh clone has results, and makes its own. Other code or other parameters make a
+# result anew; other words do not.
 rule notebook:
-    input:
-        code=lambda w: [os.path.relpath(path) for path in sources(notebook_path(w.notebook), Path("lowrank/run.py"))],
-        lock="requirements.lock",
+    input: lock="requirements.lock"
     output: result=update(RESULT), done=touch(DONE)
-    params: values=lambda w: VALUES[w.set, w.notebook]
+    params:
+        values=lambda w: VALUES[w.set, w.notebook],
+        code=lambda w: hash_code(sources(notebook_path(w.notebook), Path("lowrank/run.py"))),
     threads: lambda w: ASKED[w.set, w.notebook]["cpus"]
     resources:
         mem_mb=lambda w: ASKED[w.set, w.notebook]["memory_mb"],

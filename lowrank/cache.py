@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from lowrank.fingerprint import hash_files, hash_options
-from lowrank.imports import ROOT, sources
+from lowrank.imports import ROOT, hash_code, sources
 from lowrank.processes import agreed, processes
 
 HASHES = "hashes.json"  # of the other files of an entry
@@ -69,7 +69,7 @@ def cached(
     be written.
 
     **Arguments:** `kind`: subfolder. `key`: JSON, what determines the result. `code`: the module that builds it; its
-    source and that of all it imports, and the versions of torch and the model libraries, join the key. `build`:
+    code and that of all it imports, without words, and the versions of torch and the model libraries, join the key. `build`:
     writes the result into the folder that it is given. `together`: all processes of an `accelerate launch` call this and
     build one result between them; the first one decides, and writes it.
 
@@ -77,7 +77,7 @@ def cached(
 
     **Warns:** a damaged result: a file is not as it was built. It is built again.
     """
-    determined = {"key": dict(key), "code": hash_files(sources(code)), "versions": {p: version(p) for p in PACKAGES}}
+    determined = {"key": dict(key), "code": hash_code(sources(code)), "versions": {p: version(p) for p in PACKAGES}}
     folder = cache_folder() / kind / hash_options(determined)
     first = processes()[1] == 0 or not together
     decided: Callable[[Any], Any] = partial(agreed, owner=0) if together else lambda value: value
