@@ -27,7 +27,7 @@ report: $(VENV)/.ok  ## execute the notebooks for SETS into outputs/; what is up
 		--rerun-incomplete --nolock --keep-going --quiet host reason $(if $(PROFILE),,rules)
 
 site: $(VENV)/.ok  ## the results of SETS as pages in _site/: start with _site/index.html
-	python -m lowrank.site $(SETS)
+	python -m lowrank.report.site $(SETS)
 
 test: lint  ## ruff, pyright, unit tests, notebook guards, nbval
 	python -m pytest -q -n $(CORES) --dist loadfile
@@ -40,21 +40,22 @@ lint: $(VENV)/.ok
 	ruff check
 	ruff format --check
 	pyright
+	lint-imports --no-logo
 
 lab: $(VENV)/.ok  ## JupyterLab; .py and .ipynb of a pair both open as a notebook
 	jupyter lab --notebook-dir $(CURDIR)
 
 bench: $(VENV)/.ok  ## ratios of time and memory, measured in one run
-	python -m pytest -q -o addopts= tests/bench_*.py --benchmark-only --benchmark-columns=median,rounds
+	python -m pytest -q -o addopts= benchmarks/bench_*.py --benchmark-only --benchmark-columns=median,rounds
 
 soak: $(VENV)/.ok  ## kill the report at 20 random moments: it ends with the tables in outputs/
 	python tests/soak.py '$(SETS)' --cores $(CORES)
 
 notebooks: $(VENV)/.ok  ## execute the notebooks with their defaults and store them with outputs
-	python -m lowrank.pair
+	python -m lowrank.report.pair
 
 readme: $(VENV)/.ok  ## fill the README's tables from outputs/
-	python -m lowrank.readme
+	python -m lowrank.report.readme
 
 lock: $(VENV)/.ok  ## resolve pyproject.toml anew
 	uv pip compile -q --universal --python-version 3.11 --all-extras --generate-hashes --no-header \

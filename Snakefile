@@ -4,9 +4,9 @@ import signal
 from _thread import start_new_thread
 from pathlib import Path
 
-from lowrank.imports import hash_code, sources
-from lowrank.parameters import ParameterError, jobs, notebook_path, parameters
-from lowrank.resources import resources as asked
+from lowrank.io.dependencies import hash_code, sources
+from lowrank.report.parameters import ParameterError, jobs, notebook_path, parameters
+from lowrank.report.resources import resources as asked
 
 try:
     JOBS = jobs(str(config.get("sets", "")).split())
@@ -39,10 +39,10 @@ rule notebook:
     output: result=update(RESULT), done=touch(DONE)
     params:
         values=lambda w: VALUES[w.set, w.notebook],
-        code=lambda w: hash_code(sources(notebook_path(w.notebook), Path("lowrank/run.py"))),
+        code=lambda w: hash_code(sources(notebook_path(w.notebook), Path("lowrank/report/run.py"))),
     threads: lambda w: ASKED[w.set, w.notebook]["cpus"]
     resources:
         mem_mb=lambda w: ASKED[w.set, w.notebook]["memory_mb"],
         runtime=lambda w: ASKED[w.set, w.notebook]["minutes"],
         gpu=lambda w: ASKED[w.set, w.notebook]["gpus"],
-    shell: "LOWRANK_BAR=$(({jobid} % 2)) python -m lowrank.run {wildcards.set} {wildcards.notebook} > /dev/null"
+    shell: "LOWRANK_BAR=$(({jobid} % 2)) python -m lowrank.report.run {wildcards.set} {wildcards.notebook} > /dev/null"

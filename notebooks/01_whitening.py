@@ -26,7 +26,7 @@
 
 # %% tags=["parameters"]
 set_name = "digits-vit"  # the parameter set, which names the folder of results
-task = "digits"  # a key of lowrank.tasks.TASKS
+task = "digits"  # a key of lowrank.tasks.registry.TASKS
 task_options = {}  # options of that task's load function
 steps = 600  # optimiser steps of the dense baseline; 0 takes the model as it comes
 batch_size = 64  # samples
@@ -54,19 +54,20 @@ import seaborn as sns
 import torch
 from torch.linalg import svdvals
 
-from lowrank.baseline import load_baseline, load_calibration
-from lowrank.batches import as_double
-from lowrank.factorize import METHODS
-from lowrank.fingerprint import hash_model
-from lowrank.layers import depth_and_kind
-from lowrank.moments import output_norm, second_moment_eigh, shrunk, statistics_of_rows, whitening_factor
-from lowrank.output_error import output_errors
-from lowrank.recipes import compare_recipes, stress_cases
-from lowrank.report import Report
-from lowrank.spectra import effective_rank, retained_energy, stable_rank
-from lowrank.statistics import collect_inputs, collect_statistics
-from lowrank.tasks import load_task
-from lowrank.training import Recipe
+from lowrank.calibration.collect import collect_statistics
+from lowrank.calibration.hooks import collect_inputs
+from lowrank.calibration.output_error import output_errors
+from lowrank.factorization.alternatives import compare_recipes, stress_cases
+from lowrank.factorization.methods import METHODS
+from lowrank.factorization.moments import output_norm, second_moment_eigh, shrunk, statistics_of_rows, whitening_factor
+from lowrank.factorization.spectra import effective_rank, retained_energy, stable_rank
+from lowrank.io.hashing import hash_model
+from lowrank.nn.batches import as_double
+from lowrank.nn.targets import depth_and_kind
+from lowrank.report.notebook import Report
+from lowrank.tasks.baseline import load_baseline, load_calibration
+from lowrank.tasks.registry import load_task
+from lowrank.training.loop import Recipe
 
 report = Report("01_whitening", globals())
 

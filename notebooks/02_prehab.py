@@ -26,7 +26,7 @@
 
 # %% tags=["parameters"]
 set_name = "digits-vit"  # the parameter set, which names the folder of results
-task = "digits"  # a key of lowrank.tasks.TASKS
+task = "digits"  # a key of lowrank.tasks.registry.TASKS
 task_options = {}  # options of that task's load function
 steps = 600  # optimiser steps of the dense baseline; 0 takes the model as it comes
 batch_size = 64  # samples
@@ -59,20 +59,21 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from lowrank.baseline import load_baseline, load_calibration
-from lowrank.evaluation import evaluate
-from lowrank.fingerprint import hash_model
-from lowrank.layers import depth_and_kind
-from lowrank.modules import split_packed
-from lowrank.moments import output_norm
-from lowrank.prehab import PENALTIES, prehab
-from lowrank.refine import tune_factors
-from lowrank.report import Report
-from lowrank.spectra import effective_rank, stable_rank, tail_energy
-from lowrank.statistics import collect_statistics
-from lowrank.sweep import Sweep, Way
-from lowrank.tasks import load_task
-from lowrank.training import Recipe
+from lowrank.calibration.collect import collect_statistics
+from lowrank.factorization.moments import output_norm
+from lowrank.factorization.spectra import effective_rank, stable_rank, tail_energy
+from lowrank.io.hashing import hash_model
+from lowrank.nn.surgery import split_packed
+from lowrank.nn.targets import depth_and_kind
+from lowrank.report.notebook import Report
+from lowrank.tasks.baseline import load_baseline, load_calibration
+from lowrank.tasks.evaluation import evaluate
+from lowrank.tasks.registry import load_task
+from lowrank.tasks.sweep import Sweep, Way
+from lowrank.training.loop import Recipe
+from lowrank.training.penalties import PENALTIES
+from lowrank.training.prehab import prehab
+from lowrank.training.refine import tune_factors
 
 report = Report("02_prehab", globals())
 

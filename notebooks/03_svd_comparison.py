@@ -26,7 +26,7 @@
 
 # %% tags=["parameters"]
 set_name = "digits-vit"  # the parameter set, which names the folder of results
-task = "digits"  # a key of lowrank.tasks.TASKS
+task = "digits"  # a key of lowrank.tasks.registry.TASKS
 task_options = {}  # options of that task's load function
 steps = 600  # optimiser steps of the dense baseline; 0 takes the model as it comes
 batch_size = 64  # samples
@@ -37,7 +37,7 @@ seed = 0
 calibration_samples = 1024  # samples of the training split whose tokens give the moments
 fisher_samples = 512  # samples whose labels give FWSVD its row weights
 calibration_seeds = [0, 1, 2]  # draws of calibration samples for the headline figure
-methods = ["svd", "asvd", "fwsvd", "whitened", "two_sided"]  # keys of lowrank.factorize.METHODS
+methods = ["svd", "asvd", "fwsvd", "whitened", "two_sided"]  # keys of lowrank.factorization.methods.METHODS
 keeps = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]  # kept share of the targeted parameters
 rank_fractions = [0.1, 0.3, 0.5, 0.7, 0.9]  # rank / min(out, in), the sweep of the PREHAB repository
 packed_layers = [r".*\.attn\.qkv"]  # layers that pack q, k and v
@@ -70,19 +70,21 @@ import pandas as pd
 import seaborn as sns
 import torch
 
-from lowrank.baseline import load_baseline, load_calibration
-from lowrank.batches import device_of, logits, to_device
-from lowrank.budget import kept_parameters
-from lowrank.efficiency import count_flops, generate_in_turns, peak_bytes, time_in_turns, weight_bytes
-from lowrank.factored import fold, load_compressed, save_compressed
-from lowrank.fingerprint import hash_model
-from lowrank.layers import depth_and_kind, find_linears
-from lowrank.modules import split_packed
-from lowrank.refine import refine_factors, tune_factors
-from lowrank.report import Report
-from lowrank.sweep import Sweep, Way, combination
-from lowrank.tasks import load_task
-from lowrank.training import Recipe, train
+from lowrank.compression.checkpoint import load_compressed, save_compressed
+from lowrank.compression.compress import fold
+from lowrank.factorization.rank_allocation import kept_parameters
+from lowrank.io.hashing import hash_model
+from lowrank.nn.batches import device_of, logits, to_device
+from lowrank.nn.profiling import count_flops, generate_in_turns, peak_bytes, time_in_turns, weight_bytes
+from lowrank.nn.surgery import split_packed
+from lowrank.nn.targets import depth_and_kind, find_linears
+from lowrank.report.notebook import Report
+from lowrank.tasks.baseline import load_baseline, load_calibration
+from lowrank.tasks.registry import load_task
+from lowrank.tasks.sweep import Sweep, Way, combination
+from lowrank.tasks.training import train
+from lowrank.training.loop import Recipe
+from lowrank.training.refine import refine_factors, tune_factors
 
 report = Report("03_svd_comparison", globals())
 

@@ -26,7 +26,7 @@
 
 # %% tags=["parameters"]
 set_name = "digits-vit"  # the parameter set, which names the folder of results
-task = "digits"  # a key of lowrank.tasks.TASKS
+task = "digits"  # a key of lowrank.tasks.registry.TASKS
 task_options = {}  # options of that task's load function
 epochs = 28  # passes over the training samples, each of whole batches
 batch_size = 64  # samples
@@ -64,16 +64,17 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from lowrank.batches import device_of, labels, logits, to_device
-from lowrank.efficiency import peak_bytes, time_in_turns, training_step
-from lowrank.evaluation import evaluate
-from lowrank.factored import compress
-from lowrank.modules import split_packed
-from lowrank.oialr import OIALR
-from lowrank.report import Report
-from lowrank.stability import BasisMonitor, mixing_similarity
-from lowrank.tasks import load_task
-from lowrank.training import Recipe, seed_everything, train
+from lowrank.compression.compress import compress
+from lowrank.nn.batches import device_of, labels, logits, to_device
+from lowrank.nn.profiling import peak_bytes, time_in_turns, training_step
+from lowrank.nn.surgery import split_packed
+from lowrank.report.notebook import Report
+from lowrank.tasks.evaluation import evaluate
+from lowrank.tasks.registry import load_task
+from lowrank.tasks.training import train
+from lowrank.training.loop import Recipe, seed_everything
+from lowrank.training.oialr import OIALR
+from lowrank.training.stability import BasisMonitor, mixing_similarity
 
 report = Report("04_stability", globals())
 

@@ -26,7 +26,7 @@
 
 # %% tags=["parameters"]
 set_name = "docs-llama"  # the parameter set, which names the folder of results
-task = "docs_language"  # a key of lowrank.tasks.TASKS
+task = "docs_language"  # a key of lowrank.tasks.registry.TASKS
 task_options = {"packages": ["sklearn"], "validation_samples": 256}  # of what is fine-tuned on
 base_options = {"packages": ["matplotlib", "numpy", "pandas", "scipy"]}  # of its base, where they differ
 steps = 300  # optimiser steps of that training; 0 takes the model as it comes
@@ -75,17 +75,20 @@ from scipy.stats import ttest_rel
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
-from lowrank.adapters import add_adapter, load_adapter, load_model
-from lowrank.baseline import load_baseline
-from lowrank.batches import device_of, to_device
-from lowrank.efficiency import peak_bytes, training_step
-from lowrank.evaluation import evaluate
-from lowrank.layers import depth_and_kind
-from lowrank.rank_config import RankConfig, delta_spectra, random_ranks, ranks_for_budget, uniform_ranks
-from lowrank.report import Report
-from lowrank.source import source_identity
-from lowrank.tasks import load_task
-from lowrank.training import Recipe, train
+from lowrank.io.weights import source_identity
+from lowrank.lora.adapters import add_adapter, load_adapter, load_model
+from lowrank.lora.deltas import delta_spectra
+from lowrank.lora.rank_config import RankConfig
+from lowrank.lora.ranks import random_ranks, ranks_for_budget, uniform_ranks
+from lowrank.nn.batches import device_of, to_device
+from lowrank.nn.profiling import peak_bytes, training_step
+from lowrank.nn.targets import depth_and_kind
+from lowrank.report.notebook import Report
+from lowrank.tasks.baseline import load_baseline
+from lowrank.tasks.evaluation import evaluate
+from lowrank.tasks.registry import load_task
+from lowrank.tasks.training import train
+from lowrank.training.loop import Recipe
 
 report = Report("05_rank_config", globals())
 

@@ -26,7 +26,7 @@
 
 # %% tags=["parameters"]
 set_name = "digits-vit"  # the parameter set, which names the folder of results
-task = "digits"  # a key of lowrank.tasks.TASKS
+task = "digits"  # a key of lowrank.tasks.registry.TASKS
 task_options = {}  # options of that task's load function
 steps = 600  # optimiser steps of the dense baseline; 0 takes the model as it comes
 batch_size = 64  # samples
@@ -65,20 +65,22 @@ import seaborn as sns
 from scipy.stats import ttest_1samp
 from tqdm.auto import tqdm
 
-from lowrank.baseline import load_baseline, load_calibration
-from lowrank.budget import rank_for_keep
-from lowrank.esd import eigenvalues, esd_metrics, pruning_ratios
-from lowrank.evaluation import evaluate
-from lowrank.factored import parameter_counts
-from lowrank.fingerprint import hash_model
-from lowrank.layers import split_block
-from lowrank.objectives import OBJECTIVES, budget_cases
-from lowrank.pruning import METHODS, prune
-from lowrank.report import Report
-from lowrank.selection import assign_layers, layer_scores, total_value
-from lowrank.sweep import Sweep, Way
-from lowrank.tasks import load_task
-from lowrank.training import Recipe, seed_everything
+from lowrank.compression.compress import parameter_counts
+from lowrank.compression.pruning import METHODS, prune
+from lowrank.factorization.rank_allocation import rank_for_keep
+from lowrank.io.hashing import hash_model
+from lowrank.nn.targets import split_block
+from lowrank.report.notebook import Report
+from lowrank.selection.assignment import assign_layers, total_value
+from lowrank.selection.esd import eigenvalues, esd_metrics
+from lowrank.selection.objectives import OBJECTIVES, budget_cases
+from lowrank.selection.pruning_ratios import pruning_ratios
+from lowrank.selection.scoring import layer_scores
+from lowrank.tasks.baseline import load_baseline, load_calibration
+from lowrank.tasks.evaluation import evaluate
+from lowrank.tasks.registry import load_task
+from lowrank.tasks.sweep import Sweep, Way
+from lowrank.training.loop import Recipe, seed_everything
 
 report = Report("06_layer_selection", globals())
 

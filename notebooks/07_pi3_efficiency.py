@@ -69,22 +69,24 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from lowrank.efficiency import count_flops, top_operators
-from lowrank.factored import compress, decompose, load_compressed, parameter_counts, save_compressed
-from lowrank.fingerprint import hash_model
-from lowrank.pi3 import Pi3
+from lowrank.calibration.collect import collect_statistics
+from lowrank.compression.checkpoint import load_compressed, save_compressed
+from lowrank.compression.compress import compress, decompose, parameter_counts
+from lowrank.io.hashing import hash_model
+from lowrank.nn.profiling import count_flops, top_operators
 from lowrank.pi3.adaptive import AdaptiveRank, EntropyScale, InOrder, image_entropy
 from lowrank.pi3.calibration import image_batches, load_source, view_windows
 from lowrank.pi3.checkpoint import load_pi3
 from lowrank.pi3.evaluation import PROTOCOLS, evaluate_pi3, points_at, predict, resized
 from lowrank.pi3.flops import ATTENTION, pi3_macs, saved_parameters
 from lowrank.pi3.loss import distillation, sampled_loss
-from lowrank.pi3.metrics import depth_metrics, similarity
+from lowrank.pi3.metrics.alignment import similarity
+from lowrank.pi3.metrics.depth import depth_metrics
+from lowrank.pi3.model import Pi3
 from lowrank.pi3.speed import TARGETS, compare_speed, first_seconds, forward, published_ranks
-from lowrank.refine import refine_factors
-from lowrank.report import Report
-from lowrank.statistics import collect_statistics
-from lowrank.training import Recipe, seed_everything
+from lowrank.report.notebook import Report
+from lowrank.training.loop import Recipe, seed_everything
+from lowrank.training.refine import refine_factors
 
 report = Report("07_pi3_efficiency", globals())
 

@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from lowrank.io.dependencies import ROOT
 
 
 def run_in_two(script: Path) -> None:
     """Runs a script as `accelerate launch` would in two processes; on CPUs that would ask for mpirun itself."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=False)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-20000:]  # what failed first stands above the launcher's own traceback
 
 

@@ -16,11 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import ROOT
 from processes import copy_project, start_report
 
-from lowrank.compare import differences
-from lowrank.parameters import ParameterError, jobs
+from lowrank.io.dependencies import ROOT
+from lowrank.report.compare import differences
+from lowrank.report.parameters import ParameterError, jobs
 
 KILLS, LONGEST = 20, 120  # seconds between two of them
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lowrank.layers import find_linears
-from lowrank.modules import LowRankLinear
+from lowrank.nn.low_rank import LowRankLinear
+from lowrank.nn.targets import find_linears
 
 GRAY = (0.2989, 0.5870, 0.1140)
 BINS = 256
@@ -78,7 +78,9 @@ def sliced_ranks(model: nn.Module, keep: float | int, base: float | int) -> dict
         raise ValueError(f"`keep` must be in (0, {base}], the share that the model is factored at, got {keep}.")
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
     if not found:
-        raise ValueError("`model` must have layers of two factors, as lowrank.factored.compress makes them, got none.")
+        raise ValueError(
+            "`model` must have layers of two factors, as lowrank.compression.compress.compress makes them, got none."
+        )
     return {name: max(1, round(layer.rank * keep / base)) for name, layer in found.items()}
 
 

@@ -7,11 +7,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from lowrank.io.hub import found
 from lowrank.pi3.model import Pi3, Pi3Config
-from lowrank.tasks.hub import found
 
 OFFICIAL = "yyfz233/Pi3"
-SMALL, PRETRAINED = "small", Path(__file__).with_name("pretrained")  # the model that `python -m lowrank.pretrain` made
+SMALL, PRETRAINED = (
+    "small",
+    Path(__file__).with_name("pretrained"),
+)  # the model that `python -m lowrank.pi3.pretrain` made
 WEIGHTS, ABOUT = "model.safetensors", "run.json"
 
 
@@ -33,7 +36,7 @@ def load_pi3(source: Path | str = OFFICIAL, config: Pi3Config | None = None) -> 
     if not path.exists():
         if source == SMALL:
             raise FileNotFoundError(
-                f"the small model must lie in {PRETRAINED}: make it with python -m lowrank.pretrain."
+                f"the small model must lie in {PRETRAINED}: make it with python -m lowrank.pi3.pretrain."
             )
         if path.suffix == ".safetensors":
             raise FileNotFoundError(f"`source` must be a checkpoint, got {path}, which does not exist.")

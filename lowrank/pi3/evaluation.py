@@ -1,6 +1,6 @@
 """How good a π³ is at its four tasks: depth of single images and of videos, poses, points. One row per sequence, one per task.
 
-The protocols, alignments and sizes are the published ones; see `lowrank.pi3.metrics` for what is measured.
+The protocols, alignments and sizes are the published ones; see `lowrank.pi3.metrics.poses` for what is measured.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowrank.batches import device_of, evaluating
+from lowrank.nn.batches import device_of, evaluating
 from lowrank.pi3.data import Scene
-from lowrank.pi3.metrics import DEPTH, angle_summary, depth_metrics, pair_angles, point_metrics, pose_distance
+from lowrank.pi3.metrics.depth import DEPTH, depth_metrics
+from lowrank.pi3.metrics.points import point_metrics
+from lowrank.pi3.metrics.poses import angle_summary, pair_angles, pose_distance
 from lowrank.pi3.model import autocast
 
 CHUNK = 32  # single images in one pass

@@ -76,5 +76,5 @@ def part_of(layer: str) -> str:
 
 
 def saved_parameters(table: list[dict[str, Any]]) -> dict[str, int]:
-    """layer -> parameters saved, from the table that `lowrank.factored.compress` returns."""
+    """layer -> parameters saved, from the table that `lowrank.compression.compress.compress` returns."""
     return {str(row["layer"]): row["dense_parameters"] - row["parameters"] for row in table}

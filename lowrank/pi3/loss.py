@@ -79,7 +79,7 @@ def sampled_loss(seed: int) -> Callable[[nn.Module, Any], Tensor]:
     points and poses have normal errors of variance 1/2 about the outputs, trust is a coin of the confidence's probability. No
     truth is used.
 
-    Summed over the batch, as `lowrank.statistics.collect_statistics` takes it.
+    Summed over the batch, as `lowrank.calibration.collect.collect_statistics` takes it.
 
     **Reference:** Martens and Grosse, KFAC, ICML 2015, arXiv:1503.05671, section 2.
     """

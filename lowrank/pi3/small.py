@@ -1,4 +1,4 @@
-"""The small π³ of the embedded report: its sizes, and how `python -m lowrank.pretrain` trains it on rendered scenes."""
+"""The small π³ of the embedded report: its sizes, and how `python -m lowrank.pi3.pretrain` trains it on rendered scenes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowrank.pi3.loss import geometry_loss
 from lowrank.pi3.model import Pi3, Pi3Config
 from lowrank.pi3.scenes import render_scene
-from lowrank.training import Recipe
+from lowrank.training.loop import Recipe
 
 SIDE, MOST_VIEWS = 64, 6
 FIRST_SEED = 10**6  # of the scenes to train on; smaller seeds are for calibration and evaluation

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.batches import device_of
-from lowrank.budget import kept_parameters, rank_for_keep
-from lowrank.efficiency import peak_bytes, synchronize, time_in_turns, weight_bytes
-from lowrank.layers import find_linears
-from lowrank.modules import LowRankLinear, replace_module
+from lowrank.factorization.rank_allocation import kept_parameters, rank_for_keep
+from lowrank.nn.batches import device_of
+from lowrank.nn.low_rank import LowRankLinear
+from lowrank.nn.profiling import peak_bytes, synchronize, time_in_turns, weight_bytes
+from lowrank.nn.surgery import replace_module
+from lowrank.nn.targets import find_linears
 from lowrank.pi3.model import Pi3, Pi3Config, autocast
 
 # Groups of layers that are compressed, each with what is in the one before. Output heads stay dense: they are in float32.

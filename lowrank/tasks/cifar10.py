@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank.tasks import Task
-from lowrank.tasks.hub import load_splits
+from lowrank.io.hub import load_splits
 from lowrank.tasks.images import Images
+from lowrank.tasks.task import Task
 
 MEAN, SPREAD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training images, per channel
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 
-from lowrank.fingerprint import hash_tensors
-from lowrank.tasks import Task
+from lowrank.io.hashing import hash_tensors
+from lowrank.tasks.task import Task
 
 TEST_SHARE = 0.25
 

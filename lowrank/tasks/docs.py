@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from lowrank.cache import cached
-from lowrank.fingerprint import hash_options
+from lowrank.io.cache import cached
+from lowrank.io.hashing import hash_options
 
 PACKAGES = ("matplotlib", "numpy", "pandas", "scipy", "sklearn")
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}

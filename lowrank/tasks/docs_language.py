@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from lowrank.tasks import Task
 from lowrank.tasks.docs import PACKAGES, corpus_hash, read_corpus
+from lowrank.tasks.task import Task
 from lowrank.tasks.text import Chunks, train_tokenizer
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.tasks import Task
 from lowrank.tasks.docs import PACKAGES, Paragraph, corpus_hash, read_corpus
+from lowrank.tasks.task import Task
 from lowrank.tasks.text import Encoded, Padded, train_tokenizer
 
 

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lowrank.layers import BLOCKS
-from lowrank.tasks import Task
-from lowrank.tasks.hub import load_pretrained, load_splits, load_tokenizer, revision
+from lowrank.io.hub import load_pretrained, load_splits, load_tokenizer, revision
+from lowrank.nn.targets import BLOCKS
+from lowrank.tasks.task import Task
 from lowrank.tasks.text import Encoded, Padded
 
 

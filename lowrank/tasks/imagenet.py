@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.fingerprint import hash_options
-from lowrank.layers import BLOCKS
-from lowrank.tasks import Samples, Task
-from lowrank.tasks.hub import found, load_splits
+from lowrank.io.hashing import hash_options
+from lowrank.io.hub import found, load_splits
+from lowrank.nn.targets import BLOCKS
 from lowrank.tasks.images import Images
+from lowrank.tasks.task import Samples, Task
 
 
 def load(

@@ -7,9 +7,9 @@ cut into chunks of `length` tokens without overlap, the rest dropped; next-token
 import torch
 from torch import Tensor, nn
 
-from lowrank.layers import BLOCKS
-from lowrank.tasks import Task
-from lowrank.tasks.hub import load_pretrained, load_splits, load_tokenizer, revision
+from lowrank.io.hub import load_pretrained, load_splits, load_tokenizer, revision
+from lowrank.nn.targets import BLOCKS
+from lowrank.tasks.task import Task
 from lowrank.tasks.text import Chunks
 
 

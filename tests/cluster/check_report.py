@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from processes import copy_project, start_report
 
-from lowrank.compare import differences
+from lowrank.report.compare import differences
 
 SETS = "small small@seed=1"
 RESOURCES = {"01_whitening": ("cpu=1,gres/gpu=0,mem=1500M", 5), "06_layer_selection": ("cpu=1,gres/gpu=1,mem=2000M", 7)}

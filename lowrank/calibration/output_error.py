@@ -1,0 +1,43 @@
+"""The output error of replaced weights, measured on the activations themselves."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.calibration.hooks import exact_products, visit_inputs
+from lowrank.factorization.moments import BLOCK_TOKENS
+from lowrank.nn.batches import Batch
+from lowrank.nn.targets import find_linears
+
+
+def output_errors(
+    model: nn.Module, batches: Iterable[Batch], replacements: Mapping[str, Sequence[Tensor]]
+) -> dict[str, list[float]]:
+    """||(W - W') X||_F of each layer for each replacement W' of its weight, measured on the activations themselves.
+
+    This streams the inputs of the unchanged model and never forms a second moment, so it can check what a second moment
+    predicts. A replacement of zeros gives ||W X||_F.
+
+    **Arguments:** `replacements`: layer -> weights of the layer's shape.
+
+    **Returns:** layer -> one norm per replacement, accumulated in float64.
+    """
+    linears = find_linears(model, replacements)
+    differences = {
+        name: torch.cat([(layer.weight.detach().double() - new.double()) for new in replacements[name]]).to(
+            layer.weight
+        )
+        for name, layer in linears.items()
+    }
+    sums = {name: torch.zeros(len(new), dtype=torch.float64) for name, new in replacements.items()}
+
+    def add(name: str, rows: Tensor) -> None:
+        for block in rows.split(BLOCK_TOKENS):
+            with exact_products(block.device):
+                change = block @ differences[name].to(block).T
+            per_output = change.square().sum(0, dtype=torch.float64)
+            sums[name] += per_output.view(len(sums[name]), -1).sum(1).cpu()
+
+    visit_inputs(model, batches, linears, add)
+    return {name: total.sqrt().tolist() for name, total in sums.items()}

@@ -1,0 +1,94 @@
+"""Comparing results: bytes, measured columns and claims, tolerance, what is missing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lowrank.report.compare import differences, main
+
+TABLE = pd.DataFrame({"rank": [1, 2], "error": [0.5, 0.25], "time_ms": [3.0, 4.0]})
+CLAIMS = pd.DataFrame({"claim": ["exact", "quick"], "holds": [True, True]})
+
+
+def write(folder: Path, table: pd.DataFrame = TABLE, claims: pd.DataFrame = CLAIMS, **about) -> Path:
+    """One result, whose time_ms and claim 'quick' are measured unless told otherwise."""
+    result = folder / "digits" / "01_small"
+    result.mkdir(parents=True, exist_ok=True)
+    table.to_csv(result / "error_by_rank.csv", index=False)
+    claims.to_csv(result / "claims.csv", index=False)
+    measured = {"measured_columns": {"error_by_rank": ["time_ms"]}, "measured_claims": ["quick"]}
+    (result / "run.json").write_text(json.dumps(measured | about))
+    return folder
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> Path:
+    return write(tmp_path / "known")
+
+
+def test_equal_results_have_no_differences(known, tmp_path, capsys) -> None:
+    assert differences(write(tmp_path / "made"), known) == (2, [])
+    assert main([str(tmp_path / "made"), str(known)]) == 0
+    assert capsys.readouterr().out == "2 tables compared, 0 differences\n"
+
+
+def test_times_and_claims_about_times_do_not_count_and_all_else_does(known, tmp_path, capsys) -> None:
+    made, slow = tmp_path / "made", CLAIMS.assign(holds=[True, False])
+    assert differences(write(made, TABLE.assign(time_ms=9.0), slow), known) == (2, [])
+    wrong = TABLE.assign(error=[0.5, 0.26])
+    count, lines = differences(write(made, wrong, CLAIMS.assign(holds=[False, True])), known)
+    assert count == 2
+    assert [line.split(":")[0] for line in lines] == ["digits/01_small/claims", "digits/01_small/error_by_rank"]
+    assert "0.26" in lines[1]
+    assert main([str(made), str(known)]) == 1
+    assert capsys.readouterr().out.endswith("2 tables compared, 2 differences\n")
+
+
+@pytest.mark.parametrize("where", ["made", "known"])
+def test_either_side_may_say_what_is_measured(known, tmp_path, where) -> None:
+    made = write(tmp_path / "made", TABLE.assign(time_ms=9.0))
+    write(tmp_path / where, TABLE.assign(time_ms=9.0 if where == "made" else 3.0), measured_columns={})
+    assert differences(made, known) == (2, [])
+    for folder in (made, known):
+        about = folder / "digits" / "01_small" / "run.json"
+        about.write_text("{}")
+    assert differences(made, known)[1] == ["digits/01_small/error_by_rank: other bytes"]
+
+
+def test_numbers_may_differ_by_the_tolerance_and_no_more(known, tmp_path) -> None:
+    made = write(tmp_path / "made", TABLE.assign(error=TABLE.error * (1 + 1e-4)))
+    assert differences(made, known, tolerance=2e-4) == (2, [])
+    assert len(differences(made, known, tolerance=0.5e-4)[1]) == 1
+    assert len(differences(made, known)[1]) == 1
+
+
+def test_claims_must_hold_alike_under_every_tolerance(known, tmp_path) -> None:
+    made = write(tmp_path / "made", claims=CLAIMS.assign(holds=[False, True]))
+    assert len(differences(made, known, tolerance=10.0)[1]) == 1
+
+
+def test_what_one_side_lacks_is_named(known, tmp_path) -> None:
+    made = write(tmp_path / "made")
+    (made / "digits" / "01_small" / "error_by_rank.csv").rename(made / "digits" / "01_small" / "other.csv")
+    shutil.copytree(made / "digits", made / "letters")
+    assert differences(made, known)[1] == [
+        "digits/01_small/other: only made now",
+        "digits/01_small/error_by_rank: not made now",
+        "letters/01_small: only made now",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere", "nowhere"], "error: `made` must hold results, SET/NOTEBOOK/run.json, got 'nowhere'."),
+        (["{known}", "{known}", "--tolerance", "-1"], "error: `tolerance` must be >= 0, got -1.0."),
+        (["{known}", "{known}", "--tolerance", "nan"], "error: `tolerance` must be >= 0, got nan."),
+    ],
+)
+def test_bad_input_is_named(known, capsys, words, message) -> None:
+    assert main([word.format(known=known) for word in words]) == 2
+    assert capsys.readouterr().err == message + "\n"

@@ -1,0 +1,167 @@
+"""Parameter sets: every committed set fits its notebooks, and what does not fit is named."""
+
+import importlib
+import inspect
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lowrank.pi3.calibration import RENDERED
+from lowrank.pi3.data import load_scenes, rendered_scenes
+from lowrank.pi3.evaluation import PROTOCOLS
+from lowrank.pi3.evaluation import TASKS as EVALUATED
+from lowrank.report.parameters import ParameterError, defaults, jobs, notebook_names, parameters, read_set, set_names
+from lowrank.report.parameters import parameters as module
+from lowrank.tasks.registry import TASKS
+from lowrank.training.loop import Recipe
+
+EMBEDDED = ("digits-vit", "docs-bert", "docs-llama", "scenes-pi3")
+
+
+@pytest.mark.parametrize("name", set_names())
+def test_every_set_fits_every_notebook_it_names(name: str) -> None:
+    found = jobs([name])
+    assert found
+    for _, notebook in found:
+        values = parameters(name, notebook)
+        assert values["set_name"] == name
+        if "task" not in values:  # of notebook 07, which is no task of training
+            sources = [values["calibration"], values["swept"], *chain.from_iterable(values["evaluation"].values())]
+            for source in sources:
+                load = rendered_scenes if source["layout"] == RENDERED else load_scenes
+                assert set(source) - {"layout"} <= set(inspect.signature(load).parameters)
+                assert source["layout"] in PROTOCOLS
+            assert set(values["evaluation"]) <= set(EVALUATED)
+            continue
+        options = inspect.signature(importlib.import_module(TASKS[values["task"]]).load).parameters
+        assert set(values["task_options"]) <= set(options)
+        Recipe(
+            values.get("steps", values.get("epochs")),
+            values["batch_size"],
+            values["learning_rate"],
+            precision=values["precision"],
+        )
+
+
+@pytest.mark.parametrize("notebook", notebook_names())
+def test_defaults_are_the_first_embedded_set(notebook: str) -> None:
+    first = next(name for name in EMBEDDED if name in set_names() and notebook in read_set(name))
+    assert parameters(first, notebook) == defaults(notebook)
+
+
+def test_the_sets_of_the_plan_exist() -> None:
+    planned = {"digits-vit", "docs-bert", "docs-llama", "sst2-minilm", "sst2-bert", "imagenet-vit", "wikitext2-llama7b"}
+    planned |= {"cifar10-minivit", "cifar10-minivit-full"}
+    assert planned <= set(set_names())
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with one small notebook."""
+    monkeypatch.setattr(module, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(module, "SETS", tmp_path)
+    source = (
+        '# %% tags=["parameters"]\nset_name = "a"\nwidth = 3\nrate = 0.5\nfast = True\nsizes = [1, 2]\n'
+        "more = {}\n\n# %%\nprint(width)\n"
+    )
+    (tmp_path / "01_small.py").write_text(source)
+    return tmp_path
+
+
+def write(house: Path, content: object) -> None:
+    (house / "a.yaml").write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+
+
+def test_defaults_then_common_then_own(house: Path) -> None:
+    write(house, {"common": {"width": 5, "rate": 1}, "01_small": {"width": 7}})
+    expected = {"set_name": "a", "width": 7, "rate": 1, "fast": True, "sizes": [1, 2], "more": {}}
+    assert parameters("a", "01_small") == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            {"01_small": {"widht": 4}},
+            r"must be among \['fast', 'more', 'rate', 'set_name', 'sizes', 'width'\], got \['widht'\]",
+        ),
+        ({"common": {"depth": 4}, "01_small": {}}, r"got \['depth'\]"),
+        ({"01_small": {"width": "4"}}, r"`width` of '01_small' must be of type int \(as 3\), got '4' in set 'a'"),
+        ({"01_small": {"width": 4.0}}, "must be of type int"),
+        ({"01_small": {"width": True}}, "must be of type int"),
+        ({"01_small": {"rate": True}}, "must be of type float"),
+        ({"01_small": {"fast": 1}}, "must be of type bool"),
+        ({"01_small": {"sizes": [1, "2"]}}, "must be of type list"),
+        ({"01_small": {"more": [1]}}, "must be of type dict"),
+        ({"01_small": None}, "must map notebook names to parameters"),
+        ({"common": {}}, r"`notebook` must be one of \[\] in set 'a', got '01_small'"),
+        ({"01_small": {}, "resource": {"gpus": 1}}, r"must be among .*, 'resources'\], got \['resource'\]"),
+        ("just words", "must map notebook names to parameters, got str"),
+        ("", "must map notebook names to parameters, got NoneType"),
+        ("a: [1, 2", "must be YAML: while parsing a flow sequence"),
+        ("a: !!python/object/apply:os.system ['true']", "must be YAML: could not determine a constructor"),
+    ],
+)
+def test_bad_sets_are_named(house: Path, content: object, words: str) -> None:
+    write(house, content)
+    with pytest.raises(ParameterError, match=words):
+        parameters("a", "01_small")
+
+
+def test_unknown_sets_and_notebooks_are_named(house: Path) -> None:
+    write(house, {"01_small": {}})
+    with pytest.raises(ParameterError, match=r"`set` must be one of \['a'\], got 'b'"):
+        parameters("b", "01_small")
+    with pytest.raises(ParameterError, match=r"`notebook` must be one of \['01_small'\], got '02_none'"):
+        parameters("a", "02_none")
+
+
+def test_a_parameters_cell_holds_literals_only(house: Path) -> None:
+    (house / "01_small.py").write_text('# %% tags=["parameters"]\nset_name = "a"\nimport os\n')
+    with pytest.raises(ParameterError, match="assignments of literals only"):
+        defaults("01_small")
+    (house / "01_small.py").write_text("# %%\nwidth = 3\n")
+    with pytest.raises(ParameterError, match="must have a cell tagged 'parameters'"):
+        defaults("01_small")
+
+
+def test_a_variant_is_the_set_with_one_parameter_changed(house: Path) -> None:
+    write(house, {"common": {"rate": 0.25}, "01_small": {"width": 7}})
+    for change, expected in {
+        "width=9": {"width": 9},
+        "rate=1e-3": {"rate": 1e-3},
+        "fast=False": {"fast": False},
+        "sizes=3": {"sizes": [3]},
+        "sizes=3,4": {"sizes": [3, 4]},
+        "width=9@sizes=3,4": {"width": 9, "sizes": [3, 4]},
+    }.items():
+        name = f"a@{change}"
+        assert jobs([name]) == [(name, "01_small")]
+        assert parameters(name, "01_small") == parameters("a", "01_small") | expected | {"set_name": name}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a@", "`set` must be SET or SET@NAME=VALUE, with words, numbers or commas, got 'a@'"),
+        ("a@width", "got 'a@width'"),
+        ("a@width=../b", "got 'a@width=../b'"),
+        ("b@width=3", r"`set` must be one of \['a'\], got 'b'"),
+        ("a@widht=3", r"must change parameters of one of its notebooks, got 'a@widht=3'"),
+        ("a@width=wide", "`width` of '01_small' must be of type int .*, got 'wide' in set 'a@width=wide'"),
+        ("a@width=3.5", "`width` of '01_small' must be of type int"),
+        ("a@sizes=3,x", "`sizes` of '01_small' must be of type list"),
+    ],
+)
+def test_bad_variants_are_named(house: Path, name: str, words: str) -> None:
+    write(house, {"01_small": {}})
+    with pytest.raises(ParameterError, match=words):
+        [parameters(*job) for job in jobs([name])]
+
+
+def test_a_variant_has_the_notebooks_that_have_what_it_changes() -> None:
+    found = [notebook for _, notebook in jobs(["digits-vit@seeds=3"])]
+    assert found
+    assert found == [n for n in notebook_names() if "seeds" in defaults(n) and n in read_set("digits-vit")]

@@ -1,0 +1,239 @@
+"""Tasks: fixed data, masks, targeted layers, errors that name the remedy."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lowrank.nn.batches import labels, token_mask
+from lowrank.nn.targets import depth_and_kind
+from lowrank.tasks.docs import PACKAGES, read_corpus
+from lowrank.tasks.glue import GLUE
+from lowrank.tasks.registry import load_task
+from lowrank.tasks.task import Task
+
+SMALL_BERT = {"hidden": 16, "depth": 2, "heads": 2, "intermediate": 32, "train_samples": 200, "validation_samples": 50}
+SMALL_LLAMA = {"hidden": 16, "depth": 2, "intermediate": 24, "vocabulary": 300, "length": 32, "validation_samples": 8}
+EMBEDDED = {
+    "digits": {"width": 16, "depth": 2},
+    "docs_package": SMALL_BERT | {"vocabulary": 500},
+    "docs_language": SMALL_LLAMA,
+}
+
+
+@pytest.fixture(params=EMBEDDED)
+def task(request: pytest.FixtureRequest) -> Task:
+    return load_task(request.param, **EMBEDDED[request.param])
+
+
+def test_an_embedded_task_trains_and_evaluates(task: Task) -> None:
+    torch.manual_seed(0)
+    model = task.make_model()
+    batch = next(iter(task.batches("train", 8, seed=0)))
+    loss = task.loss(model, batch)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    results = task.evaluate(model)
+    assert set(results) == {"loss", *task.metrics}
+    chance = {"digits": 10, "docs_package": 5, "docs_language": 300}[task.name]
+    assert results["loss"] == pytest.approx(torch.tensor(float(chance)).log().item(), rel=0.2)
+    count = len(labels(batch)) if task.objective == "classification" else 8 * 31
+    assert task.total_loss(model, batch).item() == pytest.approx(task.loss(model, batch).item() * count, rel=1e-5)
+
+
+def test_targeted_layers_are_those_inside_blocks(task: Task) -> None:
+    names = list(task.linears(task.make_model()))
+    kinds = {kind for _, kind in map(depth_and_kind, names)}
+    assert len(names) == 2 * len(kinds) == 2 * {"digits": 4, "docs_package": 6, "docs_language": 7}[task.name]
+
+
+def test_data_and_identity_are_the_same_every_time(task: Task) -> None:
+    again = load_task(task.name, **EMBEDDED[task.name])
+    assert again.identity == task.identity
+    other = load_task(task.name, **EMBEDDED[task.name] | {"depth": 1})
+    assert other.identity != task.identity
+    for seed in (None, 3):
+        one, two = (next(iter(t.batches("train", 16, samples=40, seed=seed))) for t in (task, again))
+        pairs = zip(one.values(), two.values(), strict=True) if isinstance(one, dict) else zip(one, two, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_batches_cover_the_split_once(task: Task) -> None:
+    size = len(task.splits["validation"])
+    assert sum(len(labels(batch)) for batch in task.batches("validation", 7)) == size
+    assert sum(len(labels(batch)) for batch in task.batches("validation", 7, samples=8, seed=1)) == 8
+    with pytest.raises(ValueError, match=rf"`samples` must be in \[1, {size}\] .* got 0"):
+        task.batches("validation", 7, samples=0)
+    with pytest.raises(ValueError, match="`split` must be one of .* got 'test'"):
+        task.batches("test", 7)
+
+
+def test_the_corpus_is_split_by_file_and_large() -> None:
+    corpus = read_corpus()
+    assert len({p.text for p in corpus}) == len(corpus) > 30_000
+    held_out = [p for p in corpus if p.held_out]
+    assert 0.1 < len(held_out) / len(corpus) < 0.3
+    assert {p.package for p in held_out} == set(range(len(PACKAGES)))
+
+
+def test_classes_are_balanced_and_no_paragraph_leaks() -> None:
+    task = load_task("docs_package", **EMBEDDED["docs_package"])
+    train, validation = (task.splits[name].columns for name in ("train", "validation"))  # type: ignore[attr-defined]
+    assert [train["labels"].count(label) for label in range(5)] == [40] * 5
+    assert [validation["labels"].count(label) for label in range(5)] == [10] * 5
+    sides = {p.text: p.held_out for p in read_corpus()}
+    assert len(sides) == len(read_corpus())  # every text is on one side
+    masks = [token_mask(batch) for batch in task.batches("train", 50)]
+    assert any(bool((~mask).any()) for mask in masks if mask is not None)
+
+
+def test_language_packages_can_be_chosen() -> None:
+    four = load_task("docs_language", **SMALL_LLAMA, packages=list(PACKAGES[:4]))
+    fifth = load_task("docs_language", **SMALL_LLAMA, packages=[PACKAGES[4]])
+    both = load_task("docs_language", **SMALL_LLAMA)
+    assert abs(len(four.splits["train"]) + len(fifth.splits["train"]) - len(both.splits["train"])) <= 1
+    with pytest.raises(ValueError, match=r"among .* got \['torch'\]"):
+        load_task("docs_language", packages=["torch"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("mnist", {}, r"must be one of \['cifar10', 'digits'.* got 'mnist'"),
+        ("digits", {"size": 3}, r"`options` of task 'digits' must be among .*'width'\], got \['size'\]"),
+        ("docs_package", {"train_samples": 10**7}, r"`train_samples` must be in \[5, \d+\] .* got 10000000"),
+        ("docs_language", {"validation_samples": 10**7}, r"`validation_samples` must be in \[1, \d+\], got 10000000"),
+        ("glue", {"task": "sst3"}, "`task` must be one of .* got 'sst3'"),
+        ("imagenet", {"model": "vit_x"}, "`model` must be a timm model with pretrained weights, got 'vit_x'"),
+        ("wikitext2", {"dtype": "int8"}, "`dtype` must be the name of a floating torch dtype, got 'int8'"),
+    ],
+)
+def test_bad_options_are_named(name: str, options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        load_task(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("glue", {"data": "no/such"}), ("cifar10", {"data": "no/such"}), ("wikitext2", {"data": "no/such"})],
+)
+def test_missing_data_names_the_remedy(name: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match=r"'no/such' could not be loaded: HF_HUB_OFFLINE is set, .* HF_HOME"):
+        load_task(name, **options)
+
+
+def test_glue_has_all_nine_tasks_with_known_metrics() -> None:
+    from lowrank.tasks.evaluation import METRICS  # noqa: PLC0415
+
+    assert sorted(GLUE) == ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"]
+    assert all(metric in METRICS for about in GLUE.values() for metric in about.metrics)
+
+
+def bert_folder(folder: Path, words: list[str]) -> Path:
+    """A tiny BERT with its tokenizer, as `save_pretrained` writes them."""
+    import transformers  # noqa: PLC0415
+
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    tokenizer = transformers.BertTokenizerFast(vocab_file=str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:An input array is nearly constant")  # what an untrained model predicts
+@pytest.mark.parametrize("name", GLUE)
+def test_every_glue_task_loads_from_a_folder(name: str, tmp_path: Path) -> None:
+    about = GLUE[name]
+    model = bert_folder(tmp_path, ["good", "bad", "film"])
+    data = tmp_path / "source" / "data"
+    data.mkdir(parents=True)
+    header = ",".join([*about.fields, "label"])
+    label = ["0.5", "4.0"] if about.classes == 1 else ["0", "1"]
+    lines = [",".join(["good film"] * len(about.fields) + [label[i % 2]]) for i in range(6)]
+    for split in ("train", about.validation):
+        (data / f"{split}-00000-of-00001.csv").write_text("\n".join([header, *lines]))
+    task = load_task("glue", task=name, model=str(model), data=str(data.parent))
+    torch.manual_seed(0)
+    net = task.make_model()
+    batch = next(iter(task.batches("validation", 6)))
+    assert isinstance(batch, dict)
+    pair = batch["token_type_ids"].sum(1)
+    assert bool((pair > 0).all()) == (len(about.fields) == 2)  # the second sentence is marked as such
+    assert set(task.evaluate(net)) == {"loss", *about.metrics}
+
+
+def test_imagenet_loads_from_class_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm  # noqa: PLC0415
+
+    for split in ("train", "val"):
+        for label in range(3):
+            folder = tmp_path / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            Image.new("RGB", (40, 30), (80 * label, 10, 10)).save(folder / "a.png")
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name, pretrained=False))
+    task = load_task("imagenet", model="vit_tiny_patch16_224", data=str(tmp_path))
+    model = task.make_model()
+    linears = task.linears(model)
+    assert len(linears) == 12 * 4 + 1
+    assert "head" in linears
+    images, targets = next(iter(task.batches("validation", 3)))
+    assert images.shape == (3, 3, 224, 224)
+    assert targets.tolist() == [0, 1, 2]
+    monkeypatch.undo()
+    scratch = load_task("imagenet", model="vit_tiny_patch16_224", data=str(tmp_path), pretrained=False)
+    assert scratch.identity != task.identity
+    assert scratch.make_model().head.out_features == 1000  # asks for no weights
+    names = [type(step).__name__ for step in scratch.split("train").transform.transforms]  # pyright: ignore
+    assert any(name.startswith("Random") for name in names)
+    assert torch.equal(scratch.split("validation")[1][0], task.split("validation")[1][0])
+    with pytest.raises(FileNotFoundError, match=r"must be a folder with train/ and val/ .* lacks \['train', 'val'\]"):
+        load_task("imagenet", data=str(tmp_path / "train"))
+
+
+def llama_folder(folder: Path) -> Path:
+    """A tiny Llama with a tokenizer."""
+    import transformers  # noqa: PLC0415
+
+    from lowrank.tasks.text import train_tokenizer  # noqa: PLC0415
+
+    tokenizer = train_tokenizer(["the quick brown fox"] * 4, 300, sentence=False)
+    tokenizer.save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_wikitext_protocol_from_a_folder(tmp_path: Path) -> None:
+    model = llama_folder(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    lines = ["the quick brown fox", "", "= fox =", ""] * 20
+    for split in ("train", "test"):
+        (data / f"{split}.txt").write_text("\n".join(lines))
+    task = load_task("wikitext2", model=str(model), data=str(data), config=None, length=16, dtype="float32")
+    import transformers  # noqa: PLC0415
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    expected = tokenizer("\n\n".join(lines))["input_ids"]
+    assert len(task.splits["validation"]) == len(expected) // 16  # the chunk count of the protocol
+    assert task.splits["validation"][0]["input_ids"].tolist() == expected[:16]
+    uniform = task.make_model()
+    for p in uniform.parameters():
+        torch.nn.init.zeros_(p)
+    assert task.evaluate(uniform)["perplexity"] == pytest.approx(len(tokenizer), rel=1e-5)  # uniform logits
