@@ -12,7 +12,7 @@ from lowrank.factorization.moments import LayerStatistics
 from lowrank.io.hashing import hash_model
 from lowrank.nn.targets import find_linears
 
-FORMAT = "lowrank.calibration.collect/2"
+FORMAT = "lowrank.statistics/2"
 SHARED, OWN = ("gram", "mean", "abs_mean"), ("gradient_gram", "row_fisher")  # by layers with one input; by one layer
 
 

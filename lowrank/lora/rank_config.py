@@ -1,6 +1,6 @@
 """LoRA ranks from the spectra of weight deltas as a JSON file and as the exact `peft.LoraConfig`.
 
-The file (`lora_rank_config.json`, format "lowrank.lora.rank_config/1") has these keys: `format`; `model`, a name or null;
+The file (`lora_rank_config.json`, format "lowrank.rank_config/1") has these keys: `format`; `model`, a name or null;
 `layer_ranks`, type of layer -> median rank; `module_ranks`, module -> exact rank; `modules`, module -> `out`, `in`, `raw_rank`,
 `energy` and `relative_error` at the final rank, `status`; `parameters` of the adapter; `compression_ratio`, these over those of
 the weights; `analysis_metadata`, the rule and its numbers; `hashes` of `base` and `tuned`; `versions`.
@@ -30,7 +30,7 @@ from lowrank.lora.ranks import (
     smooth_ranks,
 )
 
-FORMAT = "lowrank.lora.rank_config/1"
+FORMAT = "lowrank.rank_config/1"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowrank.io.weights import distinct_tensors
 
-FORMAT = "lowrank.training.oialr/1"
+FORMAT = "lowrank.oialr/1"
 
 
 def write_training(path: Path, model: nn.Module, state: dict[str, Any]) -> None:

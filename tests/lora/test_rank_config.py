@@ -546,11 +546,11 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     cases = [
         ("{", "`path` must be whole JSON"),
         (
-            json.dumps(about | {"format": "lowrank.lora.rank_config/0"}),
-            r"must have format 'lowrank.lora.rank_config/1', got 'lowrank.lora.rank_config/0'",
+            json.dumps(about | {"format": "lowrank.rank_config/0"}),
+            r"must have format 'lowrank.rank_config/1', got 'lowrank.lora.rank_config/0'",
         ),
-        (json.dumps({"layer_ranks": {"q_proj": 32}}), "must have format 'lowrank.lora.rank_config/1', got None"),
-        (json.dumps([1]), r"must have format 'lowrank.lora.rank_config/1', got \[1\]"),
+        (json.dumps({"layer_ranks": {"q_proj": 32}}), "must have format 'lowrank.rank_config/1', got None"),
+        (json.dumps([1]), r"must have format 'lowrank.rank_config/1', got \[1\]"),
         (json.dumps({k: v for k, v in about.items() if k != "modules"}), "`path` must have the key 'modules'"),
         (
             json.dumps(about | {"module_ranks": {"q_proj": 2.5}}),

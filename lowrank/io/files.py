@@ -1,0 +1,65 @@
+"""Write files and folders whole or not at all, and open safetensors files with one form of error."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and give what was written there its name when the block ends.
+
+    A block that fails leaves `path` as it was and no temporary file. A folder at `path` is replaced as a whole.
+
+    **Arguments**
+
+    - `path`: the file or folder to write. Missing parent folders are made.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(partial)
+    try:
+        yield partial
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        partial.replace(path)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_safetensors(path: Path | str, name: str = "path", device: str = "cpu") -> Iterator[Any]:
+    """Open a safetensors file for reading; what it raises inside the block becomes one clear error.
+
+    **Arguments**
+
+    - `path`: the file.
+    - `name`: the argument to name in errors.
+    - `device`: where tensors are read to.
+
+    **Raises**
+
+    - `FileNotFoundError`: no such file.
+    - `ValueError`: the file is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"`{name}` must be a safetensors file, got {str(path)!r}, which does not exist.")
+    try:
+        with safe_open(path, "pt", device=device) as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"`{name}` must be a whole safetensors file, got {str(path)!r}: {error}.") from error
