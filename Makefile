@@ -1,4 +1,4 @@
-# The commands of the README. Each does its own set-up, and touches nothing outside this folder and uv's cache.
+# The commands of the README: `make` lists them. Each does its own set-up, and touches nothing outside this folder and uv's cache.
 VENV   := .venv
 BIN    := $(CURDIR)/$(VENV)/bin
 PYTHON ?= python3
@@ -20,23 +20,29 @@ export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter
 export JUPYTER_PREFER_ENV_PATH := 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: report site test cluster-test lab lint bench soak notebooks readme lock
+.PHONY: help report site test test-fast cluster-test lab lint bench soak notebooks readme lock
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '%-14s%s\n' "$$name" "$$text"; done
 
 report: $(VENV)/.ok  ## execute the notebooks for SETS into outputs/; what is up to date is not run again
 	snakemake $(if $(PROFILE),--profile profiles/$(PROFILE),--cores $(CORES)) --config sets='$(SETS)' \
 		--rerun-incomplete --nolock --keep-going --quiet host reason $(if $(PROFILE),,rules)
 
 site: $(VENV)/.ok  ## the results of SETS as pages in _site/: start with _site/index.html
-	python -m lowrank.report.site $(SETS)
+	python -m lowrank.report site $(SETS)
 
 test: lint  ## ruff, pyright, unit tests, notebook guards, nbval
 	python -m pytest -q -n $(CORES) --dist loadfile
 	LOWRANK_OUTPUTS=$$(mktemp -d) python -m pytest -q --nbval-lax --nbval-current-env notebooks
 
+test-fast: lint  ## lint and the quick unit tests, under two minutes
+	python -m pytest -q -n $(CORES) -m 'not slow and not browser and not report'
+
 cluster-test: $(VENV)/.ok  ## a small report on a real Slurm of one node, installed from Debian's packages; needs root
 	tests/cluster/run
 
-lint: $(VENV)/.ok
+lint: $(VENV)/.ok  ## ruff, pyright, and the import contract
 	ruff check
 	ruff format --check
 	pyright
@@ -52,10 +58,10 @@ soak: $(VENV)/.ok  ## kill the report at 20 random moments: it ends with the tab
 	python tests/soak.py '$(SETS)' --cores $(CORES)
 
 notebooks: $(VENV)/.ok  ## execute the notebooks with their defaults and store them with outputs
-	python -m lowrank.report.pair
+	python -m lowrank.report pair
 
 readme: $(VENV)/.ok  ## fill the README's tables from outputs/
-	python -m lowrank.report.readme
+	python -m lowrank.report readme
 
 lock: $(VENV)/.ok  ## resolve pyproject.toml anew
 	uv pip compile -q --universal --python-version 3.11 --all-extras --generate-hashes --no-header \

@@ -1,19 +1,21 @@
 # One job per notebook and parameter set. `make report` calls this; with PROFILE=slurm its jobs go to a cluster.
-import os
 import signal
 from _thread import start_new_thread
 from pathlib import Path
 
 from lowrank.io.dependencies import hash_code, sources
-from lowrank.report.parameters import ParameterError, jobs, notebook_path, parameters
-from lowrank.report.resources import resources as asked
+from lowrank.report.errors import ParameterError
+from lowrank.report.folders import outputs_folder
+from lowrank.report.parameters import jobs, notebook_path, read_parameters
+from lowrank.report.resources import read_resources
 
 try:
     JOBS = jobs(str(config.get("sets", "")).split())
-    VALUES, ASKED = ({job: read(*job) for job in JOBS} for read in (parameters, asked))
+    VALUES, NEEDS = ({job: read(*job) for job in JOBS} for read in (read_parameters, read_resources))
 except ParameterError as error:
     raise SystemExit(f"error: {error}")
-OUTPUTS = Path(os.environ.get("LOWRANK_OUTPUTS") or "outputs")
+OUTPUTS, HERE = outputs_folder(), Path.cwd()
+OUTPUTS = OUTPUTS.relative_to(HERE) if OUTPUTS.is_relative_to(HERE) else OUTPUTS  # a clone that is moved keeps its results
 RESULT, DONE = f"{OUTPUTS}/{{set}}/{{notebook}}/run.json", f"{OUTPUTS}/.done/{{set}}-{{notebook}}"
 
 wildcard_constraints:
@@ -23,7 +25,7 @@ wildcard_constraints:
 # Snakemake's handler waits for locks, which the thread that it interrupts may hold: it waits in a thread of its own.
 onstart:
     graceful = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, lambda *given: start_new_thread(graceful, given))
+    signal.signal(signal.SIGTERM, lambda *arguments: start_new_thread(graceful, arguments))
 
 localrules: all
 
@@ -40,9 +42,9 @@ rule notebook:
     params:
         values=lambda w: VALUES[w.set, w.notebook],
         code=lambda w: hash_code(sources(notebook_path(w.notebook), Path("lowrank/report/run.py"))),
-    threads: lambda w: ASKED[w.set, w.notebook]["cpus"]
+    threads: lambda w: NEEDS[w.set, w.notebook]["cpus"]
     resources:
-        mem_mb=lambda w: ASKED[w.set, w.notebook]["memory_mb"],
-        runtime=lambda w: ASKED[w.set, w.notebook]["minutes"],
-        gpu=lambda w: ASKED[w.set, w.notebook]["gpus"],
-    shell: "LOWRANK_BAR=$(({jobid} % 2)) python -m lowrank.report.run {wildcards.set} {wildcards.notebook} > /dev/null"
+        mem_mb=lambda w: NEEDS[w.set, w.notebook]["memory_mb"],
+        runtime=lambda w: NEEDS[w.set, w.notebook]["minutes"],
+        gpu=lambda w: NEEDS[w.set, w.notebook]["gpus"],
+    shell: "LOWRANK_BAR=$(({jobid} % 2)) python -m lowrank.report run {wildcards.set} {wildcards.notebook} > /dev/null"

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from lowrank.calibration.collect import collect_statistics
 from lowrank.calibration.on_demand import OnDemand
-from lowrank.compression.compress import compress
-from lowrank.factorization.methods import Factors
-from lowrank.factorization.rank_allocation import STORAGES, allocate_ranks, rank_for_keep
-from lowrank.nn.batches import evaluating
-from lowrank.nn.low_rank import FACTORED
+from lowrank.compression.configuration import Configuration
+from lowrank.compression.replace import replace_layers
+from lowrank.factorization.factorize import Factors
+from lowrank.factorization.rank_allocation import allocate_ranks, rank_for_keep
+from lowrank.factorization.storages import STORAGES
+from lowrank.nn.batches import eval_mode
+from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.nn.profiling import count_flops, time_in_turns
 from lowrank.nn.targets import find_linears
 
@@ -71,7 +73,7 @@ def svd_llm_factors(model: nn.Module, ranks: dict[str, int], grams: dict[str, Te
 
 
 def forward(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         for batch in batches:
             model(**batch)
 
@@ -92,7 +94,7 @@ def test_compressing_against_the_svd_llm_recipe(case: str, benchmark) -> None:
     statistics, grams = collect_statistics(model, batches), svd_llm_moments(model, ranks, batches)
 
     def ours(storage: str = "factors") -> None:
-        compress(copy.deepcopy(model), ranks, "whitened", statistics, storage)
+        replace_layers(copy.deepcopy(model), ranks, Configuration("whitened", storage), statistics)
 
     seconds = time_in_turns(
         {
@@ -135,7 +137,7 @@ def test_layers_against_dense(shape: tuple[int, int], keep: float, benchmark) ->
             rank = rank_for_keep(shape, keep, storage, multiple)
             left, right = torch.randn(out, rank), torch.randn(rank, inputs)
             factors = Factors(left, right, torch.zeros(min(shape)))
-            made = FACTORED[storage].from_factors(factors, torch.zeros(out), dtype)
+            made = FACTORED_LAYERS[storage].from_factors(factors, torch.zeros(out), dtype)
             layers[storage, multiple, rank] = made.to(device)
     layers["dense",] = nn.Linear(inputs, out, bias=True, device=device, dtype=dtype)
     with torch.no_grad():
@@ -169,7 +171,7 @@ def _compress_large(answer) -> None:
     with torch.no_grad():
         model(**batches[0])  # what a forward pass takes is not what compressing takes
     with peak_megabytes() as peak:
-        compress(model, allocate_ranks(shapes, 0.5), "whitened", OnDemand(model, batches))
+        replace_layers(model, allocate_ranks(shapes, 0.5), "whitened", OnDemand(model, batches))
     hidden, widest = min(shapes.values())[1], max(inputs for _, inputs in shapes.values())
     moments = 8 * (3 * hidden**2 + widest**2)  # of a block: inputs of attention, of its output, of the MLP's two sides
     answer.put((size, peak(), (moments + 8 * max(5 * hidden * widest, widest**2)) / 1e6))

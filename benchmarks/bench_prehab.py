@@ -16,8 +16,8 @@ from lowrank.calibration.collect import collect_statistics
 from lowrank.nn.batches import Batch
 from lowrank.training.loop import Recipe, fit
 from lowrank.training.penalties import PENALTIES
-from lowrank.training.prehab import prehab
-from lowrank.training.refine import endless, model_loss
+from lowrank.training.prehab import PrehabConfig, prehab
+from lowrank.training.refine import model_loss, repeat_batches
 
 row, table = recorder("prehab")
 ROUNDS, PERIOD = 2, 10
@@ -49,10 +49,11 @@ def test_a_step_against_plain_fine_tuning(benchmark) -> None:
         stamps.clear()
         own, options = copy.deepcopy(model), dict(loss=loss, progress=False)
         if name == "plain":
-            fit(own, endless(batches), recipe, **options)  # pyright: ignore
+            fit(own, repeat_batches(batches), recipe, **options)  # pyright: ignore
         else:
-            given = dict(penalty=name, strength=1.0) if name in PENALTIES else dict(strength=0.0)
-            prehab(own, statistics, batches, steps=recipe.steps, recipe=recipe, refresh=PERIOD, **given, **options)
+            penalty = dict(penalty=name, strength=1.0) if name in PENALTIES else dict(strength=0.0)
+            config = PrehabConfig(steps=recipe.steps, refresh=PERIOD, **penalty)
+            prehab(own, statistics, batches, config, recipe=recipe, **options)
         return mean(later - earlier for earlier, later in zip(stamps[PERIOD:], stamps[PERIOD + 1 :], strict=False))
 
     taken: dict[str, list[float]] = {name: [] for name in ("plain", "no penalty", *PENALTIES)}

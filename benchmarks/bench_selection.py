@@ -16,7 +16,7 @@ from shared import bert, recorder
 
 from lowrank.nn.profiling import time_in_turns
 from lowrank.selection.assignment import assign_layers
-from lowrank.selection.scoring import layer_scores
+from lowrank.selection.scoring import ScoringConfig, layer_scores
 
 row, table = recorder("selection")
 SIZES = [4096 * 4096] * 4 + [4096 * 11008] * 3  # of a block of a 7B Llama
@@ -37,7 +37,7 @@ def test_exponents(benchmark) -> None:
     found: dict[str, dict[str, float]] = {}
 
     def ours() -> None:
-        scores = layer_scores(model, "alpha", smallest=SMALLEST, progress=False)
+        scores = layer_scores(model, "alpha", ScoringConfig(smallest=SMALLEST), progress=False)
         found["ours"] = {row["name"]: row["raw_metric"] for row in scores.layers}
 
     def theirs() -> None:

@@ -18,7 +18,7 @@ from shared import llama, peak_megabytes, recorder
 
 from lowrank.calibration.collect import collect_statistics
 from lowrank.compression.checkpoint import load_compressed, save_compressed
-from lowrank.compression.compress import compress
+from lowrank.compression.replace import replace_layers
 from lowrank.factorization.rank_allocation import allocate_ranks
 from lowrank.nn.targets import find_linears
 
@@ -87,7 +87,7 @@ def stages(hidden: int) -> dict[str, tuple[float, float]]:
         timed("forward pass", lambda: [model(**batch) for batch in batches])
     statistics = timed("second moments", lambda: collect_statistics(model, batches))
     timed("eigendecompositions", lambda: [torch.linalg.eigh(matrix) for matrix in symmetric])
-    timed("the rest of compress", lambda: compress(model, allocate_ranks(shapes, KEEP), "whitened", statistics))
+    timed("the rest of compress", lambda: replace_layers(model, allocate_ranks(shapes, KEEP), "whitened", statistics))
     with tempfile.TemporaryDirectory() as folder:
         timed("save", lambda: save_compressed(model, folder))
         timed("load", lambda: load_compressed(folder))

@@ -14,10 +14,9 @@ import torch
 from shared import bert, llama, peak_megabytes, recorder
 
 from lowrank.calibration.collect import collect_statistics
-from lowrank.factorization.alternatives import cholesky_inverse, compare_recipes
-from lowrank.factorization.methods import whitened
-from lowrank.factorization.moments import statistics_of_rows
-from lowrank.nn.batches import evaluating
+from lowrank.factorization.alternatives import cholesky_inverse, compare_alternatives, projector
+from lowrank.factorization.running_moments import statistics_of_rows
+from lowrank.nn.batches import eval_mode
 from lowrank.nn.profiling import time_in_turns
 
 ROUNDS = 3
@@ -50,7 +49,7 @@ def test_statistics_against_a_forward_pass(case: str, benchmark) -> None:
     model, data = MODELS[case](), batches(1)
 
     def forward() -> None:
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             for batch in data:
                 model(**batch)
 
@@ -73,7 +72,7 @@ def _peak(count: int, collect: bool, answer) -> None:
         if collect:
             collect_statistics(model, data)
         else:
-            with evaluating(model), torch.no_grad():
+            with eval_mode(model), torch.no_grad():
                 for batch in data:
                     model(**batch)
     answer.put(peak())
@@ -112,17 +111,17 @@ def test_projector_against_the_cholesky_recipe(shape: tuple[int, int], benchmark
     rows = (torch.randn(2 * inputs, inputs, generator=generator, dtype=torch.float64) * spread) @ rotation
     moments, rank, case = statistics_of_rows(rows), min(shape) // 4, f"{out}x{inputs}, rank {min(shape) // 4}"
     ours, theirs, doubled = take_turns(
-        lambda: whitened(weight, rank, moments),
+        lambda: projector(weight, rank, moments),
         lambda: cholesky_inverse(weight, rank, moments),
         lambda: _cholesky_in_double(weight, rank, moments),
     )
     row("Cholesky + inverse + SVD of W S (float32) over projector", case, "time ratio", theirs / ours)
     row("the same in float64 over projector", case, "time ratio", doubled / ours)
-    excess = {name: over for name, over, _, _ in compare_recipes(weight.double(), rank, moments, 1)}
+    excess = {name: over for name, over, _, _ in compare_alternatives(weight.double(), rank, moments, 1)}
     row("projector, cond(X) = 1e12", case, "error / optimum - 1", excess["projector"])
     row("Cholesky + inverse, cond(X) = 1e12", case, "error / optimum - 1", excess["cholesky + inverse"])
     benchmark.extra_info["ratio"] = theirs / ours
-    benchmark.pedantic(lambda: whitened(weight, rank, moments), rounds=1)
+    benchmark.pedantic(lambda: projector(weight, rank, moments), rounds=1)
 
 
 def _cholesky_in_double(weight: torch.Tensor, rank: int, moments) -> torch.Tensor:

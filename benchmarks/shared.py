@@ -1,5 +1,7 @@
 """What the benchmarks share: models of given sizes, the table of results, the peak memory of a part of a process."""
 
+import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +11,22 @@ import pytest
 from torch import nn
 
 from lowrank.io.dependencies import ROOT
+from lowrank.io.files import writing
 from lowrank.io.provenance import environment
+
+BENCH = ROOT / "outputs" / "bench"
 
 
 def recorder(name: str, *columns: str) -> tuple[Callable[..., None], object]:
-    """`row(...)`, which takes the values of the columns, by default `what`, `case`, `figure` and `value`, and a fixture that
-    writes the rows to outputs/bench/`name`.csv at the end."""
+    """Return `row(...)`, which takes the values of the columns, and a fixture that writes all rows when a module ends.
+
+    The rows go to outputs/bench/`name`.csv; commit, date, processor, versions and load of the machine go to run.json beside it.
+
+    **Arguments**
+
+    - `name`: of the table.
+    - `columns`: by default `what`, `case`, `figure` and `value`.
+    """
     rows: list[dict[str, object]] = []
 
     def row(*values: object) -> None:
@@ -22,14 +34,29 @@ def recorder(name: str, *columns: str) -> tuple[Callable[..., None], object]:
 
     @pytest.fixture(scope="module", autouse=True)
     def table() -> Iterator[None]:
+        load = os.getloadavg()  # before the benchmark adds its own
         yield
         if rows:
-            folder = ROOT / "outputs" / "bench"
-            folder.mkdir(parents=True, exist_ok=True)
-            made = pd.DataFrame(rows).assign(device=environment()["device"])
-            made.to_csv(folder / f"{name}.csv", index=False, float_format="%.3g")
+            provenance = environment() | {"load_before": [round(value, 2) for value in load]}
+            record_run(name, provenance)
+            numbers = pd.DataFrame(rows).assign(device=provenance["device"])
+            numbers.to_csv(BENCH / f"{name}.csv", index=False, float_format="%.3g")
 
     return row, table
+
+
+def record_run(name: str, provenance: dict[str, object]) -> None:
+    """Write where a table comes from into outputs/bench/run.json, beside the entries of the other tables.
+
+    **Arguments**
+
+    - `name`: of the table.
+    - `provenance`: JSON values by name.
+    """
+    path = BENCH / "run.json"
+    entries = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    with writing(path) as partial:
+        partial.write_text(json.dumps(entries | {name: provenance}, indent=1, sort_keys=True) + "\n", encoding="utf8")
 
 
 @contextmanager

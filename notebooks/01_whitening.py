@@ -54,20 +54,18 @@ import seaborn as sns
 import torch
 from torch.linalg import svdvals
 
-from lowrank.calibration.collect import collect_statistics
+from lowrank import METHODS, Recipe, collect_statistics, factorize, load_task
 from lowrank.calibration.hooks import collect_inputs
 from lowrank.calibration.output_error import output_errors
-from lowrank.factorization.alternatives import compare_recipes, stress_cases
-from lowrank.factorization.methods import METHODS
-from lowrank.factorization.moments import output_norm, second_moment_eigh, shrunk, statistics_of_rows, whitening_factor
+from lowrank.factorization.alternatives import compare_alternatives, stress_cases
+from lowrank.factorization.moments import output_norm, second_moment_eigh, shrink_moments, whitening_factor
+from lowrank.factorization.running_moments import statistics_of_rows
 from lowrank.factorization.spectra import effective_rank, retained_energy, stable_rank
 from lowrank.io.hashing import hash_model
 from lowrank.nn.batches import as_double
 from lowrank.nn.targets import depth_and_kind
 from lowrank.report.notebook import Report
 from lowrank.tasks.baseline import load_baseline, load_calibration
-from lowrank.tasks.registry import load_task
-from lowrank.training.loop import Recipe
 
 report = Report("01_whitening", globals())
 
@@ -88,7 +86,8 @@ linears = data.linears(model)
 weights = {name: layer.weight.detach() for name, layer in linears.items()}
 targeted = sum(weight.numel() for weight in weights.values())
 total = sum(p.numel() for p in model.parameters())
-report.record(task=data.identity, model=hash_model(model), dtype=str(next(model.parameters()).dtype))
+dtype = str(next(model.parameters()).dtype)
+report.record(task=data.identity, metric=data.metric, model=hash_model(model), dtype=dtype)
 row = dense | {"targeted_weights": targeted, "model_weights": total, "targeted_share": targeted / total}
 report.table(pd.DataFrame([row]), "baseline")
 
@@ -170,7 +169,7 @@ def theorem(model, cast):
     fresh = collect_statistics(model, calls(), data.layers, products=torch.float64)
     found, replaced = {}, {}
     for name, layer in data.linears(model).items():
-        full = METHODS["whitened"](layer.weight, min(layer.weight.shape), fresh[name])
+        full = factorize(layer.weight, min(layer.weight.shape), METHODS["whitened"](fresh[name], layer.weight))
         found[name] = [full.truncate(max(1, round(share * full.rank))) for share in rank_shares]
         replaced[name] = [torch.zeros_like(layer.weight), *(factors.dense() for factors in found[name])]
     measured = output_errors(model, calls(), replaced)
@@ -206,7 +205,7 @@ print(f"asserted for {len(weights)} layers x {len(rank_shares)} ranks in {', '.j
 # %%
 rows = []
 for (name, weight), method in itertools.product(weights.items(), ("svd", "whitened")):
-    full = METHODS[method](weight, min(weight.shape), moments[name])
+    full = factorize(weight, min(weight.shape), METHODS[method](moments[name], weight))
     output = output_norm(weight, moments[name])
     for share in rank_shares:
         factors = full.truncate(max(1, round(share * full.rank)))
@@ -249,7 +248,9 @@ with report.stage("recipes"):
     for kind, name in probes.items():
         cases = stress_cases(moments[name], sampled[name][: sizes[name] // 2])
         weight, rank = weights[name].cpu(), min(weights[name].shape) // 2
-        rows += [(kind, case, *row) for case in cases for row in compare_recipes(weight, rank, cases[case], repeats)]
+        rows += [
+            (kind, case, *row) for case in cases for row in compare_alternatives(weight, rank, cases[case], repeats)
+        ]
 columns = ["kind", "moments", "recipe", "excess_error", "fraction_of_output", "time_ms"]
 recipe_table = pd.DataFrame(rows, columns=columns)
 worst_recipes = recipe_table.groupby(["moments", "recipe"], sort=False).fraction_of_output.max().unstack()
@@ -317,14 +318,14 @@ with report.stage("calibration tokens"):
     rows = []
     for kind, name in probes.items():
         weight, rank, target = weights[name].cpu(), min(weights[name].shape) // 4, statistics_of_rows(held_out[name])
-        oracle = METHODS["whitened"](weight, rank, target).error
-        plain = output_norm(weight - METHODS["svd"](weight, rank, target).dense(), target) / oracle - 1
+        oracle = factorize(weight, rank, METHODS["whitened"](target, weight)).error
+        plain = output_norm(weight - factorize(weight, rank).dense(), target) / oracle - 1
         for share, draw in itertools.product(tokens_per_dimension, range(repeats)):
             generator = torch.Generator().manual_seed(seed + draw)
             chosen = torch.randperm(len(sampled[name]), generator=generator)[: max(1, int(share * sizes[name]))]
             estimate = statistics_of_rows(sampled[name][chosen])
             for shrinkage in shrinkages:
-                factors = METHODS["whitened"](weight, rank, shrunk(estimate, shrinkage))
+                factors = factorize(weight, rank, METHODS["whitened"](shrink_moments(estimate, shrinkage), weight))
                 excess = output_norm(weight - factors.dense(), target) / oracle - 1
                 rows.append((kind, share, shrinkage, draw, excess, plain))
 columns = ["kind", "tokens_per_dimension", "shrinkage", "draw", "excess", "plain_svd_excess"]

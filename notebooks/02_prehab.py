@@ -59,20 +59,16 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from lowrank.calibration.collect import collect_statistics
+from lowrank import Configuration, PrehabConfig, Recipe, collect_statistics, load_task, prehab, split_packed
 from lowrank.factorization.moments import output_norm
 from lowrank.factorization.spectra import effective_rank, stable_rank, tail_energy
 from lowrank.io.hashing import hash_model
-from lowrank.nn.surgery import split_packed
 from lowrank.nn.targets import depth_and_kind
 from lowrank.report.notebook import Report
 from lowrank.tasks.baseline import load_baseline, load_calibration
 from lowrank.tasks.evaluation import evaluate
-from lowrank.tasks.registry import load_task
-from lowrank.tasks.sweep import Sweep, Way
-from lowrank.training.loop import Recipe
+from lowrank.tasks.sweep import Sweep, SweepConfig
 from lowrank.training.penalties import PENALTIES
-from lowrank.training.prehab import prehab
 from lowrank.training.refine import tune_factors
 
 report = Report("02_prehab", globals())
@@ -103,7 +99,8 @@ def quality_of(own):
 
 
 dense, metric, untouched = quality_of(model), data.metric, hash_model(model)
-report.record(task=data.identity, model=untouched, dtype=str(next(model.parameters()).dtype))
+dtype = str(next(model.parameters()).dtype)
+report.record(task=data.identity, metric=metric, model=untouched, dtype=dtype)
 variants = ["no training", "lambda = 0", *strengths]
 colors = dict(zip(variants, ["0.6", "black", *sns.color_palette()], strict=False))
 
@@ -117,8 +114,8 @@ def prepared(variant, draw):
     shared = dict(target_keep=target_keep, schedule=schedule, shrinkage=shrinkage, refresh=refresh, others=others)
     how = Recipe(prehab_steps, prehab_batch, prehab_learning_rate, 0.0, precision=precision, seed=draw)
     batches = data.batches("train", prehab_batch, seed=draw + 1)
-    options = dict(steps=prehab_steps, recipe=how, loss=data.loss, progress=False)
-    result = prehab(own, statistics, batches, **chosen, **shared, **options)
+    config = PrehabConfig(steps=prehab_steps, **chosen, **shared)
+    result = prehab(own, statistics, batches, config, recipe=how, loss=data.loss, progress=False)
     return result.model, result.history
 
 
@@ -138,7 +135,7 @@ print(f"{len(variants)} variants x {len(seeds)} seeds, {prehab_steps} steps each
 
 # %%
 def truncated(sweep, method, keep):
-    return sweep.compressed(Way(method), sweep.ranks(Way(method), keep))
+    return sweep.compressed(Configuration(method), sweep.ranks(Configuration(method), keep))
 
 
 def refined(start, steps, draw):
@@ -151,7 +148,7 @@ def refined(start, steps, draw):
 
 def layer_rows(sweep):
     """Spectra of the whitened weights, and how far the truncated layers are from the original weights."""
-    ranks, own = sweep.ranks(Way("whitened"), target_keep), data.linears(sweep.model)
+    ranks, own = sweep.ranks(Configuration("whitened"), target_keep), data.linears(sweep.model)
     for name, sigma in sweep.spectra("whitened").items():
         depth, kind = depth_and_kind(name)
         kept = sweep.basis("whitened")[name].truncate(ranks[name]).dense().to(own[name].weight)
@@ -173,14 +170,14 @@ for variant in variants:
         logs += [about | row for row in history]
         with report.stage("statistics"):
             drawn = data.batches("train", batch_size, samples=calibration_samples, seed=draw)
-            sweep = Sweep(own, data, collect_statistics(own, drawn, data.layers), calibration_samples)
+            sweep = Sweep(own, data, collect_statistics(own, drawn, data.layers), SweepConfig(calibration_samples))
         with report.stage("truncation"):
             qualities.append(about | {"method": "whole", "keep": 1.0} | quality_of(own))
             for method, label in (("svd", "raw"), ("whitened", "whitened")):
                 for keep in keeps:
                     found = quality_of(truncated(sweep, method, keep))
                     qualities.append(about | {"method": label, "keep": keep} | found)
-            stale = Sweep(own, data, statistics, calibration_samples)
+            stale = Sweep(own, data, statistics, SweepConfig(calibration_samples))
             found = quality_of(truncated(stale, "whitened", target_keep))
             stales.append(about | {"keep": target_keep} | found)
         layers += [about | row for row in layer_rows(sweep)]
@@ -222,7 +219,7 @@ style = dict(x="keep", y=metric, hue="variant", errorbar="sd", marker="o", palet
 grid = sns.relplot(quality[quality.method != "whole"], kind="line", col="method", height=3.8, aspect=1.15, **style)
 for axis in grid.axes.flat:
     axis.axhline(dense[metric], ls="--", color="0.3")
-    axis.set_yscale("log" if metric == "perplexity" else "linear")
+    axis.set_yscale("linear" if data.headline.bounds else "log")
 grid.set(xlabel="kept share of the targeted parameters", ylabel=f"held-out {metric}").set_titles("{col_name}")
 report.figure(grid, "quality_by_keep")
 
@@ -234,7 +231,7 @@ report.figure(grid, "quality_by_keep")
 # %%
 def summary(table):
     """Mean and standard deviation over seeds, by variant; higher is better in `score`."""
-    scored = table.assign(score=table[metric] * (-1 if metric == "perplexity" else 1))
+    scored = table.assign(score=table[metric] * data.headline.sign)
     return scored.groupby("variant", sort=False).score.agg(["mean", "std"]).fillna(0.0)
 
 

@@ -70,21 +70,28 @@ import pandas as pd
 import seaborn as sns
 import torch
 
-from lowrank.compression.checkpoint import load_compressed, save_compressed
-from lowrank.compression.compress import fold
+from lowrank import (
+    Configuration,
+    Recipe,
+    find_linears,
+    fold,
+    load_compressed,
+    load_task,
+    refine_factors,
+    save_compressed,
+    split_packed,
+)
 from lowrank.factorization.rank_allocation import kept_parameters
 from lowrank.io.hashing import hash_model
-from lowrank.nn.batches import device_of, logits, to_device
+from lowrank.nn.batches import compute_logits, device_of, move_batch
 from lowrank.nn.profiling import count_flops, generate_in_turns, peak_bytes, time_in_turns, weight_bytes
-from lowrank.nn.surgery import split_packed
-from lowrank.nn.targets import depth_and_kind, find_linears
+from lowrank.nn.targets import depth_and_kind
 from lowrank.report.notebook import Report
 from lowrank.tasks.baseline import load_baseline, load_calibration
-from lowrank.tasks.registry import load_task
-from lowrank.tasks.sweep import Sweep, Way, combination
+from lowrank.tasks.metrics import METRICS
+from lowrank.tasks.sweep import Sweep, SweepConfig, best_combination
 from lowrank.tasks.training import train
-from lowrank.training.loop import Recipe
-from lowrank.training.refine import refine_factors, tune_factors
+from lowrank.training.refine import LoraOptions, tune_factors
 
 report = Report("03_svd_comparison", globals())
 
@@ -113,14 +120,17 @@ def calibrated(model, draw):
         if "fwsvd" in methods
         else None
     )
-    probe = dict(probe_samples=probe_samples, probe_keep=probe_keep, batch_size=batch_size, seed=draw)
-    return Sweep(model, data, moments, calibration_samples, labelled, floor=floor, in_memory=in_memory, **probe)
+    config = SweepConfig(
+        calibration_samples, floor, probe_samples, probe_keep, batch_size, seed=draw, in_memory=in_memory
+    )
+    return Sweep(model, data, moments, config, labelled)
 
 
 with report.stage("calibration"):
     sweep = calibrated(model, seed)
 dense, metric = sweep.dense, data.metric
-report.record(task=data.identity, model=hash_model(model), dtype=str(next(model.parameters()).dtype))
+dtype = str(next(model.parameters()).dtype)
+report.record(task=data.identity, metric=metric, model=hash_model(model), dtype=dtype)
 
 # %% tags=["nbval-check-output"]
 targeted, total = sum(m * n for m, n in sweep.shapes.values()), sum(p.numel() for p in model.parameters())
@@ -135,12 +145,12 @@ print(f"{len(sweep.shapes)} targeted layers, {targeted:,} of {total:,} parameter
 # kept in every layer, and the combination that the next section takes apart.
 
 # %%
-parts = combination(sweep.biased) if two_sided else {"whitened": Way("whitened")}
+parts = best_combination(sweep.biased) if two_sided else {"whitened": Configuration("whitened")}
 best = list(parts)[-1]
-ways = {method: Way(method) for method in methods}
-ways |= {part: way for part, way in parts.items() if way not in ways.values()}
-with report.stage("ways"):
-    rows = [{"way": "dense", "keep": 1.0} | sweep.quality(model), *sweep.run(ways, keeps)]
+configurations = {method: Configuration(method) for method in methods}
+configurations |= {part: one for part, one in parts.items() if one not in configurations.values()}
+with report.stage("configurations"):
+    rows = [{"way": "dense", "keep": 1.0} | sweep.quality(model), *sweep.run(configurations, keeps)]
 table = pd.DataFrame(rows)
 report.table(table, "quality_by_keep")
 
@@ -153,7 +163,7 @@ for axis, column in zip(axes, ("loss", metric), strict=True):
     sns.lineplot(shown, ax=axis, legend=axis is axes[1], **style)
     axis.axhline(dense[column], ls="--", color="0.3", label="dense")
     axis.set(xlabel="kept share of the targeted parameters", ylabel=f"held-out {column}")
-    axis.set_yscale("linear" if column == "accuracy" else "log")
+    axis.set_yscale("linear" if METRICS[column].bounds else "log")
 axes[1].legend(bbox_to_anchor=(1.02, 1), loc="upper left")
 drawn.tight_layout()
 report.figure(drawn, "quality_by_keep")
@@ -161,7 +171,7 @@ report.figure(drawn, "quality_by_keep")
 # %% tags=["nbval-check-output"]
 added = table[table.way != "dense"].pivot(index="keep", columns="way", values="added_loss")
 low = added[added.index <= 0.5]
-print(f"{len(ways)} ways x {len(keeps)} budgets; every model stores at most its budget")
+print(f"{len(configurations)} configurations x {len(keeps)} budgets; every model stores at most its budget")
 if {"svd", "asvd"} <= set(methods):
     ordered = (low.svd > low.asvd) & (low.asvd > low.whitened)
     report.claim("loss falls from svd to asvd to whitened at every keep <= 0.5", ordered)
@@ -180,9 +190,9 @@ if two_sided:
 # worth, a step up what it costs.
 
 # %%
-named = {way: name for name, way in ways.items()}
-taken = [(part, named[way]) for part, way in parts.items()]
-by_part = pd.concat([table[table.way == name].assign(part=part) for part, name in taken])
+named = {configuration: name for name, configuration in configurations.items()}
+steps_taken = [(part, named[configuration]) for part, configuration in parts.items()]
+by_part = pd.concat([table[table.way == name].assign(part=part) for part, name in steps_taken])
 by_part["share"] = by_part.added_loss / by_part.keep.map(added.whitened.where(added.whitened > 0.01 * dense["loss"]))
 report.table(by_part[["part", "keep", metric, "loss", "added_loss", "share"]], "added_loss_by_part")
 costly = by_part.dropna()
@@ -204,8 +214,8 @@ report.figure(drawn, "added_loss_by_part")
 # samples. `share` is the rise over dense relative to that of whitening, of perplexity where that is the metric, else of the loss.
 
 # %%
-judged = {part: way for part, way in parts.items() if part == "whitened" or way.policy != "uniform"}
-measure, rows = metric if metric == "perplexity" else "loss", []
+judged = {part: one for part, one in parts.items() if part == "whitened" or one.allocation != "uniform"}
+measure, rows = "loss" if data.headline.higher_is_better else metric, []
 with report.stage("other draws"):
     for draw in calibration_seeds:
         study = sweep if draw == seed else calibrated(model, draw)
@@ -231,16 +241,17 @@ if two_sided:
 # target, `predicted` by half of the discarded two-sided energy and `measured` on training samples.
 
 # %%
-rivals = {"whitened, uniform": Way("whitened")}
+rivals = {"whitened, uniform": Configuration("whitened")}
 if two_sided:
-    rivals |= {"whitened, relative": Way("whitened", policy="relative")}
+    rivals |= {"whitened, relative": Configuration("whitened", allocation="relative")}
     rivals |= {
-        f"two-sided, {p}": Way("two_sided", "pivoted", sweep.biased, p) for p in ("uniform", "spectrum", "measured")
+        f"two-sided, {p}": Configuration("two_sided", "pivoted", sweep.biased, p)
+        for p in ("uniform", "spectrum", "measured")
     }
 with report.stage("policies"):
-    fresh = sweep.run({name: way for name, way in rivals.items() if way not in named}, keeps)
-known = [table[table.way == named[way]].assign(way=name) for name, way in rivals.items() if way in named]
-by_policy = pd.concat([*known, pd.DataFrame(fresh)])
+    fresh = sweep.run({name: one for name, one in rivals.items() if one not in named}, keeps)
+measured = [table[table.way == named[one]].assign(way=name) for name, one in rivals.items() if one in named]
+by_policy = pd.concat([*measured, pd.DataFrame(fresh)])
 by_policy[["method", "policy"]] = by_policy.way.str.split(", ", expand=True).to_numpy()
 report.table(by_policy[["method", "policy", "keep", "loss", metric, "added_loss"]], "added_loss_by_policy")
 drawn = sns.relplot(
@@ -277,9 +288,9 @@ figure if two_sided else None
 
 # %%
 rows = [
-    (*depth_and_kind(name), label, kept_parameters(sweep.shapes[name], rank, way.storage) / (m * n))
-    for label, way in rivals.items()
-    for name, rank in sweep.ranks(way, headline_keep).items()
+    (*depth_and_kind(name), label, kept_parameters(sweep.shapes[name], rank, configuration.storage) / (m * n))
+    for label, configuration in rivals.items()
+    for name, rank in sweep.ranks(configuration, headline_keep).items()
     for m, n in [sweep.shapes[name]]
 ]
 by_layer = pd.DataFrame(rows, columns=["depth", "kind", "policy", "keep"])
@@ -335,7 +346,7 @@ for fraction in rank_fractions:
     ranks = {name: max(1, -int(-fraction * min(shape) // 1)) for name, shape in sweep.shapes.items()}
     reported = sum(rank * sum(sweep.shapes[name]) for name, rank in ranks.items()) / targeted
     for method in ("svd", "whitened"):
-        found = sweep.quality(sweep.compressed(Way(method), ranks))
+        found = sweep.quality(sweep.compressed(Configuration(method), ranks))
         rows.append({"method": method, "rank_fraction": fraction, "reported_keep": reported} | found)
 columns = ["method", "rank_fraction", "reported_keep", "keep_targeted", "keep_model", "loss", metric]
 report.table(pd.DataFrame(rows, columns=columns), "quality_by_rank_fraction")
@@ -355,7 +366,7 @@ if packed_layers:
     rows = [
         {"packing": name} | row
         for name, side in halves.items()
-        for row in side.run({"whitened": Way("whitened")}, keeps)
+        for row in side.run({"whitened": Configuration("whitened")}, keeps)
     ]
 packing = pd.DataFrame(rows, columns=["packing", "keep", "targeted_parameters", "keep_targeted", "loss", metric])
 report.table(packing, "quality_by_packing")
@@ -374,16 +385,18 @@ print(f"packed layers: {len(find_linears(model, packed_layers)) if packed_layers
 # (`reload_difference`) and after multiplying the factors out (`fold_difference`), relative to the largest output.
 
 # %%
-batch = to_device(next(iter(data.batches("validation", batch_size))), device_of(model))
+batch = move_batch(next(iter(data.batches("validation", batch_size))), device_of(model))
 rows = []
 for storage in ("factors", "pivoted"):
-    smaller = sweep.compressed(Way("whitened", storage), sweep.ranks(Way("whitened", storage), headline_keep))
+    smaller = sweep.compressed(
+        Configuration("whitened", storage), sweep.ranks(Configuration("whitened", storage), headline_keep)
+    )
     counted = sweep.quality(smaller)["model_parameters"]
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         about = save_compressed(smaller, f"{folder}/model", data.base)
         size = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
-        loaded, output = load_compressed(f"{folder}/model", device_of(model)), logits(smaller, batch)
-        again, folded = logits(loaded, batch), logits(fold(loaded), batch)
+        loaded, output = load_compressed(f"{folder}/model", device_of(model)), compute_logits(smaller, batch)
+        again, folded = compute_logits(loaded, batch), compute_logits(fold(loaded), batch)
         differences = [((other - output).abs().max() / output.abs().max()).item() for other in (again, folded)]
     rows.append((storage, counted, about["parameters"], about["indices"], size, weight_bytes(model), *differences))
 columns = ["storage", "counted_parameters", "saved_parameters", "saved_indices", "saved_bytes", "dense_bytes"]
@@ -411,12 +424,13 @@ report.claim("multiplying the factors out changes outputs by less than 1e-5", st
 
 # %%
 def refined(start, refinement, draw):
-    """A copy of a model, trained in one of the ways."""
+    """Return a copy of a model, refined."""
     smaller, batches = copy.deepcopy(start), data.batches("train", batch_size, seed=draw)
     rate = lora_learning_rate if "then" in refinement else tune_learning_rate
     options = dict(recipe=Recipe(refine_steps, batch_size, rate, 0.0, precision=precision, seed=draw), progress=False)
     if "then" in refinement:
-        refine_factors(smaller, batches, refinement.replace(", then ", "-"), loss=data.loss, r=lora_r, **options)
+        order, lora = refinement.replace(", then ", "-"), LoraOptions(r=lora_r)
+        refine_factors(smaller, batches, order, lora=lora, loss=data.loss, **options)
     elif refinement == "dense, all weights":
         train(smaller, data, options["recipe"], progress=False)
     else:
@@ -426,10 +440,10 @@ def refined(start, refinement, draw):
 
 
 start = sweep.compressed(parts[best], sweep.ranks(parts[best], refine_keep))
-ways_to_refine = ["left, then right", "right, then left", "both", "distilled", "dense, all weights"]
+refinements_to_try = ["left, then right", "right, then left", "both", "distilled", "dense, all weights"]
 rows = [{"refinement": "none", "draw": seed} | sweep.quality(start)]
 with report.stage("refinement"):
-    for refinement in ways_to_refine:
+    for refinement in refinements_to_try:
         for draw in refine_seeds:
             found = sweep.quality(refined(model if "dense" in refinement else start, refinement, draw))
             rows.append({"refinement": refinement, "draw": draw} | found)
@@ -459,9 +473,9 @@ if refine_seeds:
     report.claim(text, untouched - tuned.loss.min() >= 0.5 * (untouched - dense["loss"]), regained)
     behind = tuned.loss[["left, then right", "right, then left"]].min() - tuned.loss["both"]
     report.claim("one factor after the other by LoRA ends no worse than both together", behind <= 0, behind)
-    if metric == "accuracy":
+    if data.headline.bounds:
         gap = dense[metric] - tuned[metric].max()
-        report.claim(f"refined at keep {refine_keep}, accuracy is within 1 point of dense", gap <= 0.01, gap)
+        report.claim(f"refined at keep {refine_keep}, {metric} is within 1 point of dense", gap <= 0.01, gap)
 
 # %% [markdown]
 # ## Speed and memory against their ceilings
@@ -473,14 +487,14 @@ if refine_seeds:
 
 # %%
 sizes = {("dense", 1.0): model} | {
-    (storage, keep): sweep.compressed(way, sweep.ranks(way, keep))
+    (storage, keep): sweep.compressed(configuration, sweep.ranks(configuration, keep))
     for keep in efficiency_keeps
     for storage in ("factors", "pivoted")
-    for way in [Way("whitened", storage)]
+    for configuration in [Configuration("whitened", storage)]
 }
-batch = to_device(next(iter(data.batches("validation", efficiency_batch))), device_of(model))
-passes = {"forward": lambda one: logits(one, batch)}
-if generates := metric == "perplexity":
+batch = move_batch(next(iter(data.batches("validation", efficiency_batch))), device_of(model))
+passes = {"forward": lambda one: compute_logits(one, batch)}
+if generates := data.objective == "language_modelling":
     prompt = batch["input_ids"][:, :prompt_tokens]
     passes = {
         "prefill": lambda one: one(input_ids=prompt, use_cache=True, logits_to_keep=1),

@@ -50,8 +50,6 @@ frequency = 63  # optimiser steps between refreshes
 sigma_cutoff = 0.2  # beta: smaller singular values, relative to the largest, are cut
 minimum = 0.01  # share of the full rank below which no cut goes
 coverage = 0.0  # share of the layers that each check adds, the last ones first; 0: all at once
-trigger = "schedule"  # of the conversion: schedule, mean or layer
-threshold = 0.99  # stability that counts as stable, with the triggers mean and layer
 
 # %%
 import copy
@@ -64,17 +62,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from lowrank.compression.compress import compress
-from lowrank.nn.batches import device_of, labels, logits, to_device
-from lowrank.nn.profiling import peak_bytes, time_in_turns, training_step
-from lowrank.nn.surgery import split_packed
+from lowrank import OIALR, BasisMonitor, OIALRConfig, Recipe, load_task, replace_layers, split_packed
+from lowrank.nn.batches import compute_logits, device_of, get_labels, move_batch
+from lowrank.nn.profiling import build_training_step, peak_bytes, time_in_turns
 from lowrank.report.notebook import Report
 from lowrank.tasks.evaluation import evaluate
-from lowrank.tasks.registry import load_task
 from lowrank.tasks.training import train
-from lowrank.training.loop import Recipe, seed_everything
-from lowrank.training.oialr import OIALR
-from lowrank.training.stability import BasisMonitor, mixing_similarity
+from lowrank.training.loop import Hooks, seed_everything
+from lowrank.training.stability import mixing_similarity
 
 report = Report("04_stability", globals())
 
@@ -89,7 +84,7 @@ report = Report("04_stability", globals())
 data = load_task(task, **task_options)
 per_epoch = len(data.split("train")) // batch_size
 metric = data.metric
-report.record(task=data.identity, steps_per_epoch=per_epoch)
+report.record(task=data.identity, metric=data.metric, steps_per_epoch=per_epoch)
 
 
 def fresh(seed):
@@ -102,7 +97,7 @@ def fresh(seed):
 
 
 def loss(model, batch):
-    return cross_entropy(logits(model, batch), labels(batch), label_smoothing=label_smoothing)
+    return cross_entropy(compute_logits(model, batch), get_labels(batch), label_smoothing=label_smoothing)
 
 
 # %%
@@ -130,7 +125,7 @@ def trained(model, variant, seed, method=None):
 
     if watched:
         monitor.check(model)
-    train(model, data, recipe, loss=loss, after_step=after_step, progress=False)
+    train(model, data, recipe, loss=loss, hooks=Hooks(after_step=after_step), progress=False)
     return rows, [{"variant": variant, "seed": seed} | row for row in monitor.history]
 
 
@@ -150,11 +145,10 @@ for variant, seed in tqdm(runs, "trainings"):
     model, method = fresh(seed), None
     with report.stage(variant):
         if variant == "OIALR":
-            policy = dict(coverage=coverage, trigger=trigger, threshold=threshold)
-            cuts = dict(delay=delay, frequency=frequency, sigma_cutoff=sigma_cutoff, minimum=minimum)
-            method = OIALR(model, exclude=exclude, **cuts, **policy)
+            cuts = dict(sigma_cutoff=sigma_cutoff, minimum=minimum, coverage=coverage)
+            method = OIALR(model, OIALRConfig(delay, frequency, **cuts), exclude=exclude)
         elif variant == "static low rank" and (fitting := dict(static_ranks(converted))):
-            compress(model, fitting, "svd")  # nothing fits where OIALR has cut too little to store less
+            replace_layers(model, fitting, "svd")  # nothing fits where OIALR has cut too little to store less
         found, seen = trained(model, variant, seed, method)
     qualities, looks = qualities + found, looks + seen
     stored = trainable = sum(p.numel() for p in model.parameters())
@@ -290,7 +284,7 @@ report.claim("ours: both similarities stay above those of independent weights", 
 
 # %%
 ranks = pd.DataFrame(histories)
-ranks = ranks.assign(epoch=ranks.step / per_epoch, rank_share=ranks["rank"] / ranks.full_rank)
+ranks = ranks.assign(epoch=ranks.step / per_epoch, rank_share=ranks["rank"] / ranks.full_rank, stability=np.nan)
 start = ranks.drop_duplicates(["seed", "layer"]).assign(epoch=0.0, rank_share=1.0, discarded=0.0)
 start["rank"] = start.full_rank
 ranks = pd.concat([start, ranks])
@@ -330,10 +324,10 @@ report.figure(drawn, "quality_by_epoch")
 
 # %%
 with report.stage("step time"):
-    batch = to_device(next(iter(data.batches("train", batch_size))), device_of(finals["dense"]))
+    batch = move_batch(next(iter(data.batches("train", batch_size))), device_of(finals["dense"]))
     options = dict(clip=clip, precision=precision)
     steps = {
-        variant: training_step(copy.deepcopy(model), lambda own: loss(own, batch), **options)
+        variant: build_training_step(copy.deepcopy(model), lambda own: loss(own, batch), **options)
         for variant, model in finals.items()
     }
     device = device_of(finals["dense"])

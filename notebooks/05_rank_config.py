@@ -75,20 +75,18 @@ from scipy.stats import ttest_rel
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
-from lowrank.io.weights import source_identity
-from lowrank.lora.adapters import add_adapter, load_adapter, load_model
-from lowrank.lora.deltas import delta_spectra
-from lowrank.lora.rank_config import RankConfig
+from lowrank import RankConfig, RankRule, Recipe, add_adapter, delta_spectra, load_task
+from lowrank.io.weights import hash_source
+from lowrank.lora.adapters import load_adapter, load_model
 from lowrank.lora.ranks import random_ranks, ranks_for_budget, uniform_ranks
-from lowrank.nn.batches import device_of, to_device
-from lowrank.nn.profiling import peak_bytes, training_step
+from lowrank.nn.batches import device_of, move_batch
+from lowrank.nn.profiling import build_training_step, peak_bytes
 from lowrank.nn.targets import depth_and_kind
 from lowrank.report.notebook import Report
 from lowrank.tasks.baseline import load_baseline
 from lowrank.tasks.evaluation import evaluate
-from lowrank.tasks.registry import load_task
 from lowrank.tasks.training import train
-from lowrank.training.loop import Recipe
+from lowrank.training.loop import Hooks
 
 report = Report("05_rank_config", globals())
 
@@ -100,8 +98,8 @@ report = Report("05_rank_config", globals())
 
 # %%
 data = load_task(task, **task_options)
-metric, higher_is_better = data.metric, data.metric != "perplexity"
-report.record(task=data.identity)
+metric = data.metric
+report.record(task=data.identity, metric=metric)
 folder = Path(checkpoints or tempfile.mkdtemp())
 base_folder, tuned_folder = folder / "base", folder / "tuned"
 with report.stage("base model"):
@@ -196,7 +194,7 @@ bounds = dict(min_rank=min_rank, max_rank=max_rank, smoothing=smoothing, powers_
 bounds |= {"group": lambda name: depth_and_kind(name)[1]}
 rows = []
 for tau in sorted({0.3, 0.5, 0.7, 0.9, 0.99, threshold}):
-    found = RankConfig.from_spectra(spectra, threshold=tau, **bounds)
+    found = RankConfig.from_spectra(spectra, RankRule(threshold=tau, **bounds))
     ranks = list(found.module_ranks.values())
     mean = float(np.mean(ranks))
     size = {"parameters": found.parameters, "over_weights": found.compression_ratio, "mean_rank": mean}
@@ -223,8 +221,8 @@ report.table(sizes.reset_index(), "size_by_threshold")
 # the rule. The table `rank_by_layer` has the ranks (random: of the first seed) and the energy of the change that they hold.
 
 # %%
-hashes = {"base": source_identity(base_folder), "tuned": source_identity(tuned_folder)}
-config = RankConfig.from_spectra(spectra, threshold=threshold, **bounds, model=set_name, hashes=hashes)
+hashes = {"base": hash_source(base_folder), "tuned": hash_source(tuned_folder)}
+config = RankConfig.from_spectra(spectra, RankRule(threshold=threshold, **bounds), model=set_name, hashes=hashes)
 config.save(report.folder / "lora_rank_config.json")
 assert RankConfig.load(report.folder / "lora_rank_config.json") == config
 budget, shapes = config.parameters, {name: s.shape for name, s in spectra.items() if s.total > 0}
@@ -311,15 +309,16 @@ def tune(model, name, draw):
     rate = full_learning_rate if name == "full" else lora_learning_rate
     clock = [time.perf_counter()]
     recipe = Recipe(tune_steps, tune_batch, rate, 0.0, precision=precision, seed=draw)
-    train(model, data, recipe, after_step=lambda _: bool(clock.append(time.perf_counter())), progress=False)
+    hooks = Hooks(after_step=lambda _: bool(clock.append(time.perf_counter())))
+    train(model, data, recipe, hooks=hooks, progress=False)
     return 1e3 * np.diff(clock)
 
 
 # %%
 def memory_of(model):
     """Bytes of a training step: weights, the optimiser's state, and the most that is held beyond them."""
-    batch = to_device(next(iter(data.batches("train", tune_batch))), device_of(model))
-    step, held = training_step(model, lambda own: data.loss(own, batch), precision=precision)
+    batch = move_batch(next(iter(data.batches("train", tune_batch))), device_of(model))
+    step, held = build_training_step(model, lambda own: data.loss(own, batch), precision=precision)
     return held + peak_bytes(step, device_of(model))
 
 
@@ -363,7 +362,7 @@ report.table(table.reset_index(), "comparison", measured=["step_ms", "memory_mb"
 # another holds where a one-sided paired t-test over the seeds says so at 5 %.
 
 # %%
-signed = quality.assign(score=quality[metric] if higher_is_better else -quality[metric])
+signed = quality.assign(score=data.headline.sign * quality[metric])
 score = signed[signed.variant != "base"].pivot(index="seed", columns="variant", values="score")[chosen]
 gains = score.sub(score["uniform"], axis=0).drop(columns="uniform")
 gains = gains.melt(ignore_index=False, value_name="gain").reset_index()[["variant", "seed", "gain"]]

@@ -65,22 +65,29 @@ import seaborn as sns
 from scipy.stats import ttest_1samp
 from tqdm.auto import tqdm
 
-from lowrank.compression.compress import parameter_counts
-from lowrank.compression.pruning import METHODS, prune
+from lowrank import (
+    Configuration,
+    Recipe,
+    ScoringConfig,
+    assign_layers,
+    layer_scores,
+    load_task,
+    parameter_counts,
+    prune,
+)
+from lowrank.compression.pruning import PRUNING_METHODS
 from lowrank.factorization.rank_allocation import rank_for_keep
 from lowrank.io.hashing import hash_model
 from lowrank.nn.targets import split_block
 from lowrank.report.notebook import Report
-from lowrank.selection.assignment import assign_layers, total_value
+from lowrank.selection.assignment import total_value
 from lowrank.selection.esd import eigenvalues, esd_metrics
-from lowrank.selection.objectives import OBJECTIVES, budget_cases
+from lowrank.selection.objectives import ASSIGNMENT_OBJECTIVES, budget_cases
 from lowrank.selection.pruning_ratios import pruning_ratios
-from lowrank.selection.scoring import layer_scores
 from lowrank.tasks.baseline import load_baseline, load_calibration
 from lowrank.tasks.evaluation import evaluate
-from lowrank.tasks.registry import load_task
-from lowrank.tasks.sweep import Sweep, Way
-from lowrank.training.loop import Recipe, seed_everything
+from lowrank.tasks.sweep import Sweep, SweepConfig
+from lowrank.training.loop import seed_everything
 
 report = Report("06_layer_selection", globals())
 
@@ -95,10 +102,10 @@ data = load_task(task, **task_options)
 recipe = Recipe(steps, batch_size, learning_rate, weight_decay, precision=precision, seed=seed)
 with report.stage("dense baseline"):
     model = load_baseline(data, recipe).model
-report.record(task=data.identity, model=hash_model(model))
-rule = dict(window=window, mapping=mapping, sparsity=sparsity, epsilon=epsilon, progress=False)
+report.record(task=data.identity, metric=data.metric, model=hash_model(model))
+scoring = ScoringConfig(window=window, mapping=mapping, sparsity=sparsity, epsilon=epsilon)
 with report.stage("scores"):
-    scores = layer_scores(model, metric_of_ratios, layers=data.layers, name=set_name, **rule)
+    scores = layer_scores(model, metric_of_ratios, scoring, layers=data.layers, name=set_name, progress=False)
 scores.save(report.folder / f"{set_name}_scores.json")
 weights = {name: model.get_submodule(name).weight.detach() for name in scores.names}
 blocks = {row["name"]: row["block"] for row in scores.layers}
@@ -143,7 +150,7 @@ own = "trained" if steps else "as it comes"
 parts = [table.assign(model=own)[["model", "layer", "depth", metric_of_ratios]]]
 with report.stage("scores of others"):
     for name, source in sources.items():
-        found = layer_scores(source, metric_of_ratios, missing="median", **rule)
+        found = layer_scores(source, metric_of_ratios, replace(scoring, missing="median"), progress=False)
         places = {block: depth for depth, block in enumerate(dict.fromkeys(row["block"] for row in found.layers))}
         rows = [(name, row["name"], places[row["block"]], row["raw_metric"]) for row in found.layers]
         parts.append(pd.DataFrame(rows, columns=parts[0].columns))
@@ -214,7 +221,7 @@ print(f"{(table.status == 'ok').sum()} of {len(table)} fits without remark")
 # verifier. The figure shows what the free order gains.
 
 # %%
-drawn_cases = budget_cases(sum(scores.costs), cases=cases, verifiers=verifiers, low=budget_low, high=budget_high)
+drawn_cases = budget_cases(sum(scores.costs), cases=cases, devices=verifiers, low=budget_low, high=budget_high)
 rows, taken = [], {}
 with report.stage("assignment"):
     for case in drawn_cases:
@@ -254,13 +261,13 @@ report.claim("ours: with equal budgets the order does not matter", equal.gain.ab
 calibration = dict(samples=calibration_samples, batch_size=batch_size, seed=seed)
 with report.stage("calibration"):
     statistics = load_calibration(data, model, **calibration)
-metric, sign = data.metric, -1 if data.metric == "perplexity" else 1
+metric, sign = data.metric, data.headline.sign
 sizes = dict(zip(scores.names, scores.costs, strict=True))
 
 
 def on_scale(axis):
-    """A logarithmic axis with plain numbers for perplexity."""
-    if metric == "perplexity":
+    """A logarithmic axis with plain numbers for a metric without bounds, as perplexity."""
+    if data.headline.bounds is None:
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(plt.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axis.yaxis.set_major_formatter("{x:g}")
@@ -288,7 +295,7 @@ rows = [{"case": 0, "strategy": "", "objective": "none kept", "significance_shar
 with report.stage("objectives"):
     for case in tqdm(drawn_cases[:: max(1, cases // judged_cases)], "cases"):
         generator = np.random.default_rng(case["case_id"])
-        for name, objective in OBJECTIVES.items():
+        for name, objective in ASSIGNMENT_OBJECTIVES.items():
             found = assign_layers(objective(scores.layers, generator).tolist(), scores.costs, case["budgets"])
             kept = {scores.names[i] for run in found.intervals if run for i in range(run[0], run[1] + 1)}
             share = total_value(scores.values, found.intervals) / values.free[case["case_id"] - 1]
@@ -342,7 +349,7 @@ denses = {seed: (model, statistics, rules_of(exponents))}  # seed -> model, stat
 with report.stage("further dense models"):
     for other in more_seeds:
         own = load_baseline(data, replace(recipe, seed=other)).model
-        found = layer_scores(own, metric_of_ratios, layers=data.layers, **rule)
+        found = layer_scores(own, metric_of_ratios, scoring, layers=data.layers, progress=False)
         own_rules = rules_of({row["name"]: row["raw_metric"] for row in found.layers})
         denses[other] = own, load_calibration(data, own, **calibration), own_rules
 qualities = pd.DataFrame([quality_of(own) for own, *_ in denses.values()])
@@ -350,7 +357,8 @@ qualities = pd.DataFrame([quality_of(own) for own, *_ in denses.values()])
 # %%
 rows = []
 with report.stage("pruning"):
-    for (number, (own, moments, rules)), method in tqdm([(d, m) for d in denses.items() for m in METHODS], "pruning"):
+    pairs = [(dense, method) for dense in denses.items() for method in PRUNING_METHODS]
+    for (number, (own, moments, rules)), method in tqdm(pairs, "pruning"):
         for per, share, rule_name in [(p, s, r) for p in ("row", "matrix") for s in sparsities for r in rules]:
             changed = copy.deepcopy(own)
             ratios = {
@@ -410,7 +418,9 @@ def stored(shapes, ranks):
 def ranks_of(sweep, rules, rule_name, keep):
     """layer -> rank, within `keep` of the targeted parameters together."""
     if rule_name in ("uniform", SPECTRUM):
-        return sweep.ranks(Way("whitened", policy="uniform" if rule_name == "uniform" else "relative"), keep)
+        return sweep.ranks(
+            Configuration("whitened", allocation="uniform" if rule_name == "uniform" else "relative"), keep
+        )
     least = {name: sum(shape) / np.prod(shape) for name, shape in sweep.shapes.items()}  # of rank 1
     for asked in np.linspace(keep, 0.01, 200):  # rank 1 is more than some layers should keep
         ratios = rules[rule_name](1 - asked)
@@ -425,10 +435,11 @@ def ranks_of(sweep, rules, rule_name, keep):
 rows = []
 with report.stage("low rank"):
     for number, (own, moments, rules) in tqdm(denses.items(), "low rank"):
-        sweep = Sweep(own, data, moments, calibration_samples, batch_size=batch_size, seed=seed, in_memory=in_memory)
+        config = SweepConfig(calibration_samples, batch_size=batch_size, seed=seed, in_memory=in_memory)
+        sweep = Sweep(own, data, moments, config)
         names = (*rules, SPECTRUM) if in_memory else tuple(rules)
         for keep, rule_name in [(keep, name) for keep in keeps for name in names]:
-            smaller = sweep.compressed(Way("whitened"), ranks_of(sweep, rules, rule_name, keep))
+            smaller = sweep.compressed(Configuration("whitened"), ranks_of(sweep, rules, rule_name, keep))
             about = {"seed": number, "rule": rule_name, "keep": keep} | parameter_counts(smaller, own, data.layers)
             rows.append(about | quality_of(smaller))
 twin = pd.DataFrame(rows)

@@ -69,24 +69,32 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from lowrank.calibration.collect import collect_statistics
-from lowrank.compression.checkpoint import load_compressed, save_compressed
-from lowrank.compression.compress import compress, decompose, parameter_counts
+from lowrank import (
+    Configuration,
+    Recipe,
+    collect_statistics,
+    decompose,
+    load_compressed,
+    load_pi3,
+    parameter_counts,
+    refine_factors,
+    replace_layers,
+    save_compressed,
+)
 from lowrank.io.hashing import hash_model
 from lowrank.nn.profiling import count_flops, top_operators
-from lowrank.pi3.adaptive import AdaptiveRank, EntropyScale, InOrder, image_entropy
+from lowrank.pi3.adaptive import AdaptiveRank, EntropyScale, FixedRegimes, image_entropy
 from lowrank.pi3.calibration import image_batches, load_source, view_windows
-from lowrank.pi3.checkpoint import load_pi3
-from lowrank.pi3.evaluation import PROTOCOLS, evaluate_pi3, points_at, predict, resized
-from lowrank.pi3.flops import ATTENTION, pi3_macs, saved_parameters
-from lowrank.pi3.loss import distillation, sampled_loss
-from lowrank.pi3.metrics.alignment import similarity
+from lowrank.pi3.evaluation import PROTOCOLS, evaluate_pi3
+from lowrank.pi3.flops import ATTENTION_PARTS, pi3_macs, saved_parameters
+from lowrank.pi3.loss import distillation_loss, sampled_loss
+from lowrank.pi3.metrics.alignment import fit_similarity
 from lowrank.pi3.metrics.depth import depth_metrics
 from lowrank.pi3.model import Pi3
-from lowrank.pi3.speed import TARGETS, compare_speed, first_seconds, forward, published_ranks
+from lowrank.pi3.predictions import predict, resize_depth, resize_points
+from lowrank.pi3.speed import TARGETS, build_forward, compare_speed, published_ranks, time_first_pass
 from lowrank.report.notebook import Report
-from lowrank.training.loop import Recipe, seed_everything
-from lowrank.training.refine import refine_factors
+from lowrank.training.loop import seed_everything
 
 report = Report("07_pi3_efficiency", globals())
 
@@ -174,7 +182,7 @@ def compressed(seed, way, keep, targets="decoder", moments=None):
     if in_memory and key not in factors:
         factors[key] = decompose(model, method, moments, TARGETS["all linears"])
     ranks = published_ranks(model, targets, keep, storage)
-    table = compress(smaller, ranks, method, moments, storage, factors=factors.get(key))
+    table = replace_layers(smaller, ranks, Configuration(method, storage), moments, factors=factors.get(key))
     return smaller, table
 
 
@@ -287,7 +295,9 @@ with report.stage("refinement"):
         for name, own in {"original": model, "compressed": smaller}.items():
             rows.append({"seed": seed, "model": name} | depth_errors(own, scenes))
         batches = image_batches(view_windows(calibrating[seed], calibration_views, refine_samples, seed), refine_batch)
-        refine_factors(smaller, batches, recipe=replace(recipe, seed=seed), loss=distillation(model), progress=False)
+        refine_factors(
+            smaller, batches, recipe=replace(recipe, seed=seed), loss=distillation_loss(model), progress=False
+        )
         refined[seed] = smaller.to(device).eval()
         rows.append({"seed": seed, "model": "refined"} | depth_errors(smaller, scenes))
 by_refinement = pd.DataFrame(rows)
@@ -312,17 +322,19 @@ with report.stage("adaptive"):
     for seed in seeds:
         smaller, _ = compressed(seed, "whitened", base_keep)
         entropies = image_entropy(torch.cat(windows[seed]))
-        adaptive = AdaptiveRank(smaller, base_keep, EntropyScale.of(entropies))
+        adaptive = AdaptiveRank(smaller, base_keep, EntropyScale.fit(entropies))
         found = quality(adaptive, seed)
         views, (h, w) = held_out[seed][0].images.shape[0], held_out[seed][0].images.shape[-2:]
-        costs = [sum(pi3_macs(model.config, views, h, w, saved=adaptive.saved(model, r)).values()) for r in range(3)]
-        spent = adaptive.realised(costs)
+        costs = [
+            sum(pi3_macs(model.config, views, h, w, saved=adaptive.count_saved(model, r)).values()) for r in range(3)
+        ]
+        spent = adaptive.summarise_costs(costs)
         regimes = np.random.default_rng(seed).permutation(np.repeat(range(3), spent["scenes"])).tolist()
         fixed, table = compressed(seed, "whitened", spent["keep_computed"])
         cost = sum(pi3_macs(model.config, views, h, w, saved=saved_parameters(table)).values())
         shares = {"keep_stored": base_keep, "keep_computed": spent["keep_computed"], "gmac": spent["macs"] / 1e9}
         rows.append({"seed": seed, "ranks": "by entropy"} | shares | found)
-        rows.append({"seed": seed, "ranks": "at random"} | shares | quality(InOrder(adaptive, regimes), seed))
+        rows.append({"seed": seed, "ranks": "at random"} | shares | quality(FixedRegimes(adaptive, regimes), seed))
         shares = {"keep_stored": spent["keep_computed"], "keep_computed": spent["keep_computed"], "gmac": cost / 1e9}
         rows.append({"seed": seed, "ranks": "one for all"} | shares | quality(fixed, seed))
 by_adaptation = pd.DataFrame(rows)
@@ -349,7 +361,7 @@ headline_ranks = {row["layer"]: row["rank"] for row in table if row["storage"] !
 rows = []
 with report.stage("first forward"):
     for name, ranks in {"original π³": {}, "SVD-π³": headline_ranks}.items():
-        seconds = first_seconds(model.config, ranks, shape, precision, str(device))
+        seconds = time_first_pass(model.config, ranks, shape, precision, str(device))
         rows.append((name, 1e3 * seconds, profiled_views / seconds))
 first = pd.DataFrame(rows, columns=["model", "forward pass (ms)", "throughput (frames/sec)"])
 report.table(first, "first_forward", measured=list(first.columns[1:]))
@@ -376,8 +388,8 @@ with report.stage("fair times"):
         images = torch.rand(1, views, 3, height, width, device=device)
         for name in ("original", "all linears"):
             parts = pi3_macs(model.config, views, height, width, saved=saved[name])
-            attending = sum(parts[part] for part in ATTENTION) / sum(parts.values())
-            operators = top_operators(forward(models[name], images, precision), device)
+            attending = sum(parts[part] for part in ATTENTION_PARTS) / sum(parts.values())
+            operators = top_operators(build_forward(models[name], images, precision), device)
             times = {"attention": 0.0, "linears": 0.0, "other": 0.0}
             for row in operators:
                 kind = "attention" if "attention" in row["operator"] else "other"
@@ -409,7 +421,7 @@ report.figure(drawn, "speed_up_by_views")
 for name, own in models.items():
     for views in speed_views:
         images = torch.rand(1, views, 3, height, width, device=device)
-        counted = count_flops(forward(own, images)) / 2
+        counted = count_flops(build_forward(own, images)) / 2
         assert abs(counted / macs(views, saved[name]) - 1) < 0.01  # the formula
 wide = speed.pivot(index="views", columns="model", values="ceiling")
 print("operations counted equal the formula within 1 %")
@@ -425,7 +437,7 @@ report.claim("the ceiling falls with the number of views", wide.drop(columns="or
 with report.stage("profile"):
     images = torch.rand(shape, device=device)
     own = {"original": model, "SVD-π³": compressed(seeds[0], "whitened", headline_keep)[0]}
-    tables = {name: pd.DataFrame(top_operators(forward(m, images, precision), device)) for name, m in own.items()}
+    tables = {name: pd.DataFrame(top_operators(build_forward(m, images, precision), device)) for name, m in own.items()}
 operators = pd.concat([table.assign(model=name) for name, table in tables.items()])[
     ["model", "operator", "calls", "self_ms", "share"]
 ]
@@ -493,10 +505,10 @@ scene, clouds, depths = held_out[seeds[0]][0], {}, {}
 known, size = scene.depth > 0, tuple(scene.depth.shape[1:])
 for name, own in {"original": model, "SVD-π³": compressed(seeds[0], "whitened", headline_keep)[0]}.items():
     outputs = predict(own, scene.images, precision)
-    cloud = points_at(outputs["points"], size).double().numpy()
-    scale, rotation, shift = similarity(cloud[known], scene.points.numpy()[known])
+    cloud = resize_points(outputs["points"], size).double().numpy()
+    scale, rotation, shift = fit_similarity(cloud[known], scene.points.numpy()[known])
     clouds[name] = scale * cloud @ rotation.T + shift
-    depths[name] = scale * resized(outputs["local_points"][..., 2], size).numpy()
+    depths[name] = scale * resize_depth(outputs["local_points"][..., 2], size).numpy()
 clouds["true"], depths["true"] = scene.points.numpy(), scene.depth.numpy()
 step = max(1, size[1] // 32)
 grid = np.zeros(known.shape, dtype=bool)

@@ -22,10 +22,11 @@ from transformers import (
 )
 
 from lowrank.calibration.collect import collect_statistics
-from lowrank.compression.compress import compress
+from lowrank.compression.configuration import Configuration
+from lowrank.compression.replace import replace_layers
 from lowrank.factorization.moments import LayerStatistics
 from lowrank.factorization.rank_allocation import rank_for_keep
-from lowrank.nn.batches import Batch, as_double, logits
+from lowrank.nn.batches import Batch, as_double, compute_logits
 from lowrank.nn.surgery import unify_linears
 from lowrank.nn.targets import BLOCKS, find_linears
 
@@ -109,7 +110,7 @@ SMALL = [family for family in FAMILIES if family != "created vit"]
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    return logits(model, batch).logsumexp(-1).sum()
+    return compute_logits(model, batch).logsumexp(-1).sum()
 
 
 @functools.cache
@@ -141,13 +142,13 @@ def ranks_of(model: nn.Module, keep: float = 0.6, storage: str = "factors") -> d
 
 def compressed(family: str, storage: str = "factors", method: str = "whitened") -> tuple[nn.Module, list[Batch]]:
     model, batches, statistics = made(family)
-    compress(model, ranks_of(model, storage=storage), method, statistics, storage)
+    replace_layers(model, ranks_of(model, storage=storage), Configuration(method, storage), statistics)
     return model, batches
 
 
 @torch.no_grad()
 def outputs(model: nn.Module, batches: list[Batch]) -> Tensor:
-    return torch.cat([logits(model, batch) for batch in batches])
+    return torch.cat([compute_logits(model, batch) for batch in batches])
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

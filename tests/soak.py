@@ -20,7 +20,8 @@ from processes import copy_project, start_report
 
 from lowrank.io.dependencies import ROOT
 from lowrank.report.compare import differences
-from lowrank.report.parameters import ParameterError, jobs
+from lowrank.report.errors import ParameterError
+from lowrank.report.parameters import jobs
 
 KILLS, LONGEST = 20, 120  # seconds between two of them
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)

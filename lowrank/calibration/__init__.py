@@ -1,1 +1,10 @@
-"""calibration"""
+"""Turn calibration data into the statistics of layers.
+
+- `collect`: `collect_statistics`, one pass over the data.
+- `collector`: the running sums during that pass.
+- `on_demand`: `OnDemand`, statistics that are collected one block of layers at a time, to save memory.
+- `predictive_loss`: a loss that needs no labels, for the gradients at the outputs.
+- `hooks`: see the inputs of layers during a pass.
+- `output_error`: the output error of replaced weights, measured without second moments.
+- `storage`: statistics as a file, and their hash.
+"""

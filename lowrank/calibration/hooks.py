@@ -1,4 +1,4 @@
-"""calibration.hooks"""
+"""See the inputs of layers during a pass over batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -7,17 +7,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowrank.nn.batches import Batch, device_of, evaluating, logits, to_device, token_mask
+from lowrank.nn.batches import Batch, compute_logits, device_of, eval_mode, get_token_mask, move_batch
 from lowrank.nn.targets import find_linears
 
 
 def token_rows(values: Float[Tensor, "*batch n"], mask: Tensor | None, layer: str) -> Float[Tensor, "tokens n"]:
-    """The vectors of a layer's input or output that belong to tokens, padding left out.
+    """Return the vectors of a layer's input or output that belong to tokens, without padding.
 
-    The mask applies where the leading dimensions are (batch, tokens), flattened or not. One vector per sample, as a
-    pooler sees, has no padding.
+    The mask applies if the leading dimensions are (batch, tokens), flattened or not. One vector per sample, as a pooler receives
+    it, has no padding.
 
-    **Raises:** `ValueError`: there is padding, and the leading dimensions fit neither.
+    **Arguments**
+
+    - `values`: `(*batch, n)`, the input or output.
+    - `mask`: `(batch, tokens)`, bool, False for padding; None without padding.
+    - `layer`: its name, for errors.
+
+    **Raises**
+
+    - `ValueError`: the mask marks padding, and the leading dimensions fit neither form.
     """
     rows = values.reshape(-1, values.shape[-1])
     lead = tuple(values.shape[:-1])
@@ -33,7 +41,12 @@ def token_rows(values: Float[Tensor, "*batch n"], mask: Tensor | None, layer: st
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Float32 products in float32: neither TF32 nor an autocast that the caller may have on."""
+    """Multiply float32 in float32 inside the block: without TF32, and without an autocast of the caller.
+
+    **Arguments**
+
+    - `device`: the device that multiplies.
+    """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -44,8 +57,14 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def watching(linears: Mapping[str, nn.Linear], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Calls `visit(name, input)` before each call of each layer."""
+def watch_inputs(linears: Mapping[str, nn.Linear], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call a function with the input of each call of each layer, inside the block.
+
+    **Arguments**
+
+    - `linears`: layer name -> layer.
+    - `visit`: `(name, input) -> None`.
+    """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
         return lambda module, args, kwargs: visit(name, args[0] if args else kwargs["input"])
@@ -61,34 +80,51 @@ def watching(linears: Mapping[str, nn.Linear], visit: Callable[[str, Tensor], No
 def visit_inputs(
     model: nn.Module, batches: Iterable[Batch], layers: Iterable[str], visit: Callable[[str, Tensor], None]
 ) -> None:
-    """Calls `visit(name, rows)` with the input of each layer in each batch, `(tokens, in)`, padding left out."""
+    """Call a function with the input of each layer in each batch, in evaluation mode.
+
+    **Arguments**
+
+    - `model`: any PyTorch module; it is not changed.
+    - `batches`: iterable of batches, see `lowrank.nn.batches`.
+    - `layers`: names or patterns of `nn.Linear` modules.
+    - `visit`: `(name, rows) -> None`, with rows `(tokens, in)` without padding.
+    """
     linears = find_linears(model, layers)
     mask: Tensor | None = None
-    with evaluating(model), watching(linears, lambda name, value: visit(name, token_rows(value, mask, name))):
+    with eval_mode(model), watch_inputs(linears, lambda name, value: visit(name, token_rows(value, mask, name))):
         for batch in batches:
-            batch = to_device(batch, device_of(model))
-            mask = token_mask(batch)
+            batch = move_batch(batch, device_of(model))
+            mask = get_token_mask(batch)
             with torch.no_grad():
-                logits(model, batch)
+                compute_logits(model, batch)
 
 
 def collect_inputs(
     model: nn.Module, batches: Iterable[Batch], layers: Iterable[str], tokens: int
 ) -> dict[str, Float[Tensor, "tokens n"]]:
-    """The first `tokens` input vectors of each layer, for studies that need them and not their moments.
+    """Return the first input vectors of each layer, for studies that need more than their moments.
 
-    **Returns:** name -> `(tokens, in)` in the dtype of the activations, on the CPU.
+    **Arguments**
 
-    **Raises:** `ValueError`: the batches hold fewer tokens.
+    - `model`: any PyTorch module; it is not changed.
+    - `batches`: iterable of batches, see `lowrank.nn.batches`; read as far as needed.
+    - `layers`: names or patterns of `nn.Linear` modules.
+    - `tokens`: int >= 1, vectors per layer.
+
+    **Returns** layer name -> `(tokens, in)` in the dtype of the activations, on the CPU.
+
+    **Raises**
+
+    - `ValueError`: the batches hold fewer tokens.
     """
     rows: dict[str, list[Tensor]] = {}
     counts: dict[str, int] = {}
 
     def keep(name: str, values: Tensor) -> None:
-        wanted = tokens - counts.get(name, 0)
-        if wanted > 0:
-            rows.setdefault(name, []).append(values[:wanted].detach().cpu().clone())
-            counts[name] = counts.get(name, 0) + min(wanted, len(values))
+        missing = tokens - counts.get(name, 0)
+        if missing > 0:
+            rows.setdefault(name, []).append(values[:missing].detach().cpu().clone())
+            counts[name] = counts.get(name, 0) + min(missing, len(values))
 
     layers = list(find_linears(model, layers))
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Statistics of a model whose moments do not fit in memory together."""
+"""Statistics of a model that has too many layers for all their moments to be in memory together."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -12,33 +12,42 @@ from lowrank.nn.targets import BLOCKS, find_linears, split_block
 
 
 class OnDemand(Mapping[str, LayerStatistics]):
-    """Statistics that are collected when they are asked for, one block of layers at a time, and dropped for the next.
+    """Collect statistics when they are asked for, one block of layers at a time, and drop those of the block before.
 
-    For models whose moments do not fit in memory together: a pass over the batches for every block, and the moments of one
-    block held. What is asked for is measured on the model as it is then; `compress` asks for the last block first, so that
-    the inputs of every block are still those of the dense model.
+    This saves memory and costs a pass over the batches for every block. The statistics are of the model as it is when they are
+    asked for: `compress` starts at the last block, so that the inputs of every block are still those of the dense model.
 
-    **Arguments:** those of `collect_statistics`; `batches` is gone through once per block, so no generator.
+    **Arguments**
+
+    - `model`: any PyTorch module.
+    - `batches`: batches, see `lowrank.nn.batches`; read once per block, so no iterator.
+    - `layers`: names or patterns of `nn.Linear` modules. Default all inside numbered blocks.
+    - `options`: further arguments of `collect_statistics`.
+
+    **Raises**
+
+    - `ValueError`: `batches` is an iterator.
     """
 
     def __init__(
         self, model: nn.Module, batches: Iterable[Batch], layers: Iterable[str] = BLOCKS, **options: Any
     ) -> None:
         if isinstance(batches, Iterator):
-            raise ValueError("`batches` must be gone through once per block: pass a list or a loader, got an iterator.")
+            raise ValueError("`batches` must allow one pass per block: pass a list or a loader, got an iterator.")
         self.model, self.batches, self.options = model, batches, options
         self.blocks: dict[str, list[str]] = {}
         for name in find_linears(model, layers):
             self.blocks.setdefault(split_block(name)[0], []).append(name)
-        self.held: dict[str, LayerStatistics] = {}
+        self.in_memory: dict[str, LayerStatistics] = {}
 
     def __getitem__(self, name: str) -> LayerStatistics:
         if name not in self:
             raise KeyError(name)
-        if name not in self.held:
-            self.held = {}  # dropped before the next are made
-            self.held = collect_statistics(self.model, self.batches, self.blocks[split_block(name)[0]], **self.options)
-        return self.held[name]
+        if name not in self.in_memory:
+            self.in_memory = {}  # dropped before the next are collected
+            layers = self.blocks[split_block(name)[0]]
+            self.in_memory = collect_statistics(self.model, self.batches, layers, **self.options)
+        return self.in_memory[name]
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name in self.blocks.get(split_block(name)[0], ())

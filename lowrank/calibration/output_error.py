@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.calibration.hooks import exact_products, visit_inputs
-from lowrank.factorization.moments import BLOCK_TOKENS
+from lowrank.factorization.running_moments import BLOCK_TOKENS
 from lowrank.nn.batches import Batch
 from lowrank.nn.targets import find_linears
 
@@ -14,14 +14,18 @@ from lowrank.nn.targets import find_linears
 def output_errors(
     model: nn.Module, batches: Iterable[Batch], replacements: Mapping[str, Sequence[Tensor]]
 ) -> dict[str, list[float]]:
-    """||(W - W') X||_F of each layer for each replacement W' of its weight, measured on the activations themselves.
+    """Measure ||(W - W') X||_F of each layer for each replacement W' of its weight, on the activations themselves.
 
-    This streams the inputs of the unchanged model and never forms a second moment, so it can check what a second moment
-    predicts. A replacement of zeros gives ||W X||_F.
+    This streams the inputs of the unchanged model and never forms a second moment, so it can check the predictions of a second
+    moment. A replacement of zeros gives ||W X||_F.
 
-    **Arguments:** `replacements`: layer -> weights of the layer's shape.
+    **Arguments**
 
-    **Returns:** layer -> one norm per replacement, accumulated in float64.
+    - `model`: any PyTorch module; it is not changed.
+    - `batches`: iterable of batches, see `lowrank.nn.batches`.
+    - `replacements`: layer name -> weights of the layer's shape, `(out, in)`, any floating dtype.
+
+    **Returns** layer name -> one norm per replacement, accumulated in float64.
     """
     linears = find_linears(model, replacements)
     differences = {

@@ -1,75 +1,92 @@
-"""Statistics on disk: one safetensors file, under the hash of the model that they were made for."""
+"""Statistics in one safetensors file, with the hash of the model that they belong to; and their own hash."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowrank.factorization.moments import LayerStatistics
-from lowrank.io.hashing import hash_model
+from lowrank.factorization.moments import MOMENTS, LayerStatistics
+from lowrank.io.files import open_safetensors, writing
+from lowrank.io.hashing import hash_model, hash_tensors
 from lowrank.nn.targets import find_linears
 
 FORMAT = "lowrank.statistics/2"
-SHARED, OWN = ("gram", "mean", "abs_mean"), ("gradient_gram", "row_fisher")  # by layers with one input; by one layer
+
+
+def hash_statistics(statistics: LayerStatistics) -> str:
+    """Hash all fields that are present, 16 hex digits: equal statistics give equal hashes."""
+    return hash_tensors(statistics.moments() | {"tokens": torch.tensor(statistics.tokens)})
 
 
 def save_statistics(path: Path | str, statistics: Mapping[str, LayerStatistics], model: nn.Module, data: str) -> None:
-    """Writes statistics to one safetensors file, under the hash of the model they were made for.
+    """Write statistics to one safetensors file, with the hash of the model that they belong to.
 
     Shared moments are written once. The file appears whole or not at all.
 
-    **Arguments:** `data`: says which data they come from; `load_statistics` compares it.
+    **Arguments**
+
+    - `path`: the file to write.
+    - `statistics`: layer name -> `LayerStatistics`.
+    - `model`: the model that they were collected from.
+    - `data`: names the data that they were collected from; `load_statistics` compares it.
     """
-    path = Path(path)
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, object]] = {}
-    stored: dict[int, str] = {}
+    leaders: dict[int, str] = {}
     for name, layer in statistics.items():
-        leader = stored.setdefault(layer.gram.data_ptr(), name)
+        leader = leaders.setdefault(layer.gram.data_ptr(), name)
         layers[name] = {"leader": leader, "tokens": layer.tokens}
-        if leader == name:
-            tensors |= {f"{name}/{field}": getattr(layer, field) for field in SHARED}
-        tensors |= {f"{name}/{field}": value for field in OWN if (value := getattr(layer, field)) is not None}
-    about = {"format": FORMAT, "model": hash_model(model), "data": data, "layers": json.dumps(layers)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, partial, metadata=about)
-    partial.replace(path)
+        moments = layer.moments(shared=None if leader == name else False)
+        tensors |= {f"{name}/{field}": value.contiguous().cpu() for field, value in moments.items()}
+    metadata = {"format": FORMAT, "model": hash_model(model), "data": data, "layers": json.dumps(layers)}
+    with writing(path) as partial:
+        save_file(tensors, partial, metadata=metadata)
 
 
 def load_statistics(path: Path | str, model: nn.Module, data: str | None = None) -> dict[str, LayerStatistics]:
-    """Reads statistics back, on the CPU, for the model they were made for.
+    """Read statistics from a file, for the model that they belong to.
 
-    **Raises:** `ValueError`: the file is damaged or not of this format, was made for other weights or, where `data` is
-    given, from other data, or names a layer that the model does not have. `FileNotFoundError`: no such file.
+    **Arguments**
+
+    - `path`: a file written by `save_statistics`.
+    - `model`: the model that they were collected from.
+    - `data`: the name of the data that they must be from. Default None, any.
+
+    **Returns** layer name -> `LayerStatistics`, on the CPU. Layers that share an input share its tensors.
+
+    **Raises**
+
+    - `FileNotFoundError`: no such file.
+    - `ValueError`: a file that is damaged or of another format, for other weights or other data, or with a layer that the model
+      does not have.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"`path` must be a file written by save_statistics, and {str(path)!r} does not exist.")
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ValueError(f"`path` must be a whole safetensors file, got {str(path)!r}: {error}.") from error
-    if about.get("format") != FORMAT:
-        raise ValueError(f"`path` must have format {FORMAT!r}, got {about.get('format')!r} in {str(path)!r}.")
-    if about["model"] != hash_model(model):
-        raise ValueError(
-            f"`model` must be the one of {str(path)!r} (weights {about['model']}), got {hash_model(model)}."
-        )
-    if data is not None and about["data"] != data:
-        raise ValueError(f"`data` must be that of {str(path)!r} ({about['data']!r}), got {data!r}.")
-    layers = json.loads(about["layers"])
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+        tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    _check_metadata(path, metadata, model, data)
+    layers = json.loads(metadata["layers"])
     linears = find_linears(model, layers)
-    done: dict[str, LayerStatistics] = {}
+    statistics: dict[str, LayerStatistics] = {}
     for name, layer in layers.items():
-        leader = layer["leader"]
-        gram, mean, abs_mean = (tensors[f"{leader}/{field}"] for field in SHARED)
-        if len(gram) != linears[name].in_features:
-            raise ValueError(f"`model` must have {len(gram)} inputs at {name!r}, got {linears[name].in_features}.")
-        gradient_gram, row_fisher = (tensors.get(f"{name}/{field}") for field in OWN)
-        done[name] = LayerStatistics(gram, layer["tokens"], mean, abs_mean, gradient_gram, row_fisher)
-    return done
+        stored = {
+            field: tensors.get(f"{layer['leader'] if rules['shared'] else name}/{field}")
+            for field, rules in MOMENTS.items()
+        }
+        statistics[name] = LayerStatistics(tokens=layer["tokens"], **stored)  # pyright: ignore[reportArgumentType]
+        inputs = len(statistics[name].gram)
+        if inputs != linears[name].in_features:
+            raise ValueError(f"`model` must have {inputs} inputs at {name!r}, got {linears[name].in_features}.")
+    return statistics
+
+
+def _check_metadata(path: Path | str, metadata: Mapping[str, str], model: nn.Module, data: str | None) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"`path` must have format {FORMAT!r}, got {metadata.get('format')!r} in {str(path)!r}.")
+    weights = hash_model(model)
+    if metadata["model"] != weights:
+        raise ValueError(f"`model` must be the one of {str(path)!r} (weights {metadata['model']}), got {weights}.")
+    if data is not None and metadata["data"] != data:
+        raise ValueError(f"`data` must be that of {str(path)!r} ({metadata['data']!r}), got {data!r}.")

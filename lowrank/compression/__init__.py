@@ -1,1 +1,11 @@
-"""compression"""
+"""Compress whole models: in one call or step by step, then fold, save and load them; prune weights.
+
+- `compress`: `compress`, the one call: statistics, ranks within a budget, factored layers.
+- `configuration`: `Configuration`, how to compress: method, storage, centring, allocation of ranks.
+- `replace`: the strict steps: `decompose`, `replace_layers` at given ranks, `fold` back to dense layers.
+- `result`: `CompressionResult`, what a compression did, and `parameter_counts`.
+- `checks`: what can be wrong, found before a model is changed.
+- `checkpoint`: `save_compressed` and `load_compressed`, a folder with safetensors and a JSON record.
+- `architecture`: how the dense architecture is built again without its weights.
+- `pruning`: `prune` by magnitude or Wanda, to exact counts, per row, per matrix or n:m.
+"""

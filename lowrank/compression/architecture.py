@@ -1,4 +1,4 @@
-"""compression.architecture"""
+"""Rebuild the architecture of a compressed model: the base model without weights, and the layers that replace its layers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,15 +7,19 @@ from typing import Any
 from accelerate import init_empty_weights
 from torch import nn
 
-from lowrank.nn.low_rank import FACTORED
+from lowrank.io.checks import require
+from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.nn.surgery import PackedLinear, replace_module
 from lowrank.nn.usv import USVLinear
 
-KINDS: dict[str, type[Any]] = {**FACTORED, USVLinear.storage: USVLinear}
+LAYER_KINDS: dict[str, type[Any]] = {**FACTORED_LAYERS, USVLinear.storage: USVLinear}
 
 
-def _own_base(model: Any) -> dict[str, Any] | None:
-    """How the model says that it can be built: its transformers class, or its timm name."""
+def describe_base(model: Any) -> dict[str, Any] | None:
+    """Describe how to build the architecture of a model, from what the model knows about itself.
+
+    **Returns** `{"transformers": class}`, or `{"timm": name, "options": {...}}`, or None for a model of neither library.
+    """
     if hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
         return {"transformers": type(model).__name__}
     settings = getattr(model, "pretrained_cfg", None) or {}
@@ -24,14 +28,34 @@ def _own_base(model: Any) -> dict[str, Any] | None:
     return None
 
 
-def _save_config(model: Any, folder: Path) -> None:
+def save_config(model: Any, folder: Path) -> None:
+    """Write the configuration files of a transformers model; other models have none.
+
+    **Arguments**
+
+    - `model`: any PyTorch module.
+    - `folder`: an existing folder; it gets `config.json`, and `generation_config.json` for models that generate.
+    """
     for part in ("config", "generation_config"):
         if hasattr(getattr(model, part, None), "save_pretrained"):
             getattr(model, part).save_pretrained(folder)
 
 
-def _skeleton(base: Mapping[str, Any] | None, folder: Path) -> nn.Module | None:
-    """The base architecture with parameters on the meta device; None where only the caller knows it."""
+def build_skeleton(base: Mapping[str, Any] | None, folder: Path) -> nn.Module | None:
+    """Build the base architecture with parameters on the meta device, so that it takes no memory.
+
+    **Arguments**
+
+    - `base`: the description, see `describe_base`.
+    - `folder`: the folder with the `config.json` of a transformers model.
+
+    **Returns** the model, or None if `base` is None.
+
+    **Raises**
+
+    - `FileNotFoundError`: no `config.json`.
+    - `ValueError`: an unknown library or model; a `config.json` of another model.
+    """
     if base is None:
         return None
     with init_empty_weights(include_buffers=False):
@@ -45,17 +69,19 @@ def _skeleton(base: Mapping[str, Any] | None, folder: Path) -> nn.Module | None:
 def _build_transformers(name: str, folder: Path) -> nn.Module:
     import transformers  # noqa: PLC0415
 
-    kind = getattr(transformers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+    model_class = getattr(transformers, name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ValueError(f"`base` must name a model class of transformers, got {name!r}.")
     if not (folder / "config.json").exists():
         raise FileNotFoundError(
-            f"`folder` must hold the config.json of the base model, got {str(folder)!r} without it."
+            f"`folder` must contain the config.json of the base model, got {str(folder)!r} without it."
         )
     try:
-        model = kind(transformers.AutoConfig.from_pretrained(folder))
+        model = model_class(transformers.AutoConfig.from_pretrained(folder))
     except (AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"`folder` must hold a config.json of {name}, got one of another model: {error}.") from error
+        raise ValueError(
+            f"`folder` must contain a config.json of {name}, got one of another model: {error}."
+        ) from error
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
@@ -66,60 +92,85 @@ def _build_timm(name: str, options: Mapping[str, Any]) -> nn.Module:
 
     if timm.is_model(name):
         return timm.create_model(name, pretrained=False, **options)
-    kind = getattr(timm.models, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+    model_class = getattr(timm.models, name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
         raise ValueError(f"`base` must name a model or a model class of timm, got {name!r}.")
-    return kind(**options)
+    return model_class(**options)
 
 
-def _structure(model: nn.Module, skeleton: nn.Module | None, rows: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What every layer that is not as in the base architecture is now, parents before their parts."""
-    found: dict[str, dict[str, Any]] = {}
+def describe_layers(
+    model: nn.Module, skeleton: nn.Module | None, rows: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Describe every layer of a model that differs from its base architecture.
+
+    **Arguments**
+
+    - `model`: the compressed model; it is not changed.
+    - `skeleton`: its base architecture; None if unknown, and then every linear layer is described.
+    - `rows`: layer -> row of the table that `compress` returned; layers that stayed dense have one too.
+
+    **Returns** layer -> its row, if it has one, with `kind`, `in`, `out`, `rank` and `bias`, or `kind` and `parts` for a packed
+    projection. Packed projections come before their parts. Layers that stayed as they are have no `kind`.
+    """
+    layers: dict[str, dict[str, Any]] = {}
     before = {} if skeleton is None else dict(skeleton.named_modules())
     for name, module in model.named_modules():
-        if isinstance(module, tuple(KINDS.values())):
+        if isinstance(module, tuple(LAYER_KINDS.values())):
             sizes = {"in": module.in_features, "out": module.out_features, "rank": module.rank}
-            found[name] = rows.get(name, {}) | {"kind": module.storage, **sizes, "bias": module.bias is not None}
+            kind = {"kind": module.storage, **sizes, "bias": module.bias is not None}
+            layers[name] = {**rows.get(name, {}), **kind}
         elif isinstance(module, PackedLinear):
-            found[name] = {"kind": "packed", "parts": [part for part, _ in module.named_children()]}
-        elif isinstance(module, nn.Linear) and _is_new(name, module, before, found):
+            layers[name] = {"kind": "packed", "parts": [part for part, _ in module.named_children()]}
+        elif isinstance(module, nn.Linear) and _is_new(name, module, before, layers):
             sizes = {"in": module.in_features, "out": module.out_features}
-            found[name] = rows.get(name, {}) | {"kind": "linear", **sizes, "bias": module.bias is not None}
+            layers[name] = {**rows.get(name, {}), "kind": "linear", **sizes, "bias": module.bias is not None}
         elif name in rows:
-            found[name] = dict(rows[name])  # left dense; nothing to rebuild
-    return found
+            layers[name] = dict(rows[name])
+    return layers
 
 
-def _is_new(name: str, module: nn.Module, before: Mapping[str, nn.Module], found: Mapping[str, Any]) -> bool:
-    """A linear layer that the base architecture does not have, a part of a packed one or one that was a Conv1D; or may not
-    have, where the architecture is not known."""
-    parent = name.rpartition(".")[0]
-    if found.get(parent, {}).get("kind") in KINDS:
+def _is_new(name: str, module: nn.Module, before: Mapping[str, nn.Module], layers: Mapping[str, Any]) -> bool:
+    """Return True if the base has no such linear layer: it is a part of a packed one, was a Conv1D, or no base is known."""
+    parent_kind = layers.get(name.rpartition(".")[0], {}).get("kind")
+    if parent_kind in LAYER_KINDS:
         return False
-    packed = found.get(parent, {}).get("kind") == "packed"
-    return packed or not before or (name in before and type(before[name]) is not type(module))
+    return parent_kind == "packed" or not before or (name in before and type(before[name]) is not type(module))
 
 
-def _restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Puts empty layers of the recorded kinds in the places of those of the base architecture."""
+def insert_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replace layers of a base architecture by layers of the recorded kinds, in place, with parameters on the meta device.
+
+    **Arguments**
+
+    - `model`: the base architecture; it is changed.
+    - `layers`: layer -> description, see `describe_layers`.
+
+    **Raises**
+
+    - `ValueError`: an unknown kind; a layer that the base does not have.
+    """
     with init_empty_weights(include_buffers=False):
         for name, layer in layers.items():
-            kind = layer.get("kind")
-            if kind is None:
+            if (kind := layer.get("kind")) is None:
                 continue
-            try:
-                model.get_submodule(name)
-                known = True
-            except AttributeError:
-                known = name.rpartition(".")[0] in layers  # a part of a packed layer
-            if kind not in {*KINDS, "packed", "linear"}:
-                raise ValueError(f"`layers` must be of a known kind, got {kind!r} for layer {name!r}.")
-            if not known:
+            rule = f"have kinds among {sorted({*LAYER_KINDS, 'packed', 'linear'})} (layer {name!r})"
+            require(kind in {*LAYER_KINDS, "packed", "linear"}, "layers", rule, kind)
+            if not _has_module(model, name) and name.rpartition(".")[0] not in layers:
                 raise ValueError(f"`base` must have a layer {name!r}, as the compressed model has, got none.")
-            if kind == "packed":
-                replace_module(model, name, PackedLinear([nn.Linear(1, 1) for _ in layer["parts"]], layer["parts"]))
-            elif kind == "linear":
-                replace_module(model, name, nn.Linear(layer["in"], layer["out"], bias=layer["bias"]))
-            else:
-                made = KINDS[kind](layer["in"], layer["out"], layer["rank"], bias=layer["bias"])
-                replace_module(model, name, made)
+            replace_module(model, name, _build_layer(layer))
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _build_layer(layer: Mapping[str, Any]) -> nn.Module:
+    if layer["kind"] == "packed":
+        return PackedLinear([nn.Linear(1, 1) for _ in layer["parts"]], layer["parts"])
+    if layer["kind"] == "linear":
+        return nn.Linear(layer["in"], layer["out"], bias=layer["bias"])
+    return LAYER_KINDS[layer["kind"]](layer["in"], layer["out"], layer["rank"], bias=layer["bias"])

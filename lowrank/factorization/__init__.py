@@ -1,1 +1,13 @@
-"""factorization"""
+"""Work on one weight matrix: truncate it in a norm that data define, and choose its rank.
+
+- `moments`: `LayerStatistics`, the second moments of a layer, and what follows from them: whitening, shrinkage, centring.
+- `block_sums`: the formulas of the moments for one block of tokens.
+- `running_moments`: add moments up over many blocks.
+- `methods`: `METHODS`, what the outputs and the inputs of a weight count for in each method.
+- `factorize`: `factorize`, the best factors in a weighted norm; `weighted_norm`, that norm.
+- `storages`: `STORAGES`, the forms of storing factors, with their costs.
+- `rank_allocation`: ranks within a budget of parameters.
+- `spectra`: effective rank, energy and other functions of singular values.
+- `gram`: squared singular values from Gram matrices.
+- `alternatives`: other computations of the whitened optimum, for comparison.
+"""

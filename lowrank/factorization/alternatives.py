@@ -1,11 +1,11 @@
-"""Other ways to compute the whitened optimum, as they are in common use, to compare `factorize.whitened` with.
+"""Other computations of the whitened optimum in common use, to compare `whitened` with.
 
-All share the signature of a method. On well-conditioned moments they agree; they differ where G is nearly singular.
-Nothing in the library builds on them.
+All are functions `(weight, rank, statistics) -> Factors`. On well-conditioned moments they agree; they differ if G is nearly
+singular. Nothing in the library builds on them.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from statistics import median
 
@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowrank.factorization.methods import Factors, Method, whitened
-from lowrank.factorization.moments import LayerStatistics, output_norm, second_moment_eigh, statistics_of_rows
+from lowrank.factorization.factorize import Factors, factorize
+from lowrank.factorization.methods import whitened
+from lowrank.factorization.moments import LayerStatistics, output_norm, second_moment_eigh
+from lowrank.factorization.running_moments import statistics_of_rows
 
 
 def _unwhitened(weight: Tensor, rank: int, factor: Tensor, inverse: Tensor, tokens: int) -> Factors:
-    """[W S]_r S^-1, the classical form, with the singular values split evenly over the two factors."""
+    """Return [W S]_r S^-1, the classical form, with the singular values split evenly over the two factors."""
     u, sigma, vt = torch.linalg.svd(weight.to(factor.dtype) @ factor, full_matrices=False)
     root = sigma[:rank].sqrt()
     left, right = u[:, :rank] * root, (root[:, None] * vt[:rank]) @ inverse
@@ -26,14 +28,22 @@ def _unwhitened(weight: Tensor, rank: int, factor: Tensor, inverse: Tensor, toke
 
 
 def cholesky_inverse(weight: Float[Tensor, "out in"], rank: int, statistics: LayerStatistics) -> Factors:
-    """Cholesky factor of G summed in float32, its explicit inverse, and a fallback where Cholesky fails.
+    """Truncate by a Cholesky factor of G summed in float32 and its explicit inverse.
 
-    The fallback adds (|lambda_min| + 1e-6) I, an absolute constant; S and its inverse are cast to float32, as in the
+    If Cholesky fails, (|lambda_min| + 1e-6) I is added, an absolute constant. S and its inverse are cast to float32, as in the
     widely copied code of SVD-LLM (arXiv:2403.07378).
 
-    **Raises:** `torch.linalg.LinAlgError`: Cholesky fails again after the fallback.
+    **Arguments**
+
+    - `weight`: W, `(out, in)`, any floating dtype.
+    - `rank`: int in [1, min(out, in)].
+    - `statistics`: its `gram` is used.
+
+    **Raises**
+
+    - `torch.linalg.LinAlgError`: Cholesky fails again after the addition.
     """
-    gram = statistics.gram.float().double()  # the rounding of a float32 sum
+    gram = statistics.gram.float().double()  # as rounded by a sum in float32
     try:
         factor = torch.linalg.cholesky(gram)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
@@ -45,25 +55,51 @@ def cholesky_inverse(weight: Float[Tensor, "out in"], rank: int, statistics: Lay
 
 
 def eigen_inverse(weight: Float[Tensor, "out in"], rank: int, statistics: LayerStatistics) -> Factors:
-    """Eigen factor of G/N in float64 and its pseudo-inverse: eigenvalues below 1e-15 n lambda_max are dropped."""
+    """Truncate by an eigen factor of G/N in float64 and its pseudo-inverse.
+
+    Eigenvalues below 1e-15 n lambda_max are dropped.
+
+    **Arguments**
+
+    - `weight`: W, `(out, in)`, any floating dtype.
+    - `rank`: int in [1, min(out, in)].
+    - `statistics`: its `gram` and `tokens` are used.
+    """
     values, vectors = second_moment_eigh(statistics)
     root = values.sqrt()
-    kept = values > 1e-15 * len(values) * values[-1]
-    inverse = torch.where(kept, 1.0 / root.clamp_min(torch.finfo(root.dtype).tiny), 0.0)
+    large = values > 1e-15 * len(values) * values[-1]
+    inverse = torch.where(large, 1.0 / root.clamp_min(torch.finfo(root.dtype).tiny), 0.0)
     return _unwhitened(weight, rank, vectors * root, inverse[:, None] * vectors.T, statistics.tokens)
 
 
-RECIPES: dict[str, Method] = {
+def projector(weight: Float[Tensor, "out in"], rank: int, statistics: LayerStatistics) -> Factors:
+    """Truncate by the library's `whitened` and `factorize`, without any inverse.
+
+    **Arguments**
+
+    - `weight`: W, `(out, in)`, any floating dtype.
+    - `rank`: int in [1, min(out, in)].
+    - `statistics`: its `gram` is used.
+    """
+    return factorize(weight, rank, whitened(statistics, weight))
+
+
+ALTERNATIVES: dict[str, Callable[[Tensor, int, LayerStatistics], Factors]] = {
     "cholesky + inverse": cholesky_inverse,
     "eigen factor + inverse": eigen_inverse,
-    "projector": whitened,
+    "projector": projector,
 }
 
 
 def stress_cases(statistics: LayerStatistics, few: Float[Tensor, "tokens n"]) -> dict[str, LayerStatistics]:
-    """A layer's moments as they are, and in three states that real models produce.
+    """Return a layer's moments as measured, and in three states that real models produce.
 
-    **Arguments:** `few`: fewer input vectors of the layer than it has inputs.
+    **Arguments**
+
+    - `statistics`: of the layer, as measured.
+    - `few`: input vectors of the layer, `(tokens, in)`, fewer than it has inputs.
+
+    **Returns** name of the case -> `LayerStatistics`.
     """
     channels = torch.logspace(0, -6, len(statistics.gram), dtype=torch.float64, device=statistics.gram.device)
     return {
@@ -74,24 +110,34 @@ def stress_cases(statistics: LayerStatistics, few: Float[Tensor, "tokens n"]) ->
     }
 
 
-def compare_recipes(
+def compare_alternatives(
     weight: Float[Tensor, "out in"], rank: int, statistics: LayerStatistics, repeats: int
 ) -> Iterator[tuple[str, float, float, float]]:
-    """Each recipe on one layer: name, error over the optimum minus 1, excess error over ||W X||_F, median time in ms.
+    """Measure error and time of each alternative on one layer.
 
-    The errors are infinite where a recipe raises. The optimum is what the singular values of W S in float64 predict; where
-    it is zero to rounding, only the second figure means anything and the first is NaN.
+    The optimum is the tail of the singular values of W S in float64. If it is zero to rounding, only the second figure means
+    anything and the first is NaN.
+
+    **Arguments**
+
+    - `weight`: W, `(out, in)`, any floating dtype.
+    - `rank`: int in [1, min(out, in)].
+    - `statistics`: of the layer.
+    - `repeats`: int >= 1, timed runs of each alternative.
+
+    **Returns** an iterator of: name, error over the optimum minus 1, excess error over ||W X||_F, median time in ms. The errors
+    are infinite if an alternative raises.
     """
     values, vectors = second_moment_eigh(statistics)
     sigma = torch.linalg.svdvals(weight.double() @ (vectors * values.sqrt())) * statistics.tokens**0.5
     output = sigma.norm().item()
     best = sigma[rank:].norm().item()
-    for name, recipe in RECIPES.items():
+    for name, truncate in ALTERNATIVES.items():
         times, error = [], float("inf")
         for _ in range(repeats):
             start = time.perf_counter()
             try:
-                factors = recipe(weight, rank, statistics)
+                factors = truncate(weight, rank, statistics)
             except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
                 break
             times.append(time.perf_counter() - start)

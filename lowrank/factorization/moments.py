@@ -1,171 +1,225 @@
-"""Second moments of the inputs of one layer: the statistics themselves, and what is computed from them alone.
+"""Second moments of one layer: the statistics themselves, and the quantities that depend on them alone."""
 
-Blocks of tokens are multiplied in float32 and added into float64, which keeps G to about 1e-7 of its largest eigenvalue:
-enough to compress with. What the error of a nearly low-rank layer will be is decided below that; multiply in float64
-(`products`) to predict it, at about twice the cost. On the CPU the product goes through NumPy, which sees a symmetric one
-and does half the work.
-"""
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
-from dataclasses import dataclass, replace
-
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-BLOCK_TOKENS = 4096  # tokens per product: bounds its memory, and in float32 its rounding
-SLAB = 1024  # rows of a product that are widened to float64 at a time
+from lowrank.factorization.block_sums import outer_sum, sum_abs, sum_rows, sum_squared_gradients
+from lowrank.io.checks import require
+
+
+def _moment(
+    label: str,
+    merge: Literal["sum", "mean"],
+    shared: bool,
+    over_tokens: Callable[[Tensor], Tensor] | None = None,
+    over_samples: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> dict[str, Any]:
+    """Declare a field of `LayerStatistics`: every sum, file, hash and check follows from this.
+
+    `label`: its name in errors. `merge`: whether it is a sum or a mean over tokens. `shared`: True if it is of the input, which
+    layers can share, and False if it is of the gradient at the output. Its sum is over tokens, from rows `(tokens, size)` of the
+    input or of the gradient, or over samples, from inputs and gradients `(samples, tokens, size)`.
+    """
+    return dict(label=label, merge=merge, shared=shared, over_tokens=over_tokens, over_samples=over_samples)
 
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
-    """Moments of one layer's inputs over `tokens` tokens; `a + b` joins two disjoint parts of the data.
+    """Hold the moments of a layer over calibration tokens; `a + b` joins two disjoint parts of the data.
 
-    `gram`: G = sum of x x^T, `(in, in)`, float64. `tokens`: N. `mean`, `abs_mean`: means of x and of |x|, `(in,)`, float64.
-    Where a loss was given, with g its gradient at the layer's output: `gradient_gram`: sum of g g^T over tokens,
-    `(out, out)`, float64; `row_fisher`: sum over samples of the squared gradient of the loss by the weight, summed over
-    each row of the weight, `(out,)`, float64.
+    The last two need a loss; g is its gradient at the layer's output.
+
+    **Arguments**
+
+    - `gram`: G = sum of x x^T over tokens, `(in, in)`, float64.
+    - `tokens`: int N, the number of tokens.
+    - `mean`: mean of x, `(in,)`, float64.
+    - `abs_mean`: mean of |x|, `(in,)`, float64.
+    - `gradient_gram`: sum of g g^T over tokens, `(out, out)`, float64, or None.
+    - `row_fisher`: sum over samples of the squared gradient of the weight, summed over each of its rows, `(out,)`, float64, or
+      None.
     """
 
-    gram: Float[Tensor, "n n"]
+    gram: Float[Tensor, "n n"] = field(metadata=_moment("second moments of the inputs", "sum", True, outer_sum))
     tokens: int
-    mean: Float[Tensor, " n"]
-    abs_mean: Float[Tensor, " n"]
-    gradient_gram: Float[Tensor, "m m"] | None = None
-    row_fisher: Float[Tensor, " m"] | None = None
+    mean: Float[Tensor, " n"] = field(metadata=_moment("mean x", "mean", True, sum_rows))
+    abs_mean: Float[Tensor, " n"] = field(metadata=_moment("mean |x|", "mean", True, sum_abs))
+    gradient_gram: Float[Tensor, "m m"] | None = field(
+        default=None, metadata=_moment("second moments of the output gradients", "sum", False, outer_sum)
+    )
+    row_fisher: Float[Tensor, " m"] | None = field(
+        default=None, metadata=_moment("row Fisher information", "sum", False, over_samples=sum_squared_gradients)
+    )
 
     def __add__(self, other: "LayerStatistics") -> "LayerStatistics":
+        """Return the statistics of both parts of the data together."""
         if self.gram.shape != other.gram.shape:
             raise ValueError(
                 f"`other` must have moments of shape {tuple(self.gram.shape)}, got {tuple(other.gram.shape)}."
             )
-        tokens = self.tokens + other.tokens
-        return LayerStatistics(
-            gram=self.gram + other.gram,
-            tokens=tokens,
-            mean=(self.mean * self.tokens + other.mean * other.tokens) / tokens,
-            abs_mean=(self.abs_mean * self.tokens + other.abs_mean * other.tokens) / tokens,
-            gradient_gram=_sum_of_both(self.gradient_gram, other.gradient_gram),
-            row_fisher=_sum_of_both(self.row_fisher, other.row_fisher),
-        )
+        tokens, merged = self.tokens + other.tokens, {}
+        for name, rules in MOMENTS.items():
+            a, b = getattr(self, name), getattr(other, name)
+            if (a is None) != (b is None):
+                raise ValueError(f"`other` must hold {rules['label']} exactly if this one does.")
+            if a is not None:
+                mean = rules["merge"] == "mean"
+                merged[name] = (a * self.tokens + b * other.tokens) / tokens if mean else a + b
+        return LayerStatistics(tokens=tokens, **merged)
+
+    def moments(self, *, shared: bool | None = None) -> dict[str, Tensor]:
+        """Return field name -> tensor for the fields that are not None.
+
+        **Arguments**
+
+        - `shared`: True for those of the input, False for those of the gradients; by default both.
+        """
+        names = [name for name, rules in MOMENTS.items() if shared in (None, rules["shared"])]
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
-def _sum_of_both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if (a is None) != (b is None):
-        raise ValueError("`other` must hold gradient moments exactly where this one does.")
-    return None if a is None or b is None else a + b
+MOMENTS = {item.name: item.metadata for item in fields(LayerStatistics) if item.metadata}  # field -> see `_moment`
 
 
-def centred(statistics: LayerStatistics) -> LayerStatistics:
-    """The same statistics with the second moment about the mean, G - N mu mu^T, in the place of G.
+def read_moment(statistics: LayerStatistics | None, name: str, weight: Float[Tensor, "out in"]) -> Tensor:
+    """Return one field of the statistics, checked against the weight it belongs to.
 
-    What a layer does to the mean input is then left to its bias: b + (W - W') mu restores it exactly. The mean is kept for
-    that, so this is for statistics that have not been centred before.
+    **Arguments**
+
+    - `statistics`: of the layer; None raises.
+    - `name`: a tensor field of `LayerStatistics`.
+    - `weight`: the layer's weight; its shape and device are used.
+
+    **Returns** float64, on the device of `weight`.
+
+    **Raises**
+
+    - `ValueError`: a field that is missing, of another size or not finite; no tokens.
     """
-    gram = checked_gram(statistics)
+    label, shared = MOMENTS[name]["label"], MOMENTS[name]["shared"]
+    if statistics is None:
+        raise ValueError(f"`statistics` must hold {label}, got None: see collect_statistics.")
+    value, size = getattr(statistics, name), weight.shape[1 if shared else 0]
+    if value is None:
+        raise ValueError(f"`statistics` must hold {label}: pass `loss` to collect_statistics.")
+    if len(value) != size:
+        shape = tuple(weight.shape)
+        raise ValueError(
+            f"`statistics` must have {label} of size {size} for a weight of shape {shape}, got {len(value)}."
+        )
+    _check(statistics, name)
+    return value.double().to(weight.device)
+
+
+def read_gram(statistics: LayerStatistics) -> Float[Tensor, "n n"]:
+    """Return G in float64.
+
+    **Raises**
+
+    - `ValueError`: no tokens, or moments that are not finite.
+    """
+    _check(statistics, "gram")
+    return statistics.gram.double()
+
+
+def _check(statistics: LayerStatistics, name: str) -> None:
+    if statistics.tokens < 1:
+        raise ValueError(f"`statistics` must count at least one token, got {statistics.tokens}.")
+    if not all_finite(getattr(statistics, name)):
+        raise ValueError(f"`statistics` must be finite, got NaN or infinity in the {MOMENTS[name]['label']}.")
+
+
+def all_finite(values: Tensor) -> bool:
+    """Return whether no value is NaN or infinite, without a copy of the tensor as `isfinite` makes it."""
+    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
+def centre_moments(statistics: LayerStatistics) -> LayerStatistics:
+    """Replace G by the second moment about the mean, G - N mu mu^T.
+
+    The effect of a layer on the mean input is then left to its bias: b + (W - W') mu restores it exactly. The mean itself is kept
+    for that, so centre statistics only once.
+    """
+    gram = read_gram(statistics)
     return replace(statistics, gram=gram - statistics.tokens * torch.outer(statistics.mean, statistics.mean))
 
 
-def whitening_factor(statistics: LayerStatistics, shrinkage: float = 0.0) -> Float[Tensor, "n n"]:
-    """A factor S of the second moment: S S^T = G/N + shrinkage * tr(G/N)/n * I.
+def shrink_moments(statistics: LayerStatistics, shrinkage: float) -> LayerStatistics:
+    """Replace G by G + shrinkage * tr(G)/n * I.
 
-    S = Q sqrt(lambda) from the eigenvalues of G/N in float64, with what rounding left below zero set to zero: no
-    Cholesky factor that could fail, and no absolute constant, so S scales with the activations. S^-1 x is white.
+    **Arguments**
 
-    **Arguments:** `shrinkage`: >= 0, relative to the mean eigenvalue. A statistical choice (fewer tokens than about 5 per
-    dimension), not a numerical need.
+    - `statistics`: of one layer; not changed.
+    - `shrinkage`: float >= 0, relative to the mean eigenvalue. For fewer tokens than about 5 per input; no method needs it
+      numerically.
 
-    **Returns:** `(n, n)`, float64, columns by ascending eigenvalue.
+    **Raises**
 
-    **Reference:** Wang et al., SVD-LLM, ICLR 2025, arXiv:2403.07378, section 3.1, which uses a Cholesky factor.
+    - `ValueError`: `shrinkage` below 0, no tokens, or moments that are not finite.
     """
-    values, vectors = second_moment_eigh(statistics, shrinkage)
-    return vectors * values.sqrt()
+    require(shrinkage >= 0.0, "shrinkage", "be >= 0", shrinkage)
+    gram = read_gram(statistics).clone()
+    gram.diagonal().add_(shrinkage * gram.diagonal().mean())
+    return replace(statistics, gram=gram)
 
 
 def second_moment_eigh(
     statistics: LayerStatistics, shrinkage: float = 0.0
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
-    """Eigenvalues (ascending, clipped at 0) and eigenvectors of G/N + shrinkage * tr(G/N)/n * I, float64."""
-    values, vectors = torch.linalg.eigh(shrunk(statistics, shrinkage).gram / statistics.tokens)
+    """Return the eigenvalues and eigenvectors of G/N + shrinkage * tr(G/N)/n * I.
+
+    **Arguments**
+
+    - `statistics`: of one layer.
+    - `shrinkage`: float >= 0, see `shrink_moments`. Default 0.
+
+    **Returns** eigenvalues, ascending, clipped at 0, and eigenvectors as columns, float64.
+    """
+    values, vectors = torch.linalg.eigh(shrink_moments(statistics, shrinkage).gram / statistics.tokens)
     return values.clamp_min(0.0), vectors
 
 
-def shrunk(statistics: LayerStatistics, shrinkage: float) -> LayerStatistics:
-    """The same statistics with G + shrinkage * tr(G)/n * I in the place of G.
+def whitening_factor(statistics: LayerStatistics, shrinkage: float = 0.0) -> Float[Tensor, "n n"]:
+    """Return a factor S of the second moment: S S^T = G/N + shrinkage * tr(G/N)/n * I.
 
-    **Raises:** `ValueError`: `shrinkage` below 0, no tokens, or moments that are not finite.
+    S = Q sqrt(lambda) from the eigenvalues in float64, with those that rounding left below zero set to zero. No Cholesky factor
+    that could fail and no absolute constant: S scales with the activations. S^-1 x is white.
+
+    **Arguments**
+
+    - `statistics`: of one layer.
+    - `shrinkage`: float >= 0, see `shrink_moments`. Default 0.
+
+    **Returns** `(n, n)`, float64, columns by ascending eigenvalue.
+
+    **Reference** Wang et al., SVD-LLM, ICLR 2025, arXiv:2403.07378, section 3.1, which uses a Cholesky factor.
     """
-    if not shrinkage >= 0.0:
-        raise ValueError(f"`shrinkage` must be >= 0, got {shrinkage}.")
-    gram = checked_gram(statistics).clone()
-    gram.diagonal().add_(shrinkage * gram.diagonal().mean())
-    return replace(statistics, gram=gram)
+    values, vectors = second_moment_eigh(statistics, shrinkage)
+    return vectors * values.sqrt()
+
+
+def gram_norm(matrix: Float[Tensor, "m n"], gram: Float[Tensor, "n n"]) -> float:
+    """Return sqrt(tr(M G M^T)).
+
+    **Arguments**
+
+    - `matrix`: M, `(m, n)`, float64.
+    - `gram`: G, `(n, n)`, float64, on the same device.
+    """
+    return torch.einsum("mn,mn->", matrix @ gram, matrix).clamp_min(0.0).sqrt().item()
 
 
 def output_norm(weight: Float[Tensor, "m n"], statistics: LayerStatistics) -> float:
-    """||W X||_F = sqrt(tr(W G W^T)), in float64: the norm of a layer's outputs, or of the error W - W' in them."""
-    w = weight.detach().double()
-    return torch.einsum("mn,mn->", w @ checked_gram(statistics).to(w.device), w).clamp_min(0.0).sqrt().item()
+    """Return ||W X||_F, the norm of a layer's outputs, or of their error if W is a difference of weights.
 
+    **Arguments**
 
-def statistics_of_rows(rows: Float[Tensor, "tokens n"]) -> LayerStatistics:
-    """The statistics of given input vectors, multiplied in float64."""
-    moments = Moments(rows.shape[-1], rows.device, torch.float64)
-    moments.add(rows)
-    return moments.finish()
-
-
-def checked_gram(statistics: LayerStatistics) -> Float[Tensor, "n n"]:
-    """G in float64, once it is known to be usable.
-
-    **Raises:** `ValueError`: no tokens, or moments that are not finite.
+    - `weight`: W, `(out, in)`, any floating dtype; multiplied in float64.
+    - `statistics`: of the inputs X.
     """
-    if statistics.tokens < 1:
-        raise ValueError(f"`statistics` must count at least one token, got {statistics.tokens}.")
-    if not all_finite(statistics.gram):
-        raise ValueError("`statistics.gram` must be finite, got NaN or infinity.")
-    return statistics.gram.double()
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite. Looks at the extremes: `isfinite` would make a copy of the size of the tensor."""
-    return bool(torch.stack(torch.aminmax(values)).isfinite().all())
-
-
-class Moments:
-    """The running sums of one input, or of the output gradients of one layer."""
-
-    def __init__(self, size: int, device: torch.device, products: torch.dtype) -> None:
-        self.products = products
-        self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
-        self.sum = torch.zeros(size, dtype=torch.float64, device=device)
-        self.abs_sum = torch.zeros(size, dtype=torch.float64, device=device)
-        self.tokens = 0
-
-    def add(self, rows: Float[Tensor, "tokens n"]) -> None:
-        for block in rows.detach().split(BLOCK_TOKENS):
-            block = block.to(torch.promote_types(block.dtype, self.products))
-            parts = _outer_sum(block).to(self.gram.device).split(SLAB)
-            for gram, part in zip(self.gram.split(SLAB), parts, strict=True):
-                gram += part
-            self.sum += block.sum(0).to(self.sum)  # torch sums pairwise: rounding does not grow with the block
-            self.abs_sum += block.abs().sum(0).to(self.sum)
-        self.tokens += len(rows)
-
-    def finish(self) -> LayerStatistics:
-        return LayerStatistics(
-            gram=(self.gram + self.gram.T).div_(2),
-            tokens=self.tokens,
-            mean=self.sum / self.tokens,
-            abs_mean=self.abs_sum / self.tokens,
-        )
-
-
-def _outer_sum(rows: Float[Tensor, "tokens n"]) -> Float[Tensor, "n n"]:
-    """sum of x x^T over rows. NumPy sees that both factors are one matrix and calls syrk; torch multiplies in full."""
-    if rows.device.type == "cpu":
-        array = rows.numpy()
-        with np.errstate(all="ignore"):  # what is not finite is looked for afterwards, and named
-            return torch.from_numpy(array.T @ array)
-    return rows.T @ rows
+    return gram_norm(weight.detach().double(), read_gram(statistics).to(weight.device))

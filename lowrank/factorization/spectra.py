@@ -1,7 +1,7 @@
-"""Functions of singular values.
+"""Functions of singular values: ranks, energies, the nuclear norm.
 
-Each takes the singular values of one matrix, `(k,)`, or of several of the same size, `(..., k)`, in any order and any
-floating dtype, and is computed in float64. A zero matrix has rank 0 in every sense, and keeps all of its energy.
+Each takes the singular values of one matrix, `(k,)`, or of several of the same size, `(..., k)`, >= 0, in any order and any
+floating dtype, and computes in float64. A zero matrix has rank 0 by every definition, and keeps all of its energy.
 """
 
 import numpy as np
@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lowrank.io.checks import require
 
-def _checked(singular_values: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
-    """Descending and in float64."""
+
+def _sort(singular_values: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
+    """Return the values descending and in float64."""
     values = torch.as_tensor(
         np.asarray(singular_values) if isinstance(singular_values, list | tuple) else singular_values
     )
@@ -23,27 +25,27 @@ def _checked(singular_values: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
 
 
 def _ratio(part: Tensor, whole: Tensor, empty: float) -> Tensor:
-    """part / whole, and `empty` where whole is zero; differentiable on both sides."""
+    """Return part / whole, and `empty` if whole is zero; differentiable in both cases."""
     zero = whole == 0
     return torch.where(zero, torch.full_like(whole, empty), part / torch.where(zero, torch.ones_like(whole), whole))
 
 
 def _energy(singular_values: Tensor) -> Tensor:
-    """Squares, scaled by the largest value so that they neither overflow nor vanish."""
+    """Return the squares, scaled by the largest value so that they neither overflow nor vanish."""
     return _ratio(singular_values, singular_values[..., :1].expand_as(singular_values), empty=0.0).square()
 
 
 def stable_rank(singular_values: Float[Tensor, "... k"]) -> Float[Tensor, "..."]:
-    """||W||_F^2 / ||W||_2^2 = sum of sigma^2 / sigma_1^2, in [1, rank]; 0 for a zero matrix."""
-    return _energy(_checked(singular_values)).sum(-1)
+    """Return the stable rank ||W||_F^2 / ||W||_2^2 = sum of sigma^2 / sigma_1^2, in [1, rank]; 0 for a zero matrix."""
+    return _energy(_sort(singular_values)).sum(-1)
 
 
 def effective_rank(singular_values: Float[Tensor, "... k"]) -> Float[Tensor, "..."]:
-    """exp of the entropy of p = sigma / sum sigma, in [1, rank]; 0 for a zero matrix.
+    """Return exp of the entropy of p = sigma / sum sigma, in [1, rank]; 0 for a zero matrix.
 
-    **Reference:** Roy and Vetterli, The effective rank, EUSIPCO 2007.
+    **Reference** Roy and Vetterli, The effective rank, EUSIPCO 2007.
     """
-    values = _checked(singular_values)
+    values = _sort(singular_values)
     total = values.sum(-1)
     p = _ratio(values, total.unsqueeze(-1).expand_as(values), empty=0.0)
     rank = torch.special.entr(p).sum(-1).exp()
@@ -51,34 +53,51 @@ def effective_rank(singular_values: Float[Tensor, "... k"]) -> Float[Tensor, "..
 
 
 def nuclear_norm(singular_values: Float[Tensor, "... k"]) -> Float[Tensor, "..."]:
-    """The sum of the singular values."""
-    return _checked(singular_values).sum(-1)
+    """Return the sum of the singular values."""
+    return _sort(singular_values).sum(-1)
 
 
 def retained_energy(singular_values: Float[Tensor, "... k"], rank: int) -> Float[Tensor, "..."]:
-    """Share of sum sigma^2 in the `rank` largest values, in [0, 1]; 1 for a zero matrix."""
+    """Return the share of sum sigma^2 in the largest values, in [0, 1]; 1 for a zero matrix.
+
+    **Arguments**
+
+    - `singular_values`: `(..., k)`.
+    - `rank`: int in [0, k], the number of values that count.
+    """
     return 1.0 - tail_energy(singular_values, rank)
 
 
 def tail_energy(singular_values: Float[Tensor, "... k"], rank: int) -> Float[Tensor, "..."]:
-    """Share of sum sigma^2 beyond the `rank` largest values, in [0, 1]; 0 for a zero matrix."""
-    values = _checked(singular_values)
-    if not 0 <= rank <= values.shape[-1]:
-        raise ValueError(f"`rank` must be in [0, {values.shape[-1]}], got {rank}.")
+    """Return the share of sum sigma^2 beyond the largest values, in [0, 1]; 0 for a zero matrix.
+
+    **Arguments**
+
+    - `singular_values`: `(..., k)`.
+    - `rank`: int in [0, k], the number of values that do not count.
+
+    **Raises**
+
+    - `ValueError`: a rank out of range.
+    """
+    values = _sort(singular_values)
+    require(0 <= rank <= values.shape[-1], "rank", f"be in [0, {values.shape[-1]}]", rank)
     energy = _energy(values)
     return _ratio(energy[..., rank:].sum(-1), energy.sum(-1), empty=0.0)
 
 
 def rank_for_energy(singular_values: Float[Tensor, "... k"], threshold: float) -> Int[Tensor, "..."] | int:
-    """The smallest rank whose retained energy reaches `threshold`; 0 for a zero matrix.
+    """Return the smallest rank whose retained energy reaches a threshold; 0 for a zero matrix.
 
-    **Arguments:** `threshold`: in (0, 1].
+    **Arguments**
 
-    **Returns:** an int for one matrix, an int64 tensor `(...)` for several.
+    - `singular_values`: `(..., k)`.
+    - `threshold`: in (0, 1].
+
+    **Returns** an int for one matrix, an int64 tensor `(...)` for several.
     """
-    if not 0.0 < threshold <= 1.0:
-        raise ValueError(f"`threshold` must be in (0, 1], got {threshold}.")
-    reached = _energy(_checked(singular_values)).cumsum(-1)
+    require(0.0 < threshold <= 1.0, "threshold", "be in (0, 1]", threshold)
+    reached = _energy(_sort(singular_values)).cumsum(-1)
     total = reached[..., -1:]
     ranks = torch.where(total[..., 0] == 0, 0, (reached < threshold * total).sum(-1) + 1)
     return int(ranks) if ranks.dim() == 0 else ranks

@@ -1,1 +1,13 @@
-"""io"""
+"""Read and write files, and say what a result depends on, without any knowledge of models.
+
+- `files`: write a file or folder whole or not at all, and open safetensors files with clear errors.
+- `records`: JSON files that carry the name and version of their format.
+- `weights`: the tensors of a checkpoint by name, from a folder, a file, the Hub or a model in memory.
+- `hub`: models, tokenizers and data sets by Hub name, with errors that name the remedy.
+- `cache`: expensive results on disk, each under a hash of everything that determines it.
+- `hashing`: hashes of weights, tensors, files and options.
+- `dependencies`: the files of this package that a source file depends on, and a hash of their code.
+- `provenance`: commit, versions, machine and peak memory of a run.
+- `distributed`: count the processes of a distributed run and send values between them.
+- `checks`: check an argument in one line, with one form of message.
+"""

@@ -1,4 +1,4 @@
-"""Expensive results on disk, each under a hash of all that determines it."""
+"""Keep expensive results on disk, each under a hash of everything that determines it."""
 
 import json
 import os
@@ -14,7 +14,8 @@ from typing import Any
 from filelock import FileLock
 
 from lowrank.io.dependencies import ROOT, hash_code, sources
-from lowrank.io.distributed import agreed, processes
+from lowrank.io.distributed import broadcast, process_index
+from lowrank.io.files import partial_path, writing
 from lowrank.io.hashing import hash_files, hash_options
 
 HASHES = "hashes.json"  # of the other files of an entry
@@ -22,74 +23,84 @@ PACKAGES = ("torch", "transformers", "timm", "tokenizers")  # whose versions cha
 
 
 def cache_folder() -> Path:
-    """`LOWRANK_CACHE`, else `.cache` in the project, else `~/.cache/lowrank` where the package is installed alone."""
-    if named := os.environ.get("LOWRANK_CACHE"):
-        return Path(named)
+    """Return the cache folder, which need not exist.
+
+    It is `LOWRANK_CACHE` if set, else `.cache` in a clone of the project, else `~/.cache/lowrank`.
+    """
+    if folder := os.environ.get("LOWRANK_CACHE"):
+        return Path(folder)
     return ROOT / ".cache" if (ROOT / "pyproject.toml").exists() else Path.home() / ".cache" / "lowrank"
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def _hash_entry(folder: Path) -> dict[str, str]:
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {name: hash_files([path]) for name, path in files.items() if name != HASHES}
 
 
-def damage(folder: Path) -> str | None:
-    """The first file of an entry that is not as it was built; None where all are."""
+def find_damage(folder: Path) -> str | None:
+    """Return the first file of an entry that differs from the one that was built, None if all files are equal."""
     try:
         built = json.loads((folder / HASHES).read_text(encoding="utf8"))
     except (OSError, ValueError):
         return HASHES
-    found = _hashes(folder)
-    return next((name for name in sorted({*built, *found}) if built.get(name) != found.get(name)), None)
+    present = _hash_entry(folder)
+    return next((name for name in sorted({*built, *present}) if built.get(name) != present.get(name)), None)
 
 
-def _locked(folder: Path) -> AbstractContextManager[Any]:
+def _lock(folder: Path) -> AbstractContextManager[Any]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(f"{folder}.lock").acquire()
     except OSError as error:
-        raise OSError(f"`LOWRANK_CACHE` must be a folder that can be written, or hold {folder}: {error}") from error
+        raise OSError(f"`LOWRANK_CACHE` must be a writable folder, or have {folder} already: {error}") from error
 
 
-def _missing(folder: Path) -> bool:
-    """Whether a result is not there, which a damaged one is not from here on."""
-    if folder.exists() and (changed := damage(folder)):
-        warnings.warn(f"{folder} is damaged ({changed} is not as it was built): it is built again.", stacklevel=3)
+def _is_missing(folder: Path) -> bool:
+    """Return True if the entry is missing. A damaged entry is deleted first and counts as missing."""
+    if folder.exists() and (file := find_damage(folder)):
+        warnings.warn(
+            f"{folder} is damaged ({file} differs from the file that was built): rebuilding it.", stacklevel=3
+        )
         shutil.rmtree(folder)
     return not folder.exists()
 
 
-def cached(
+def load_or_build(
     kind: str, key: Mapping[str, Any], code: Path, build: Callable[[Path], None], *, together: bool = False
 ) -> Path:
-    """The folder of a result, built where it is missing or damaged.
+    """Return the folder of a result, and build it first if it is missing or damaged.
 
-    The folder appears under its name only when `build` has returned. What a killed build leaves is handed to the next
-    one, so it can resume; two processes never build the same result at once. Whole results are read where nothing can
-    be written.
+    The folder gets its name only when `build` has returned. A killed build leaves its files to the next one, which can
+    resume. Two runs never build one result at the same time. A read-only cache is still used for the entries it has.
 
-    **Arguments:** `kind`: subfolder. `key`: JSON, what determines the result. `code`: the module that builds it; its
-    code and that of all it imports, without words, and the versions of torch and the model libraries, join the key. `build`:
-    writes the result into the folder that it is given. `together`: all processes of an `accelerate launch` call this and
-    build one result between them; the first one decides, and writes it.
+    **Arguments**
 
-    **Raises:** `OSError`: the result is missing and the cache cannot be written.
+    - `kind`: subfolder of the cache.
+    - `key`: JSON values that determine the result.
+    - `code`: the module that builds it. Its code and the code of everything it imports, without docstrings and comments,
+      join the key; so do the versions of torch and the model libraries.
+    - `build`: function that writes the result into a folder, its only argument.
+    - `together`: all processes of an `accelerate launch` call this function and build one result between them. The first
+      process decides whether to build, and gives the folder its name. Default False.
 
-    **Warns:** a damaged result: a file is not as it was built. It is built again.
+    **Raises**
+
+    - `OSError`: the result is missing and the cache is not writable.
+
+    **Warns** if the result is damaged: a file differs from the one that was built.
     """
-    determined = {"key": dict(key), "code": hash_code(sources(code)), "versions": {p: version(p) for p in PACKAGES}}
-    folder = cache_folder() / kind / hash_options(determined)
-    first = processes()[1] == 0 or not together
-    decided: Callable[[Any], Any] = partial(agreed, owner=0) if together else lambda value: value
-    if decided(first and folder.exists() and not damage(folder)):
+    identity = {"key": dict(key), "code": hash_code(sources(code)), "versions": {p: version(p) for p in PACKAGES}}
+    folder = cache_folder() / kind / hash_options(identity)
+    is_first = process_index() == 0 or not together
+    agree: Callable[[Any], Any] = partial(broadcast, owner=0) if together else lambda value: value
+    if agree(is_first and folder.exists() and not find_damage(folder)):
         return folder
-    with _locked(folder) if first else nullcontext():
-        if decided(first and _missing(folder)):
-            growing = folder.with_suffix(".partial")
-            growing.mkdir(exist_ok=True)
-            build(growing)
-            if first:
-                (growing / HASHES).write_text(json.dumps(_hashes(growing)), encoding="utf8")
-                growing.rename(folder)
-        decided(None)  # the others wait for the name
+    with _lock(folder) if is_first else nullcontext():
+        if agree(is_first and _is_missing(folder)):
+            with writing(folder, resume=True) if is_first else nullcontext(partial_path(folder)) as growing:
+                growing.mkdir(parents=True, exist_ok=True)
+                build(growing)
+                if is_first:
+                    (growing / HASHES).write_text(json.dumps(_hash_entry(growing)), encoding="utf8")
+        agree(None)  # the other processes wait until the folder has its name
     return folder

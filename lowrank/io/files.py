@@ -9,27 +9,36 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 
+def partial_path(path: Path | str) -> Path:
+    """Return the temporary path beside `path` that `writing` uses."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.partial")
+
+
 @contextmanager
-def writing(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and give what was written there its name when the block ends.
+def writing(path: Path | str, *, resume: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and rename it to `path` when the block ends.
 
     A block that fails leaves `path` as it was and no temporary file. A folder at `path` is replaced as a whole.
 
     **Arguments**
 
     - `path`: the file or folder to write. Missing parent folders are made.
+    - `resume`: keep what a failed block has written, so that the next block continues from it. Default False.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(partial)
+    if not resume:
+        _remove(partial)
     try:
         yield partial
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         partial.replace(path)
     except BaseException:
-        _remove(partial)
+        if not resume:
+            _remove(partial)
         raise
 
 
@@ -42,13 +51,13 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def open_safetensors(path: Path | str, name: str = "path", device: str = "cpu") -> Iterator[Any]:
-    """Open a safetensors file for reading; what it raises inside the block becomes one clear error.
+    """Open a safetensors file for reading, and turn what goes wrong inside the block into one clear error.
 
     **Arguments**
 
     - `path`: the file.
-    - `name`: the argument to name in errors.
-    - `device`: where tensors are read to.
+    - `name`: the argument to name in errors. Default "path".
+    - `device`: the device that receives the tensors, for example "cuda:0". Default "cpu".
 
     **Raises**
 

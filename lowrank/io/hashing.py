@@ -1,4 +1,4 @@
-"""Hashes that say what something is: the weights of a model, the content of tensors, a set of options."""
+"""Hash models, tensors, files and options, so that equal content can be recognized. Every hash is 16 hex digits."""
 
 import hashlib
 import json
@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 
 def hash_options(options: Any) -> str:
-    """16 hex digits of a JSON value; the order of keys does not matter.
+    """Hash a JSON value; the order of keys does not matter.
 
-    **Raises:** `TypeError`: something in it is not JSON.
+    **Raises**
+
+    - `TypeError`: something in `options` is not JSON.
     """
     return hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def hash_files(paths: Iterable[Path]) -> str:
-    """16 hex digits of the names and contents of files, in the order given."""
+    """Hash the names and contents of files; their order matters."""
     digest = hashlib.blake2b(digest_size=8)
     for path in paths:
         digest.update(f"{path.name} {path.stat().st_size};".encode())
@@ -30,7 +32,7 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """16 hex digits of names, dtypes, shapes and bytes."""
+    """Hash the names, dtypes, shapes and bytes of tensors; the order of names does not matter."""
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous().cpu()
@@ -40,5 +42,5 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def hash_model(model: nn.Module) -> str:
-    """16 hex digits of a model's parameters and buffers: the same weights, the same hash."""
+    """Hash the parameters and buffers of a model: equal weights give equal hashes."""
     return hash_tensors(model.state_dict())

@@ -1,9 +1,11 @@
-"""io.provenance"""
+"""Describe where a result comes from: commit, versions, machine and peak memory."""
 
 import platform
 import subprocess
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,24 +13,39 @@ import torch
 from lowrank.io.dependencies import ROOT
 
 VERSIONED = ("numpy", "torch", "transformers", "timm", "datasets", "peft", "accelerate", "safetensors", "tokenizers")
+# Results depend on these files; a change in any other leaves the tree clean for `git_dirty`.
 RESULT_SOURCES = ("lowrank", "notebooks/*.py", "params", "requirements.lock", "pyproject.toml", "Snakefile")
 
 
 def environment() -> dict[str, Any]:
-    """Commit, versions and machine that a result came from."""
+    """Return the commit, the versions of Python and packages, and the machine of this run.
+
+    **Returns** JSON values by name. `git_commit` is None outside a repository. `git_dirty` says whether files that
+    results depend on have uncommitted changes.
+    """
     cuda = torch.cuda.is_available()
     return {
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--", *RESULT_SOURCES)),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in VERSIONED},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
     }
 
 
+def _cpu_model() -> str:
+    """Return the name of the processor as Linux knows it, elsewhere as Python does."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf8").splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def peak_memory_mb() -> dict[str, int]:
-    """The most memory this process has held, in MB, on the host and on the GPU where there is one."""
+    """Return the peak memory of this process in MB: `host`, and `gpu` if there is a GPU."""
     import resource  # noqa: PLC0415 (not on Windows)
 
     unit = 1024**2 if sys.platform == "darwin" else 1024
@@ -37,9 +54,9 @@ def peak_memory_mb() -> dict[str, int]:
 
 
 def _git(*words: str) -> str | None:
-    """What git prints; None outside a repository or without git."""
+    """Return what git prints, or None outside a repository or without git."""
     try:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        process = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return process.stdout.strip()

@@ -1,36 +1,55 @@
-"""JSON files with a format and its version in them: written whole or not at all, and read with errors that say what is wrong."""
+"""Write and read JSON files that carry the name and version of their format."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-
-def write_record(path: Path | str, form: str, about: Mapping[str, Any]) -> None:
-    """Writes a file of a format; the same content gives the same bytes."""
-    path = Path(path)
-    text = json.dumps({"format": form} | dict(about), indent=1, sort_keys=True, allow_nan=False)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text + "\n", encoding="utf8")
-    os.replace(partial, path)
+from lowrank.io.checks import require
+from lowrank.io.files import writing
 
 
-def read_record(path: Path | str, form: str, keys: Iterable[str], writer: str) -> dict[str, Any]:
-    """Reads a file of a format. `keys`: that it must have. `writer`: what writes such files, for the error.
+def write_record(path: Path | str, format_name: str, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all; equal content gives equal bytes.
 
-    **Raises:** `FileNotFoundError`. `ValueError`: no JSON; another format or version; a key that is missing.
+    **Arguments**
+
+    - `path`: the file. Missing parent folders are made.
+    - `format_name`: format with version, for example "lowrank.scores/1". It becomes the key "format".
+    - `content`: JSON values by name, without NaN or infinity.
+    """
+    text = json.dumps({"format": format_name} | dict(content), indent=1, sort_keys=True, allow_nan=False)
+    with writing(path) as partial:
+        partial.write_text(text + "\n", encoding="utf8")
+
+
+def read_record(path: Path | str, format_name: str, keys: Iterable[str], writer: str) -> dict[str, Any]:
+    """Read a JSON file of one format.
+
+    **Arguments**
+
+    - `path`: the file.
+    - `format_name`: the format with its version that the file must have.
+    - `keys`: keys that the file must have.
+    - `writer`: the function that writes such files, for the message.
+
+    **Returns** the content, the key "format" included.
+
+    **Raises**
+
+    - `FileNotFoundError`: no such file.
+    - `ValueError`: the file is not JSON, has another format or version, or lacks a key.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"`path` must be a file written by {writer}, got {str(path)!r}, which does not exist.")
     try:
-        about = json.loads(path.read_text(encoding="utf8"))
+        content = json.loads(path.read_text(encoding="utf8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"`path` must be whole JSON, got {str(path)!r}: {error}.") from error
-    given = about.get("format") if isinstance(about, dict) else about
-    if given != form:
-        raise ValueError(f"`path` must have format {form!r}, got {given!r} in {str(path)!r}.")
-    if lacking := [key for key in keys if key not in about]:
-        raise ValueError(f"`path` must have the key {lacking[0]!r}, got none in {str(path)!r}.")
-    return about
+    format_read = content.get("format") if isinstance(content, dict) else content
+    if format_read != format_name:
+        raise ValueError(f"`path` must have format {format_name!r}, got {format_read!r} in {str(path)!r}.")
+    for key in keys:
+        require(key in content, "path", f"have the key {key!r}", str(path))
+    return content

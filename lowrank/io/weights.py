@@ -1,5 +1,7 @@
-"""Checkpoints as tensors by name: a folder with `model.safetensors` or its shards, a single such file, a Hub name, or a model in
-memory; read one tensor at a time."""
+"""Read the tensors of a checkpoint by name, one at a time.
+
+A checkpoint is a folder with `model.safetensors` or its shards, a single such file, a Hub name, or a model in memory.
+"""
 
 import hashlib
 import json
@@ -10,20 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
+from lowrank.io.checks import require
+from lowrank.io.files import open_safetensors
 from lowrank.io.hashing import hash_model, hash_options
-from lowrank.io.hub import found
+from lowrank.io.hub import load_or_explain
 
 Source = Path | str | nn.Module
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
 
 @dataclass(frozen=True)
-class Opened:
-    """Tensors by name, read when they are asked for."""
+class OpenWeights:
+    """Hold the names and shapes of a checkpoint, and read a tensor on request.
+
+    **Arguments**
+
+    - `shapes`: tensor name -> shape.
+    - `read`: function from a tensor name to the tensor.
+    - `architecture`: `model_type` of the configuration, None if it has none.
+    - `files`: the safetensors files, empty for a model in memory.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
@@ -32,88 +42,103 @@ class Opened:
 
 
 @contextmanager
-def opened(source: Source, what: str) -> Iterator[Opened]:
-    """A checkpoint, without a tensor read. `what`: the argument that errors name.
+def open_weights(source: Source, name: str) -> Iterator[OpenWeights]:
+    """Open a checkpoint without reading a tensor.
 
-    **Raises:** `FileNotFoundError`: no such checkpoint, or a shard that its index names. `ValueError`: a file that is not whole.
+    **Arguments**
+
+    - `source`: a folder, a safetensors file, a Hub name or a model.
+    - `name`: the argument to name in errors.
+
+    **Raises**
+
+    - `FileNotFoundError`: no such checkpoint, or a shard of its index is missing.
+    - `ValueError`: a file is damaged.
     """
     if isinstance(source, nn.Module):
         state = source.state_dict()
-        config: Any = getattr(source, "config", None)
-        yield Opened({n: tuple(t.shape) for n, t in state.items()}, state.__getitem__, _architecture(config), [])
+        shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+        yield OpenWeights(shapes, state.__getitem__, _architecture(getattr(source, "config", None)), [])
         return
-    where: dict[str, Path] = {}
+    file_of: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    files = _files(source, what)
+    files = _find_files(source, name)
     for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 (no mapping)
-                    where[name], shapes[name] = path, tuple(file.get_slice(name).get_shape())
-        except SafetensorError as error:
-            raise ValueError(f"`{what}` must hold whole safetensors files, got {str(path)!r}: {error}.") from error
+        with open_safetensors(path, name) as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                file_of[key], shapes[key] = path, tuple(file.get_slice(key).get_shape())
 
-    def read(name: str) -> Tensor:
-        with safe_open(where[name], "pt") as file:  # opened anew: a file that stays open stays in memory once read
-            return file.get_tensor(name)
+    def read(key: str) -> Tensor:
+        with open_safetensors(file_of[key], name) as file:  # a file that stays open stays in memory once read
+            return file.get_tensor(key)
 
-    about = files[0].parent / CONFIG
-    config = json.loads(about.read_text(encoding="utf8")) if about.exists() else None
-    yield Opened(shapes, read, _architecture(config), files)
+    config_file = files[0].parent / CONFIG
+    config = json.loads(config_file.read_text(encoding="utf8")) if config_file.exists() else None
+    yield OpenWeights(shapes, read, _architecture(config), files)
 
 
 def _architecture(config: Any) -> str | None:
     return (config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)) or None
 
 
-def _files(source: Path | str, what: str) -> list[Path]:
-    """The safetensors files of a checkpoint."""
+def _find_files(source: Path | str, name: str) -> list[Path]:
     path = Path(source)
     if path.is_file():
         return [path]
     if not path.is_dir():
-        if path.is_absolute() or str(source).count("/") > 1 or str(source).startswith("."):
-            raise FileNotFoundError(
-                f"`{what}` must be a folder, a safetensors file or a Hub name, got {str(source)!r}."
-            )
-        import huggingface_hub  # noqa: PLC0415
-
-        wanted = ["*.safetensors", "*.safetensors.index.json", CONFIG]
-        load = lambda: huggingface_hub.snapshot_download(str(source), allow_patterns=wanted)  # noqa: E731
-        path = Path(found("checkpoint", str(source), load))
+        path = _download(source, name)
     if (index := path / INDEX).exists():
-        shards = sorted({path / name for name in json.loads(index.read_text(encoding="utf8"))["weight_map"].values()})
+        shards = sorted({path / shard for shard in json.loads(index.read_text(encoding="utf8"))["weight_map"].values()})
         if missing := [shard.name for shard in shards if not shard.exists()]:
             raise FileNotFoundError(
-                f"`{what}` must hold every shard of its index, got {str(path)!r} without {missing[0]!r}."
+                f"`{name}` must hold every shard of its index, got {str(path)!r} without {missing[0]!r}."
             )
         return shards
     if (single := path / SINGLE).exists():
         return [single]
-    raise FileNotFoundError(f"`{what}` must be a folder with {SINGLE} or {INDEX}, got {str(path)!r} with neither.")
+    raise FileNotFoundError(f"`{name}` must be a folder with {SINGLE} or {INDEX}, got {str(path)!r} with neither.")
+
+
+def _download(source: Path | str, name: str) -> Path:
+    if Path(source).is_absolute() or str(source).count("/") > 1 or str(source).startswith("."):
+        raise FileNotFoundError(f"`{name}` must be a folder, a safetensors file or a Hub name, got {str(source)!r}.")
+    import huggingface_hub  # noqa: PLC0415
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", CONFIG]
+    load = lambda: huggingface_hub.snapshot_download(str(source), allow_patterns=patterns)  # noqa: E731
+    return Path(load_or_explain("checkpoint", str(source), load))
 
 
 def read_tensors(source: Source, modules: Iterable[str]) -> dict[str, Tensor]:
-    """The parameters of whole modules, by name, and nothing else of a checkpoint.
+    """Read the parameters of some modules and nothing else of a checkpoint.
 
-    **Raises:** as `opened`; `ValueError`: a module without parameters there.
+    **Arguments**
+
+    - `source`: a folder, a safetensors file, a Hub name or a model.
+    - `modules`: dotted names of modules; all their parameters are read.
+
+    **Returns** tensor name -> tensor.
+
+    **Raises**
+
+    - `FileNotFoundError`: see `open_weights`.
+    - `ValueError`: a module has no parameters in `source`, or a file is damaged.
     """
-    with opened(source, "source") as held:
+    with open_weights(source, "source") as weights:
         tensors = {}
         for module in modules:
-            names = [name for name in held.shapes if name.startswith(f"{module}.")]
-            if not names:
-                raise ValueError(f"`modules` must have parameters in `source`, got {module!r}.")
-            tensors |= {name: held.read(name) for name in names}
+            names = [name for name in weights.shapes if name.startswith(f"{module}.")]
+            require(bool(names), "modules", "have parameters in `source`", module)
+            tensors |= {name: weights.read(name) for name in names}
         return tensors
 
 
-def source_identity(source: Source) -> str:
-    """A hash of what a checkpoint holds: the bytes of its files, or the tensors of a model in memory."""
+def hash_source(source: Source) -> str:
+    """Hash the bytes of a checkpoint's files, or the tensors of a model in memory."""
     if isinstance(source, nn.Module):
         return hash_model(source)
-    with opened(source, "source") as held:
-        files = held.files
+    with open_weights(source, "source") as weights:
+        files = weights.files
     digests = []
     for path in files:
         with path.open("rb") as file:
@@ -121,18 +146,28 @@ def source_identity(source: Source) -> str:
     return hash_options(sorted(digests))
 
 
-def named(shapes: Mapping[str, tuple[int, ...]], layers: Iterable[str]) -> set[str]:
-    """The modules with a weight of two or more dimensions that an entry of `layers` names or matches."""
+def match_modules(shapes: Mapping[str, tuple[int, ...]], layers: Iterable[str]) -> set[str]:
+    """Find the modules with a weight of two or more dimensions that match an entry of `layers`.
+
+    **Arguments**
+
+    - `shapes`: tensor name -> shape, as in `OpenWeights`.
+    - `layers`: module names, or regular expressions that must match a whole name.
+    """
     entries = list(layers)
     modules = {name.removesuffix(".weight") for name, s in shapes.items() if name.endswith(".weight") and len(s) >= 2}
     return {name for name in modules if any(name == entry or re.fullmatch(entry, name) for entry in entries)}
 
 
 def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state without repeats, contiguous on the CPU; and the repeats: name -> the name that is stored."""
+    """Split the state of a model into distinct tensors and tied names.
+
+    **Returns** name -> tensor, contiguous on the CPU, each tensor once; and name -> the name that its tensor is stored
+    under, for every further name of the same tensor.
+    """
     distinct: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    first: dict[tuple[int, torch.Size], str] = {}
+    first: dict[tuple[int, Size], str] = {}
     for name, tensor in model.state_dict().items():
         stored = first.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
         if stored == name:

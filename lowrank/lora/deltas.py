@@ -1,4 +1,4 @@
-"""What fine-tuning changed: the spectra of W_tuned - W_base, from two checkpoints that are read one tensor at a time."""
+"""Spectra of the changes W_tuned - W_base that fine-tuning makes, from two checkpoints that are read one weight at a time."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,17 +15,20 @@ from tqdm import tqdm
 from lowrank.factorization.gram import gram_matrix, slabs, squared_singular_values
 from lowrank.factorization.moments import all_finite
 from lowrank.factorization.spectra import effective_rank, rank_for_energy, retained_energy
-from lowrank.io.weights import Source, named, opened
+from lowrank.io.weights import OpenWeights, Source, match_modules, open_weights
 from lowrank.nn.targets import BLOCKS
 
 
 @dataclass(frozen=True, eq=False)
 class DeltaSpectrum:
-    """The change of one weight.
+    """Hold the spectrum of the change Delta of one weight.
 
-    `shape`: (out, in), kernels flattened to (out, in * kh * kw). `sigma`: its singular values, `(k,)`, descending, float64.
-    `total`: ||Delta||_F^2, exact. `weight_norm`: ||W_base||_F. `status`: 'zero' where nothing changed; 'noise' where no value
-    stands out of what a matrix of independent entries would have; else 'signal'.
+    **Arguments**
+
+    - `shape`: (out, in), kernels flattened to (out, in * kh * kw).
+    - `sigma`: singular values of Delta, `(k,)`, descending, float64.
+    - `total`: ||Delta||_F^2, exact.
+    - `weight_norm`: ||W_base||_F.
     """
 
     shape: tuple[int, int]
@@ -35,26 +38,34 @@ class DeltaSpectrum:
 
     @property
     def status(self) -> str:
+        """Return 'zero' if nothing changed, 'noise' if no singular value exceeds the noise edge, else 'signal'."""
         if self.total == 0:
             return "zero"
         return "signal" if self.signal_rank else "noise"
 
     @property
     def signal_rank(self) -> int:
-        """How many singular values exceed the edge of the noise; the scale of the noise is read off their median.
+        """Count the singular values that exceed the noise edge; their median gives the scale of the noise.
 
-        **Reference:** Gavish and Donoho, The optimal hard threshold for singular values is 4/sqrt(3), 2014, for the scale;
-        Marchenko and Pastur for the edge, which is moved out by the width of its fluctuations.
+        **Reference** Gavish and Donoho, The optimal hard threshold for singular values is 4/sqrt(3), 2014, for the scale;
+        Marchenko and Pastur for the edge.
         """
         return int((self.sigma.square() > noise_edge(self.shape) * self.sigma.square().median()).sum())
 
     def energy(self, rank: int) -> float:
-        """The share of ||Delta||_F^2 in the `rank` largest values."""
+        """Return the share of ||Delta||_F^2 in the largest singular values.
+
+        **Arguments**
+
+        - `rank`: number of singular values, >= 0.
+
+        **Returns** a share in [0, 1]; 1 if Delta is zero.
+        """
         return float(retained_energy(self.sigma, min(rank, len(self.sigma)))) if self.total else 1.0
 
     @property
     def row(self) -> dict[str, Any]:
-        """For a table: sizes and single figures."""
+        """Return sizes, norms, ranks and status, as a row of a table."""
         ranks = {f"rank_{int(100 * share)}": rank_for_energy(self.sigma, share) for share in (0.5, 0.9, 0.99)}
         size = {"out": self.shape[0], "in": self.shape[1], "norm": self.total**0.5, "weight_norm": self.weight_norm}
         rank = float(effective_rank(self.sigma))
@@ -62,8 +73,14 @@ class DeltaSpectrum:
 
 
 def noise_edge(shape: tuple[int, int]) -> float:
-    """The largest sigma^2 that noise of independent entries has, over the median of its sigma^2: a matrix of this shape exceeds
-    it about once in a thousand times."""
+    """Compute the edge of the spectrum of noise: the largest sigma^2 divided by the median sigma^2.
+
+    A matrix of independent entries exceeds it once in a thousand cases.
+
+    **Arguments**
+
+    - `shape`: (out, in).
+    """
     short, long = sorted(shape)
     ratio = short / long
     low, high = (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2
@@ -78,54 +95,68 @@ def noise_edge(shape: tuple[int, int]) -> float:
 def delta_spectra(
     base: Source, tuned: Source, layers: Iterable[str] = BLOCKS, *, progress: bool = True
 ) -> dict[str, DeltaSpectrum]:
-    """Spectra of the changes of all weights that two checkpoints share.
+    """Compute the spectra of the changes of all weights that two checkpoints share.
 
-    One matrix of each is in memory at a time: sigma^2 are the eigenvalues of the float64 Gram matrix on the short side, summed
-    over slabs of rows; memory: the two tensors, 8 min(out, in)^2 bytes twice, a slab. So a pair of 7B models needs about 1 GB.
+    sigma^2 are the eigenvalues of the float64 Gram matrix on the short side. Memory: one weight of each checkpoint, and twice
+    8 min(out, in)^2 bytes. A pair of 7B models needs about 1 GB.
 
-    **Arguments:** `base`, `tuned`: a folder with `model.safetensors` or its shards, a single such file, a Hub name, or a model in
-    memory; any dtype. `layers`: names or patterns of modules whose weights of two or more dimensions are meant; by default those
-    inside numbered blocks. `progress`: a bar.
+    **Arguments**
 
-    **Returns:** module name -> `DeltaSpectrum`, in the order of names.
+    - `base`, `tuned`: each a folder with `model.safetensors` or its shards, a safetensors file, a Hub name, or a model in memory;
+      any dtype.
+    - `layers`: names or regular expressions of modules with a weight of two or more dimensions; by default those inside numbered
+      blocks.
+    - `progress`: show a progress bar.
 
-    **Raises:** `FileNotFoundError`: no such checkpoint, or a shard that its index names. `ValueError`: another architecture, a
-    weight whose shape changed or that is not finite, by name; no weight in common.
+    **Returns** module -> `DeltaSpectrum`, sorted by name.
+
+    **Raises**
+
+    - `FileNotFoundError`: no such checkpoint, or a missing shard.
+    - `ValueError`: the architectures differ; a weight has another shape or is not finite, by name; no weight in common.
     """
-    with pair_of(base, tuned, layers) as (names, read):
+    with _open_pair(base, tuned, layers) as (names, read):
         spectra = {}
         for name in tqdm(names, "spectra", unit="matrix", disable=not progress):
-            spectra[name] = _spectrum(*read(name), name)
+            spectra[name] = _compute_spectrum(*read(name), name)
         return spectra
 
 
 def delta_factors(
     base: Source, tuned: Source, ranks: Mapping[str, int], *, progress: bool = True
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Factors of the changes, for a warm start: Delta ~ B A, B = U sqrt(S) `(out, r)`, A = sqrt(S) V^T `(r, in)`, float32.
+    """Factorise the changes for a warm start: Delta ~ B A with B = U sqrt(S) and A = sqrt(S) V^T.
 
-    **Arguments:** as `delta_spectra`; `ranks`: module name -> rank; ranks of 0 are left out.
+    **Arguments**
 
-    **Raises:** as `delta_spectra`; a name that is not in both checkpoints.
+    - `base`, `tuned`: as in `delta_spectra`.
+    - `ranks`: module -> rank; modules of rank 0 are left out.
+    - `progress`: show a progress bar.
+
+    **Returns** module -> (B `(out, r)`, A `(r, in)`), float32.
+
+    **Raises**
+
+    - `FileNotFoundError`, `ValueError`: as `delta_spectra`; a module that is not in both checkpoints.
     """
-    wanted = {name: rank for name, rank in ranks.items() if rank > 0}
-    with pair_of(base, tuned, [re.escape(name) for name in wanted]) as (names, read):
-        if missing := sorted(wanted.keys() - set(names)):
+    positive = {name: rank for name, rank in ranks.items() if rank > 0}
+    with _open_pair(base, tuned, [re.escape(name) for name in positive]) as (names, read):
+        if missing := sorted(positive.keys() - set(names)):
             raise ValueError(f"`ranks` must name weights of both checkpoints, got {missing[0]!r}.")
         factors = {}
         for name in tqdm(names, "factors", unit="matrix", disable=not progress):
             before, after = read(name)
             u, sigma, vh = torch.linalg.svd((after.double() - before.double()).flatten(1), full_matrices=False)
-            root, rank = sigma.sqrt(), wanted[name]
+            root, rank = sigma.sqrt(), positive[name]
             factors[name] = ((u * root)[:, :rank].float(), (root[:, None] * vh)[:rank].float())
         return factors
 
 
-def _spectrum(before: Tensor, after: Tensor, name: str) -> DeltaSpectrum:
+def _compute_spectrum(before: Tensor, after: Tensor, name: str) -> DeltaSpectrum:
     before, after = before.detach().flatten(1), after.detach().flatten(1)
-    for what, tensor in (("base", before), ("tuned", after)):
+    for argument, tensor in (("base", before), ("tuned", after)):
         if not all_finite(tensor):
-            raise ValueError(f"`{what}` must have finite weights, got NaN or infinity in {name!r}.")
+            raise ValueError(f"`{argument}` must have finite weights, got NaN or infinity in {name!r}.")
     pairs = zip(slabs(before), slabs(after), strict=True)
     values = squared_singular_values(gram_matrix(b.double() - a.double() for a, b in pairs)).flip(0)
     weight = sum(float(piece.double().square().sum()) for piece in slabs(before)) ** 0.5
@@ -133,25 +164,29 @@ def _spectrum(before: Tensor, after: Tensor, name: str) -> DeltaSpectrum:
 
 
 @contextmanager
-def pair_of(
+def _open_pair(
     base: Source, tuned: Source, layers: Iterable[str]
 ) -> Iterator[tuple[list[str], Callable[[str], tuple[Tensor, Tensor]]]]:
-    """Names of the modules that both have, and a function that reads the two weights of one."""
+    """Yield the names of the modules that both checkpoints have, and a function that reads the two weights of one."""
     with ExitStack() as stack:
-        one, two = (stack.enter_context(opened(side, what)) for side, what in ((base, "base"), (tuned, "tuned")))
-        kinds = one.architecture, two.architecture
-        if None not in kinds and kinds[0] != kinds[1]:
-            raise ValueError(f"`tuned` must have the architecture of `base`, {kinds[0]}, got {kinds[1]}.")
-        names = sorted(named(one.shapes, layers) & named(two.shapes, layers))
-        if not names:
-            raise ValueError(
-                f"`base` and `tuned` must have weights in common that `layers` names, got none of {len(one.shapes)} and "
-                f"{len(two.shapes)} tensors."
-            )
-        for name in names:
-            shapes = one.shapes[f"{name}.weight"], two.shapes[f"{name}.weight"]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"`tuned` must have the shapes of `base`: {name!r} has {shapes[1]}, `base` {shapes[0]}."
-                )
+        one = stack.enter_context(open_weights(base, "base"))
+        two = stack.enter_context(open_weights(tuned, "tuned"))
+        names = sorted(match_modules(one.shapes, layers) & match_modules(two.shapes, layers))
+        _check_pair(one, two, names)
         yield names, lambda name: (one.read(f"{name}.weight"), two.read(f"{name}.weight"))
+
+
+def _check_pair(base: OpenWeights, tuned: OpenWeights, names: list[str]) -> None:
+    if None not in (base.architecture, tuned.architecture) and base.architecture != tuned.architecture:
+        raise ValueError(
+            f"`tuned` must have the architecture of `base`, {base.architecture}, got {tuned.architecture}."
+        )
+    if not names:
+        raise ValueError(
+            f"`base` and `tuned` must have weights in common that `layers` names, got none of {len(base.shapes)} and "
+            f"{len(tuned.shapes)} tensors."
+        )
+    for name in names:
+        shape, other = base.shapes[f"{name}.weight"], tuned.shapes[f"{name}.weight"]
+        if shape != other:
+            raise ValueError(f"`tuned` must have the shapes of `base`: {name!r} has {other}, `base` {shape}.")

@@ -1,7 +1,8 @@
-"""What a batch is: a mapping as transformers models take it, or (inputs, labels) as timm models and torch loaders use.
+"""Run any model on any batch.
 
-A bare tensor is inputs without labels. Everything that runs a model on data goes through this file, so that the rest of
-the library never asks which kind it has.
+A batch is a mapping with the keyword arguments of a transformers model, or (inputs, labels) as timm models and torch loaders
+use it, or a bare tensor: inputs without labels. Everything in the library that runs a model on data goes through this file,
+so no other file asks for the form of a batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +16,18 @@ Batch = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter, the CPU where it has none."""
+    """Return the device of the model's first parameter, or the CPU if the model has no parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor on `device`."""
+def move_batch(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with every tensor on a device.
+
+    **Arguments**
+
+    - `batch`: any batch; it is not changed.
+    - `device`: where the tensors go.
+    """
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
@@ -29,7 +36,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def as_double(batch: Batch) -> Batch:
-    """The batch with floating inputs in float64, for a model cast to float64."""
+    """Return the batch with floating-point tensors in float64, for a model in float64; integers stay integers."""
     convert = lambda value: value.double() if value.is_floating_point() else value  # noqa: E731
     if isinstance(batch, Tensor):
         return convert(batch)
@@ -38,15 +45,29 @@ def as_double(batch: Batch) -> Batch:
     return tuple(convert(value) for value in batch)
 
 
-def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's output on a batch, labels withheld: the tensor itself, or the `logits` of a transformers output. Of other
-    outputs the first one: the hidden states of a bare encoder, the first entry of a mapping."""
+def run_model(model: nn.Module, batch: Batch) -> Any:
+    """Call a model on a batch without its labels and return what it returns.
+
+    **Arguments**
+
+    - `model`: any PyTorch module.
+    - `batch`: on the model's device.
+    """
     if isinstance(batch, Tensor):
-        output: Any = model(batch)
-    elif isinstance(batch, Mapping):
-        output = model(**{key: value for key, value in batch.items() if key != "labels"})
-    else:
-        output = model(batch[0])
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**{key: value for key, value in batch.items() if key != "labels"})
+    return model(batch[0])
+
+
+def select_output(output: Any) -> Tensor:
+    """Return the tensor that matters of a model's output.
+
+    **Arguments**
+
+    - `output`: a tensor, which is returned; an output of transformers, of which the `logits` are returned; a mapping or
+      sequence, of which the first entry is (the hidden states of a bare encoder).
+    """
     if isinstance(output, Tensor):
         return output
     if hasattr(output, "logits"):
@@ -54,23 +75,41 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
     return next(iter(output.values())) if isinstance(output, Mapping) else output[0]
 
 
+def compute_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the logits of a model on a batch, or its first output if it has none. Labels are not passed.
+
+    **Arguments**
+
+    - `model`: any PyTorch module.
+    - `batch`: on the model's device.
+    """
+    return select_output(run_model(model, batch))
+
+
 def has_labels(batch: Batch) -> bool:
-    """Whether a batch holds labels."""
+    """Return True if the batch contains labels."""
     return "labels" in batch if isinstance(batch, Mapping) else isinstance(batch, Sequence) and len(batch) > 1
 
 
-def labels(batch: Batch) -> Tensor:
-    """The labels of a batch.
+def get_labels(batch: Batch) -> Tensor:
+    """Return the labels of a batch.
 
-    **Raises:** `ValueError`: the batch has none.
+    **Raises**
+
+    - `ValueError`: the batch has no labels.
     """
     if not has_labels(batch):
-        raise ValueError("`batch` must hold labels: a mapping with the key 'labels', or (inputs, labels).")
+        raise ValueError("`batch` must have labels: a mapping with the key 'labels', or (inputs, labels).")
     return batch["labels"] if isinstance(batch, Mapping) else batch[1]
 
 
-def token_mask(batch: Batch) -> Tensor | None:
-    """`attention_mask` as booleans, `(batch, tokens)`: false on padding. None where the batch has no mask."""
+def get_token_mask(batch: Batch) -> Tensor | None:
+    """Return the `attention_mask` of a batch: `(batch, tokens)`, bool, False on padding; None if it has no mask.
+
+    **Raises**
+
+    - `ValueError`: a mask of another shape.
+    """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if mask is not None and mask.dim() != 2:
         raise ValueError(f"`attention_mask` must have shape (batch, tokens), got {tuple(mask.shape)}.")
@@ -78,8 +117,8 @@ def token_mask(batch: Batch) -> Tensor | None:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside, every module's mode restored after."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode inside a `with` block, and restore the mode of every module afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""What a model costs to run: floating-point operations, memory, time. Measured fairly, or not at all.
+"""Measure what a model costs to run: floating-point operations, memory, time.
 
-Competitors take turns in one process, so that a machine that slows down slows them alike; the first rounds are a warm-up;
-the device is waited for before the clock is read; what is reported are all rounds, for a median and a spread.
+Candidates take turns in one process, so a machine that slows down affects all of them. The first rounds are a warm-up. The clock
+is read only after the device has finished. All rounds are returned, for a median and a spread.
 """
 
 import os
@@ -14,13 +14,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank.nn.batches import device_of, evaluating
+from lowrank.nn.batches import device_of, eval_mode
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes lines with times to stderr otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to stderr
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -34,11 +34,16 @@ def time_in_turns(
     warmup: int = 2,
     device: torch.device | str = "cpu",
 ) -> dict[str, list[float]]:
-    """Seconds of each call of each function, called in turn.
+    """Time functions in turn: all once, then all again.
 
-    **Arguments:** `repeats`, `warmup`: rounds that count, and rounds before them that do not.
+    **Arguments**
 
-    **Returns:** name -> `repeats` times in seconds.
+    - `functions`: name -> function without arguments.
+    - `repeats`: number of rounds that count; default 10.
+    - `warmup`: number of rounds before them that do not count; default 2.
+    - `device`: the device to wait for around each call; default: the CPU.
+
+    **Returns** name -> `repeats` times in seconds.
     """
     device = torch.device(device)
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -54,32 +59,44 @@ def time_in_turns(
 
 
 def count_flops(function: Callable[[], object]) -> int:
-    """Floating-point operations of a call, a multiplication and an addition counted as two: matrix products, convolutions
-    and attention, as torch counts them. The ratio of two models is the ceiling of what one can be faster."""
+    """Count the floating-point operations of a call: matrix products, convolutions and attention.
+
+    A multiplication and an addition count as two operations. The ratio of two models bounds the speed-up that one can have.
+
+    **Arguments**
+
+    - `function`: function without arguments; it is called once, without gradients.
+    """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         function()
     return counter.get_total_flops()
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
+    """Count the bytes of all parameters and buffers of a model; shared tensors count once."""
     tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def training_step(
+def build_training_step(
     model: nn.Module,
     loss: Callable[[nn.Module], Tensor],
     *,
     clip: float = 1.0,
     precision: str = "fp32",
 ) -> tuple[Callable[[], None], int]:
-    """A training step of what is trainable in a model, to be timed: forward, backward, clipping, AdamW. One step is taken at
-    once, so that the optimiser has its state; the learning rate is so small that the weights stay where they are.
+    """Build a training step to be timed: forward, backward, clipping, AdamW on all trainable parameters.
 
-    **Arguments:** `loss`: `model -> scalar`, on a fixed batch. `clip`, `precision`: as in `lowrank.training.loop.Recipe`.
+    One step is taken here, so that the optimizer has its state. The learning rate is 1e-9, so the weights hardly change.
 
-    **Returns:** the step, and the bytes that are held between steps: weights, buffers, the optimiser's state.
+    **Arguments**
+
+    - `model`: any PyTorch module; it is put in training mode.
+    - `loss`: function `model -> scalar tensor`, on a fixed batch.
+    - `clip`: largest norm of the gradient, > 0; default 1.
+    - `precision`: 'fp32' (default) or 'bf16' (autocast).
+
+    **Returns** the step, a function without arguments; the bytes kept between steps: weights, buffers, optimizer state.
     """
     trained = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-9, weight_decay=0.0)
@@ -99,9 +116,16 @@ def training_step(
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """The most bytes that a call holds at once beyond what was held before it: activations, and caches of keys and values.
+    """Measure the peak memory of a call beyond the memory in use before it: activations, caches of keys and values.
 
-    On CUDA as its allocator counts; elsewhere as torch's profiler sees blocks of host memory come and go.
+    On CUDA the allocator counts; elsewhere torch's profiler records each allocation in host memory.
+
+    **Arguments**
+
+    - `function`: function without arguments; it is called once, without gradients.
+    - `device`: the device whose memory counts; default: the CPU.
+
+    **Returns** bytes.
     """
     device = torch.device(device)
     with torch.no_grad():
@@ -114,20 +138,25 @@ def peak_bytes(function: Callable[[], object], device: torch.device | str = "cpu
             return torch.cuda.max_memory_allocated(device) - before
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             function()
-    held = peak = 0
+    in_use = peak = 0
     events: Any = profile.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        in_use += event.nbytes()
+        peak = max(peak, in_use)
     return peak
 
 
 def top_operators(function: Callable[[], object], device: torch.device | str = "cpu") -> list[dict[str, Any]]:
-    """Where the time of a call goes, by operator, the longest first, after one call that is not looked at.
+    """Measure the time of each operator in a call, after one warm-up call.
 
-    Times are an operator's own: what it calls is counted there, not here, so that they add up to the whole.
+    The time of an operator excludes the operators that it calls, so the times add up to the whole.
 
-    **Returns:** rows of `operator`, `calls`, `self_ms`, `share` of the sum over all operators.
+    **Arguments**
+
+    - `function`: function without arguments; it is called twice, without gradients.
+    - `device`: the device whose time counts; default: the CPU.
+
+    **Returns** one row per operator, the longest time first: `operator`, `calls`, `self_ms` in milliseconds, `share` of the sum.
     """
     device = torch.device(device)
     cuda = device.type == "cuda"
@@ -138,13 +167,13 @@ def top_operators(function: Callable[[], object], device: torch.device | str = "
         with torch.profiler.profile(activities=activities) as profile:
             function()
             synchronize(device)
-    # on a GPU each kernel is an entry beside the operator that launched it: operators alone are counted
+    # on a GPU each kernel has an entry beside the operator that launched it: count the operators only
     host = [event for event in profile.key_averages() if event.device_type == torch.profiler.DeviceType.CPU]  # pyright: ignore
-    own = {
+    times = {
         event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total, event.count) for event in host
     }
-    total = sum(time for time, _ in own.values()) or 1.0
-    longest = sorted(own.items(), key=lambda item: -item[1][0])
+    total = sum(time for time, _ in times.values()) or 1.0
+    longest = sorted(times.items(), key=lambda item: -item[1][0])
     return [
         {"operator": name, "calls": count, "self_ms": time / 1e3, "share": time / total}
         for name, (time, count) in longest
@@ -160,12 +189,18 @@ def generate_in_turns(
     repeats: int = 5,
     warmup: int = 1,
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of greedy generation with a cache of keys and values, `new_tokens` for every prompt, never fewer.
+    """Time greedy generation with a cache of keys and values; models take turns.
 
-    **Arguments:** `models`: name -> causal language model of transformers; all on one device.
+    **Arguments**
 
-    **Returns:** name -> `prefill`: the pass over the prompts, which gives the first token; `decode`: the passes over one token
-    per prompt that give the others; `repeats` times of each.
+    - `models`: name -> causal language model of transformers, all on one device.
+    - `prompt`: token ids, `(batch, tokens)`, int64.
+    - `new_tokens`: tokens to generate for every prompt, >= 1; an end-of-text token does not stop it.
+    - `repeats`: number of rounds that count; default 5.
+    - `warmup`: number of rounds before them that do not count; default 1.
+
+    **Returns** name -> `prefill` and `decode`, `repeats` times in seconds each. `prefill` is the pass over the prompts, which
+    gives the first token. `decode` is all passes over one token per prompt, which give the others.
     """
     times: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
     for turn in range(warmup + repeats):
@@ -178,7 +213,7 @@ def generate_in_turns(
 
 
 def _generate(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         synchronize(prompt.device)
         start = time.perf_counter()
         state = model(input_ids=prompt, use_cache=True, logits_to_keep=1)

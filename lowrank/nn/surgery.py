@@ -1,4 +1,4 @@
-"""nn.surgery"""
+"""Replace modules of a model: packed projections by their parts, `Conv1D` layers by linear ones, any module by another."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,7 +11,13 @@ from lowrank.nn.targets import find_linears, is_conv1d
 
 
 class PackedLinear(nn.Module):
-    """A packed projection (fused q, k, v) as separate linear layers with one input, whose outputs are joined again."""
+    """Apply several linear layers to one input and join their outputs: a packed projection (q, k, v) taken apart.
+
+    **Arguments**
+
+    - `parts`: the layers, in the order of their outputs.
+    - `names`: one name for each part.
+    """
 
     def __init__(self, parts: Sequence[nn.Linear], names: Sequence[str]) -> None:
         super().__init__()
@@ -19,30 +25,37 @@ class PackedLinear(nn.Module):
             self.add_module(name, part)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """Apply every part to `x`, `(..., in)`, and join the outputs, `(..., out)`."""
         return torch.cat([part(x) for part in self.children()], dim=-1)
 
     def dense(self) -> Float[Tensor, "out in"]:
-        """The packed weight in float64; every part must be an `nn.Linear`."""
+        """Return the packed weight, `(out, in)`, float64; every part must be an `nn.Linear`."""
         parts: list[Any] = list(self.children())
         return torch.cat([part.weight.detach().double() for part in parts])
 
     @property
     def bias(self) -> Tensor | None:
+        """Return the packed bias, `(out,)`, or None."""
         parts: list[Any] = list(self.children())
         return None if parts[0].bias is None else torch.cat([part.bias for part in parts])
 
 
 def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] = ("q", "k", "v")) -> list[str]:
-    """Replaces packed projections by their parts, in place; the outputs stay the same.
+    """Replace packed projections by their parts, in place; the outputs of the model stay the same.
 
-    timm packs q, k and v into one `qkv` weight, `(3 d, d)`, in this order. Apart, each has a rank of its own.
+    timm packs q, k and v into one `qkv` weight, `(3 d, d)`, in this order. As separate layers, each gets a rank of its own.
 
-    **Arguments:** `layers`: names or patterns of the packed layers. `parts`: their names, in the order of the rows, all of
-    one size.
+    **Arguments**
 
-    **Returns:** the names of the new layers.
+    - `model`: any PyTorch module; it is changed.
+    - `layers`: names or patterns of the packed layers.
+    - `parts`: names of the parts, in the order of the rows; all have the same number of rows.
 
-    **Raises:** `ValueError`: a layer whose outputs do not divide evenly.
+    **Returns** the names of the new layers.
+
+    **Raises**
+
+    - `ValueError`: a layer whose outputs do not divide evenly; nothing is changed then.
     """
     packed = find_linears(model, layers)
     for name, layer in packed.items():
@@ -53,30 +66,38 @@ def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] =
     for name, layer in packed.items():
         biases = [None] * len(parts) if layer.bias is None else layer.bias.detach().chunk(len(parts))
         weights = layer.weight.detach().chunk(len(parts))
-        made = [as_linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-        replace_module(model, name, _like(PackedLinear(made, parts), layer))
+        pieces = [as_linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        replace_module(model, name, _copy_mode(PackedLinear(pieces, parts), layer))
     return [f"{name}.{part}" for name in packed for part in parts]
 
 
 def unify_linears(model: nn.Module) -> list[str]:
-    """Replaces every `Conv1D` of transformers (GPT-2), which stores W transposed, by an `nn.Linear`, in place.
+    """Replace every `Conv1D` of transformers (GPT-2) by an `nn.Linear`, in place; the outputs of the model stay the same.
 
-    **Returns:** the names of the replaced layers.
+    A `Conv1D` stores its weight transposed, `(in, out)`. The methods of this library expect `(out, in)`.
+
+    **Returns** the names of the replaced layers.
     """
-    found = [name for name, module in model.named_modules() if is_conv1d(module)]
-    for name in found:
+    names = [name for name, module in model.named_modules() if is_conv1d(module)]
+    for name in names:
         layer: Any = model.get_submodule(name)
-        replace_module(model, name, _like(as_linear(layer.weight.detach().T, layer.bias.detach()), layer))
-    return found
+        replace_module(model, name, _copy_mode(as_linear(layer.weight.detach().T, layer.bias.detach()), layer))
+    return names
 
 
-def _like(made: nn.Module, layer: nn.Module) -> nn.Module:
-    """The new layer, trained or frozen, in training or evaluation mode as the one that it replaces."""
-    return made.requires_grad_(next(layer.parameters()).requires_grad).train(layer.training)
+def _copy_mode(module: nn.Module, layer: nn.Module) -> nn.Module:
+    """Freeze the new module, and put it in training mode, as the layer that it replaces."""
+    return module.requires_grad_(next(layer.parameters()).requires_grad).train(layer.training)
 
 
 def as_linear(weight: Float[Tensor, "out in"], bias: Tensor | None) -> nn.Linear:
-    """An `nn.Linear` with copies of a weight and a bias."""
+    """Build an `nn.Linear` from copies of a weight and a bias.
+
+    **Arguments**
+
+    - `weight`: `(out, in)`, any dtype and device.
+    - `bias`: `(out,)`, or None for a layer without bias.
+    """
     out, inputs = weight.shape
     with torch.device("meta"):
         layer = nn.Linear(inputs, out, bias=bias is not None)
@@ -87,6 +108,13 @@ def as_linear(weight: Float[Tensor, "out in"], bias: Tensor | None) -> nn.Linear
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of the one at a dotted name."""
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)
+    """Replace the submodule at a dotted name, in place.
+
+    **Arguments**
+
+    - `model`: any PyTorch module; it is changed.
+    - `name`: dotted name of the submodule to replace.
+    - `module`: the new submodule.
+    """
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,4 +1,7 @@
-"""Which layers a method works on: dotted module names, or patterns of them."""
+"""Find layers of a model by name or by pattern.
+
+An entry of a list of layers is a dotted module name, or a regular expression that must match a whole name.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,107 +12,154 @@ from torch import Tensor, nn
 # classifiers and `lm_head` stand outside the blocks, so one pattern serves BERT, Llama, OPT, ViT and their relatives.
 BLOCKS = (r".*\.\d+\..*|\d+\..*",)
 
-# Output layers and embeddings, as transformers, timm and torchvision call them.
-ENDS = (
+# Names of output layers and embeddings in transformers, timm and torchvision.
+HEADS_AND_EMBEDDINGS = (
     r"(.*\.)?(head|heads|lm_head|cls|classifier|pre_classifier|score|qa_outputs)(\..*)?|fc",
     r"(.*\.)?\w*embed\w*(\..*)?",
 )
 
 
 def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, nn.Linear]:
-    """The linear layers of a model that are named, in the order in which the model declares them.
+    """Find the linear layers that an entry names or matches.
 
-    **Arguments:** `layers`: each entry a dotted module name, or a regular expression that must match a whole name.
+    **Arguments**
 
-    **Returns:** name -> layer, without repeats.
+    - `model`: any PyTorch module; it is not changed.
+    - `layers`: names or patterns; by default all linear layers inside numbered blocks.
 
-    **Raises:** `ValueError`: an entry that names no `nn.Linear` of the model.
+    **Returns** name -> layer, without repeats, in the order in which the model declares them.
+
+    **Raises**
+
+    - `ValueError`: an entry that matches no `nn.Linear`; a single string instead of a list.
     """
-    if isinstance(layers, str):
-        raise ValueError(f"`layers` must be a list of names or patterns, got the single string {layers!r}.")
+    _refuse_string("layers", layers)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     transposed = [name for name, module in model.named_modules() if is_conv1d(module)]
-    wanted: set[str] = set()
+    selected: set[str] = set()
     for entry in layers:
         matched = {entry} & linears.keys() or {name for name in linears if re.fullmatch(entry, name)}
-        if not matched and (other := next((n for n in transposed if n == entry or re.fullmatch(entry, n)), None)):
+        if not matched and (other := next((name for name in transposed if _matches(name, entry)), None)):
             raise ValueError(
                 f"`layers` must match nn.Linear modules, got {entry!r}, which matches {other!r}, a Conv1D: call "
                 "lowrank.nn.surgery.unify_linears(model) first."
             )
         if not matched:
-            some = ", ".join(list(linears)[:6]) or "none at all"
-            raise ValueError(f"`layers` must match nn.Linear modules of the model, got {entry!r}; it has: {some} ...")
-        wanted |= matched
-    return {name: module for name, module in linears.items() if name in wanted}
+            raise ValueError(
+                f"`layers` must match nn.Linear modules of the model, got {entry!r}; it has: {_first(linears)} ..."
+            )
+        selected |= matched
+    return {name: module for name, module in linears.items() if name in selected}
 
 
-def chosen(names: Iterable[str], include: Iterable[str], exclude: Iterable[str] = ()) -> list[str]:
-    """The names that some entry of `include` matches and none of `exclude`, in their order.
+def select_names(names: Iterable[str], include: Iterable[str], exclude: Iterable[str] = ()) -> list[str]:
+    """Select the names that an entry of `include` matches and no entry of `exclude` matches.
 
-    **Arguments:** entries are names, or regular expressions that must match a whole name.
+    **Arguments**
 
-    **Raises:** `ValueError`: a single string instead of entries; an entry of `include` that matches no name.
+    - `names`: dotted module names.
+    - `include`: names or patterns; each must match a name.
+    - `exclude`: names or patterns; by default none.
+
+    **Returns** the selected names, in the order of `names`.
+
+    **Raises**
+
+    - `ValueError`: a single string instead of a list; an entry of `include` that matches no name.
     """
     names = list(names)
-    for what, entries in (("include", include), ("exclude", exclude)):
-        if isinstance(entries, str):
-            raise ValueError(f"`{what}` must be a list of names or patterns, got the single string {entries!r}.")
-    matches = {entry: {name for name in names if name == entry or re.fullmatch(entry, name)} for entry in include}
-    if idle := next((entry for entry, found in matches.items() if not found), None):
-        some = ", ".join(names[:6]) or "none at all"
-        raise ValueError(f"`include` must match layers of the model, got {idle!r}; it has: {some} ...")
-    wanted = set().union(*matches.values())
-    without = {name for name in wanted for entry in exclude if name == entry or re.fullmatch(entry, name)}
-    return [name for name in names if name in wanted - without]
+    _refuse_string("include", include)
+    _refuse_string("exclude", exclude)
+    matches = {entry: {name for name in names if _matches(name, entry)} for entry in include}
+    if idle := next((entry for entry, matched in matches.items() if not matched), None):
+        raise ValueError(f"`include` must match layers of the model, got {idle!r}; it has: {_first(names)} ...")
+    included = set().union(*matches.values())
+    excluded = {name for name in included for entry in exclude if _matches(name, entry)}
+    return [name for name in names if name in included - excluded]
 
 
 def find_weights(model: nn.Module, include: Iterable[str] = (".*",), exclude: Iterable[str] = ()) -> dict[str, Tensor]:
-    """The weights of linear layers, convolutions and the projections that `nn.MultiheadAttention` keeps as bare parameters.
+    """Find the weights of linear layers, convolutions and attention projections.
 
-    **Returns:** layer -> weight; a packed projection of attention is `<module>.in_proj`, separate ones `<module>.q_proj` and
-    so on.
+    `nn.MultiheadAttention` keeps its projections as bare parameters. A packed one is called `<module>.in_proj`, separate ones
+    `<module>.q_proj`, `<module>.k_proj` and `<module>.v_proj`.
 
-    **Raises:** `ValueError`: as `chosen`.
+    **Arguments**
+
+    - `model`: any PyTorch module; it is not changed.
+    - `include`, `exclude`: names or patterns of layers, see `select_names`; by default all layers.
+
+    **Returns** layer -> weight, in the order of the model.
+
+    **Raises**
+
+    - `ValueError`: as in `select_names`.
     """
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            found[name] = module.weight
+            weights[name] = module.weight
         elif isinstance(module, nn.MultiheadAttention):
             for part in ("in_proj", "q_proj", "k_proj", "v_proj"):
                 if (weight := getattr(module, f"{part}_weight")) is not None:
-                    found[f"{name}.{part}"] = weight
-    return {name: found[name] for name in chosen(found, include, exclude)}
+                    weights[f"{name}.{part}"] = weight
+    return {name: weights[name] for name in select_names(weights, include, exclude)}
 
 
-def shared_weights(model: nn.Module, linears: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, list[str]]:
-    """layer -> the names of its weight, for those whose weight another module holds too."""
+def find_shared_weights(model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, list[str]]:
+    """Find the layers whose weight is a parameter of another module too, as in tied embeddings.
+
+    **Arguments**
+
+    - `model`: the whole model.
+    - `layers`: name -> layer, the layers to look at.
+
+    **Returns** layer -> all names of its weight in the model, for shared weights only.
+    """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    found = {name: names[id(layer.weight)] for name, layer in linears.items()}
-    return {name: held for name, held in found.items() if len(held) > 1}
+    aliases = {name: names[id(layer.weight)] for name, layer in layers.items()}
+    return {name: alias for name, alias in aliases.items() if len(alias) > 1}
 
 
 def is_conv1d(module: nn.Module | None) -> bool:
-    """Whether it is the `Conv1D` of transformers: a linear layer with its weight transposed, `(in, out)`."""
+    """Return True if the module is a `Conv1D` of transformers: a linear layer that stores W transposed, `(in, out)`."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def split_block(name: str) -> tuple[str, str]:
-    """The block of a layer and what it is there: `model.layers.3.mlp.up_proj` -> ('model.layers.3', 'mlp.up_proj').
+    """Split the name of a layer into its block and its place there.
 
-    The blocks of a stage are blocks of their own (`stages.1.blocks.2`); what is numbered inside a block, as experts are, is
-    not. ('', name) outside blocks.
+    `model.layers.3.mlp.up_proj` gives ('model.layers.3', 'mlp.up_proj'). In a model of stages, each block of a stage is a block
+    (`stages.1.blocks.2`). Numbered modules inside a block, such as experts, are no blocks.
+
+    **Returns** (block, place); ('', name) outside blocks.
     """
     block = re.match(r"(?:.*?\.)?\d+(?:\.(?:blocks|layers)\.\d+)?(?=\.)", name)
     return (block[0], name[block.end() + 1 :]) if block else ("", name)
 
 
 def depth_and_kind(name: str) -> tuple[int, str]:
-    """Where a layer stands and what it is: `model.layers.3.mlp.up_proj` -> (3, 'mlp.up_proj'); depth -1 outside blocks. Of a
-    model in stages the depth is the stage."""
+    """Split the name of a layer into the number of its block and its place there.
+
+    `model.layers.3.mlp.up_proj` gives (3, 'mlp.up_proj'). In a model of stages, the number is the number of the stage.
+
+    **Returns** (depth, kind); the depth is -1 outside blocks.
+    """
     block, kind = split_block(name)
     number = re.search(r"\d+", block)
     return (int(number[0]) if number else -1), kind
+
+
+def _matches(name: str, entry: str) -> bool:
+    return name == entry or bool(re.fullmatch(entry, name))
+
+
+def _first(names: Iterable[str]) -> str:
+    return ", ".join(list(names)[:6]) or "none at all"
+
+
+def _refuse_string(argument: str, entries: Iterable[str]) -> None:
+    if isinstance(entries, str):
+        raise ValueError(f"`{argument}` must be a list of names or patterns, got the single string {entries!r}.")

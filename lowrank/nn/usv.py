@@ -1,6 +1,5 @@
-"""Layers whose weight is U S V^T with fixed orthonormal bases U, V and a small trained matrix S."""
+"""Layers with a weight U S V^T: fixed orthonormal bases U and V, and a small trained matrix S (OIALR)."""
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,13 +7,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowrank.nn.targets import chosen, shared_weights
-
-THINNEST = 10  # a weight whose sides differ by more than this factor has little to give
-
 
 class USV(NamedTuple):
-    """`u` `(m, r)` and `vh` `(r, n)`, orthonormal columns and rows; `s` `(r, r)`."""
+    """Hold the three matrices of a weight U S V^T, `(m, n)`.
+
+    **Arguments**
+
+    - `u`: U, `(m, r)`, with orthonormal columns.
+    - `s`: S, `(r, r)`.
+    - `vh`: V^T, `(r, n)`, with orthonormal rows.
+    """
 
     u: Tensor
     s: Tensor
@@ -22,7 +24,7 @@ class USV(NamedTuple):
 
 
 class _Bases(nn.Module):
-    """What both layers share: the buffers `u`, `vh`, the parameter `s`, a bias, and W = U S V^T of the flattened weight."""
+    """Hold buffers `u` and `vh`, parameter `s` and a bias, for the flattened weight W = U S V^T of either layer below."""
 
     u: Tensor
     vh: Tensor
@@ -34,20 +36,28 @@ class _Bases(nn.Module):
         self.register_buffer("vh", torch.eye(rank, inputs, dtype=dtype))
         self.s = nn.Parameter(torch.zeros(rank, rank, dtype=dtype))  # declared before the bias, as a weight is
         self.register_parameter("bias", nn.Parameter(torch.zeros(out, dtype=dtype)) if bias else None)
-        self.dense_dtype = self.s.dtype  # of the weight that this one stands for
+        self.dense_dtype = self.s.dtype  # `merge` returns to the dtype of the converted layer
 
     @property
     def rank(self) -> int:
+        """Return r, the size of S."""
         return len(self.s)
 
     @property
     def usv(self) -> USV:
-        """The three matrices in float64, apart from the graph."""
+        """Return copies of the three matrices in float64, without gradients."""
         return USV(self.u.double(), self.s.detach().double(), self.vh.double())
 
     @torch.no_grad()
     def set_usv(self, usv: USV) -> nn.Parameter:
-        """Takes other matrices over: into the same tensors where the rank is the same. Returns the parameter that is trained."""
+        """Replace the three matrices: inside the same tensors if the rank stays, else by new tensors.
+
+        **Arguments**
+
+        - `usv`: the new matrices, of any rank; they are cast to the dtype and device of the layer.
+
+        **Returns** the parameter S, which is a new one if the rank changed.
+        """
         if len(usv.s) == self.rank:
             self.u.copy_(usv.u)
             self.vh.copy_(usv.vh)
@@ -57,28 +67,36 @@ class _Bases(nn.Module):
             self.s = nn.Parameter(usv.s.to(self.s).contiguous(), requires_grad=self.s.requires_grad)
         return self.s
 
-    def thin(self, tokens: int) -> bool:
-        """Whether three products with `tokens` vectors cost less than to multiply the weight out and use it."""
+    def is_thin(self, tokens: int) -> bool:
+        """Return True if three thin products with `tokens` vectors cost less than computing U S V^T and using it."""
         (m, r), n = self.u.shape, self.vh.shape[1]
         return tokens * r * (m + r + n) < tokens * m * n + r * m * (r + n)
 
     def flat_weight(self) -> Float[Tensor, "out flat"]:
-        """U S V^T, multiplied anew at each call; gradients reach S."""
+        """Compute U S V^T, `(out, flat)`, with gradients for S; each call multiplies again."""
         return self.u @ self.s @ self.vh
 
     def dense(self) -> Float[Tensor, "out flat"]:
-        """U S V^T in float64, apart from the graph."""
+        """Compute U S V^T, `(out, flat)`, in float64, without gradients."""
         u, s, vh = self.usv
         return u @ s @ vh
 
 
 class USVLinear(_Bases):
-    """y = U (S (V^T x)) + b with S, `s`, `(rank, rank)`, trained; `u` `(out, rank)` and `vh` `(rank, in)` are buffers.
+    """Compute y = U (S (V^T x)) + b, and train S and b only.
 
-    Three thin products where they cost less, otherwise one product with U S V^T multiplied out: low rank saves compute, full rank
-    does not cost more than it must. The matrices are kept in at least float32, where bases stay orthonormal.
+    `u` `(out, rank)` and `vh` `(rank, in)` are buffers, `s` `(rank, rank)` is a parameter. A pass takes three thin products if
+    they cost less, else it computes U S V^T and takes one product: a low rank saves time, and full rank costs little more than a
+    dense layer. `from_dense` uses at least float32, because bases in bfloat16 are orthonormal to 3 % only.
 
-    **Reference:** Coquelin et al., arXiv:2401.08505, section 4 (which multiplies the whole weight out in every pass).
+    **Arguments**
+
+    - `in_features`, `out_features`: sizes of the weight, `(out, in)`.
+    - `rank`: size of S, in [1, min(out, in)].
+    - `bias`: whether the layer has a bias; default True.
+    - `dtype`: of matrices and bias; default: torch's default dtype.
+
+    **Reference** Coquelin et al., arXiv:2401.08505, section 4 (whose code computes the whole weight in every pass).
     """
 
     storage = "usv"
@@ -91,130 +109,120 @@ class USVLinear(_Bases):
 
     @classmethod
     def from_dense(cls, layer: nn.Linear, usv: USV) -> "USVLinear":
-        """The layer with given matrices and the very bias of a linear layer."""
-        made = cls(layer.in_features, layer.out_features, len(usv.s), layer.bias is not None, _wide(layer.weight))
-        return _taken(made, layer, usv)
+        """Convert a linear layer; the new layer shares its bias parameter.
+
+        **Arguments**
+
+        - `layer`: the layer to convert; it is not changed.
+        - `usv`: matrices of its weight.
+        """
+        rank, has_bias = len(usv.s), layer.bias is not None
+        return _fill(cls(layer.in_features, layer.out_features, rank, has_bias, _widen(layer.weight)), layer, usv)
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
-        """U S V^T, multiplied anew at each access."""
+        """Compute U S V^T, `(out, in)`, with gradients for S; each access multiplies again."""
         return self.flat_weight()
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        if not self.thin(x.shape[:-1].numel()):
+        """Compute U (S (V^T x)) + b for `x`, `(..., in)`, in the dtype of `x`."""
+        if not self.is_thin(x.shape[:-1].numel()):
             return functional.linear(x, self.flat_weight().to(x.dtype), self.bias)
         u, s, vh = (part.to(x.dtype) for part in (self.u, self.s, self.vh))
         return functional.linear(functional.linear(functional.linear(x, vh), s), u, self.bias)
 
-    def merged(self) -> nn.Linear:
-        """A plain linear layer with the same weight and the very bias."""
+    def merge(self) -> nn.Linear:
+        """Convert back to an `nn.Linear` with the same weight; it shares the bias parameter."""
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        return _merged(layer, self, self.dense())
+        return _fill_dense(layer, self, self.dense())
 
     def extra_repr(self) -> str:
+        """Return the sizes, for `repr`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
 class USVConv2d(_Bases):
-    """A convolution of U S V^T: k x k from the inputs to `rank` channels with V^T, 1 x 1 with S, 1 x 1 with U; one group, zeros
-    around the image. `u` `(out, rank)`, `s` `(rank, rank)`, `vh` `(rank, in * kh * kw)`."""
+    """Convolve with a kernel U S V^T: k x k with V^T to `rank` channels, 1 x 1 with S, 1 x 1 with U.
 
-    def __init__(self, layer: nn.Conv2d, rank: int, dtype: torch.dtype | None = None) -> None:
-        super().__init__(
-            layer.out_channels, layer.weight[0].numel(), rank, layer.bias is not None, dtype or _wide(layer.weight)
-        )
+    For one group and zero padding. `u` `(out, rank)` and `vh` `(rank, in * kh * kw)` are buffers, `s` `(rank, rank)` a parameter.
+
+    **Arguments**
+
+    - `layer`: a convolution whose sizes, stride, padding and dilation are taken over; its weight is not.
+    - `rank`: size of S, in [1, min(out, in * kh * kw)]. The matrices have the dtype of the layer's weight, but at least float32.
+    """
+
+    def __init__(self, layer: nn.Conv2d, rank: int) -> None:
+        out, inputs, has_bias = layer.out_channels, layer.weight[0].numel(), layer.bias is not None
+        super().__init__(out, inputs, rank, has_bias, _widen(layer.weight))
         self.in_channels, self.out_channels, self.kernel_size = layer.in_channels, layer.out_channels, layer.kernel_size
-        self.moves: dict[str, Any] = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
+        self.geometry: dict[str, Any] = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation)
 
     @classmethod
     def from_dense(cls, layer: nn.Conv2d, usv: USV) -> "USVConv2d":
-        """The layer with given matrices and the very bias of a convolution."""
-        return _taken(cls(layer, len(usv.s)), layer, usv)
+        """Convert a convolution; the new layer shares its bias parameter.
+
+        **Arguments**
+
+        - `layer`: the convolution to convert; it is not changed.
+        - `usv`: matrices of its weight, flattened to `(out, in * kh * kw)`.
+        """
+        return _fill(cls(layer, len(usv.s)), layer, usv)
 
     @property
     def weight(self) -> Float[Tensor, "out in kh kw"]:
-        """U S V^T as a kernel, multiplied anew at each access."""
-        return self._kernel(self.flat_weight())
+        """Compute the kernel U S V^T, `(out, in, kh, kw)`, with gradients for S; each access multiplies again."""
+        return self._unflatten(self.flat_weight())
 
-    def _kernel(self, flat: Tensor) -> Tensor:
+    def _unflatten(self, flat: Tensor) -> Tensor:
         return flat.unflatten(1, (self.in_channels, *self.kernel_size))
 
     def forward(self, x: Float[Tensor, "*batch channels height width"]) -> Float[Tensor, "*batch out h w"]:
-        if not self.thin(
-            x.shape[:-3].numel() * x.shape[-2:].numel() // (self.moves["stride"][0] * self.moves["stride"][1])
+        """Convolve `x`, `(..., in, height, width)`, in the dtype of `x`."""
+        if not self.is_thin(
+            x.shape[:-3].numel() * x.shape[-2:].numel() // (self.geometry["stride"][0] * self.geometry["stride"][1])
         ):
-            return functional.conv2d(x, self.weight.to(x.dtype), self.bias, **self.moves)
-        u, s, vh = (part.to(x.dtype) for part in (self.u, self.s, self._kernel(self.vh)))
-        y = functional.conv2d(functional.conv2d(x, vh, **self.moves), s[:, :, None, None])
+            return functional.conv2d(x, self.weight.to(x.dtype), self.bias, **self.geometry)
+        u, s, vh = (part.to(x.dtype) for part in (self.u, self.s, self._unflatten(self.vh)))
+        y = functional.conv2d(functional.conv2d(x, vh, **self.geometry), s[:, :, None, None])
         return functional.conv2d(y, u[:, :, None, None], self.bias)
 
-    def merged(self) -> nn.Conv2d:
-        """A plain convolution with the same weight and the very bias."""
+    def merge(self) -> nn.Conv2d:
+        """Convert back to an `nn.Conv2d` with the same weight; it shares the bias parameter."""
         sizes = self.in_channels, self.out_channels, self.kernel_size
-        layer = nn.Conv2d(*sizes, bias=False, device="meta", **self.moves)  # pyright: ignore[reportArgumentType]
-        return _merged(layer, self, self._kernel(self.dense()))
+        layer = nn.Conv2d(*sizes, bias=False, device="meta", **self.geometry)  # pyright: ignore[reportArgumentType]
+        return _fill_dense(layer, self, self._unflatten(self.dense()))
 
     def extra_repr(self) -> str:
+        """Return the sizes, for `repr`."""
         sizes = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
         return f"{sizes}, rank={self.rank}"
 
 
-def _wide(weight: Tensor) -> torch.dtype:
-    """bf16 bases are orthonormal to 3 % only."""
+USV_LAYERS: dict[type[nn.Module], Any] = {nn.Linear: USVLinear, nn.Conv2d: USVConv2d}
+
+
+def find_usv_class(module: nn.Module) -> Any:
+    """Return the class that a linear layer or a convolution is converted to."""
+    return next(usv_class for dense, usv_class in USV_LAYERS.items() if isinstance(module, dense))
+
+
+def _widen(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
 @torch.no_grad()
-def _taken(made: Any, layer: nn.Linear | nn.Conv2d, usv: USV) -> Any:
-    made.to(layer.weight.device)
-    made.set_usv(usv)
-    made.bias, made.dense_dtype = layer.bias, layer.weight.dtype
-    made.s.requires_grad_(layer.weight.requires_grad)
-    return made.train(layer.training)
+def _fill(module: Any, layer: nn.Linear | nn.Conv2d, usv: USV) -> Any:
+    """Give a new layer its matrices, and device, bias, mode and flags of the layer that it replaces."""
+    module.to(layer.weight.device)
+    module.set_usv(usv)
+    module.bias, module.dense_dtype = layer.bias, layer.weight.dtype
+    module.s.requires_grad_(layer.weight.requires_grad)
+    return module.train(layer.training)
 
 
-def _merged(layer: Any, own: _Bases, weight: Tensor) -> Any:
-    layer.weight = nn.Parameter(weight.to(own.dense_dtype), requires_grad=own.s.requires_grad)
-    layer.register_parameter("bias", own.bias)
-    return layer.train(own.training)
-
-
-KINDS: dict[type[nn.Module], Any] = {nn.Linear: USVLinear, nn.Conv2d: USVConv2d}
-
-
-def usv_kind(module: nn.Module) -> Any:
-    """The class that a layer is converted to."""
-    return next(made for kind, made in KINDS.items() if isinstance(module, kind))
-
-
-def convertible(
-    model: nn.Module, include: Iterable[str], exclude: Iterable[str]
-) -> tuple[dict[str, torch.Size], dict[str, str]]:
-    """Shapes of the weights that can be converted; and why others that were asked for cannot.
-
-    **Raises:** `ValueError`: as `lowrank.nn.targets.chosen`; none can be.
-    """
-    modules: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, tuple(KINDS))}
-    names = chosen(modules, include, exclude)
-    shared = shared_weights(model, {name: modules[name] for name in names})
-    packed = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    layers, skipped = {}, {}
-    for name in names:
-        module = modules[name]
-        sides = module.weight.flatten(1).shape
-        reasons = {
-            "its weight is shared": name in shared,
-            "its weight is frozen": not module.weight.requires_grad,
-            "nn.MultiheadAttention reads its weight itself": name.rpartition(".")[0] in packed,
-            "its groups or padding have no such form": getattr(module, "groups", 1) != 1
-            or getattr(module, "padding_mode", "zeros") != "zeros",
-            f"its sides, {tuple(sides)}, differ by more than {THINNEST} times": min(sides) * THINNEST < max(sides),
-        }
-        if reason := next((text for text, holds in reasons.items() if holds), None):
-            skipped[name] = reason
-        else:
-            layers[name] = module.weight.shape
-    if not layers:
-        some = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3]) or "none is named"
-        raise ValueError(f"`model` must have a layer that can be converted, got none ({some}).")
-    return layers, skipped
+def _fill_dense(layer: Any, module: _Bases, weight: Tensor) -> Any:
+    """Give a new dense layer its weight, and bias, mode and flags of the layer that it replaces."""
+    layer.weight = nn.Parameter(weight.to(module.dense_dtype), requires_grad=module.s.requires_grad)
+    layer.register_parameter("bias", module.bias)
+    return layer.train(module.training)

@@ -1,4 +1,4 @@
-"""What π³ is calibrated on: several views at a time, as it sees them in use, with values in [0, 1] and no other normalisation."""
+"""Choose the data that π³ is calibrated on: several views at a time, with values in [0, 1] and no other normalisation."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -6,23 +6,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank.io.checks import require
 from lowrank.pi3.data import Scene, load_scenes, rendered_scenes
 
-RENDERED = "scenes"
+RENDERED_LAYOUT = "scenes"
 
 
 def load_source(source: Mapping[str, Any], seed: int = 0) -> Iterator[Scene]:
-    """The scenes that a parameter set names: `layout` and the options of `load_scenes`; or layout 'scenes' and the options of
-    `rendered_scenes`, of which every seed has its own.
+    """Load the scenes that a parameter set names.
 
-    **Raises:** `ValueError`: no layout, unknown options.
+    **Arguments**
+
+    - `source`: `layout` and the options of `load_scenes`; or layout 'scenes' and the options of `rendered_scenes`.
+    - `seed`: rendered scenes of another seed are other scenes; data sets do not depend on it. Default 0.
+
+    **Raises**
+
+    - `ValueError`: no layout; unknown or missing options.
     """
     options = dict(source)
-    if "layout" not in options:
-        raise ValueError(f"`source` must name a layout, got {sorted(options)}.")
+    require("layout" in options, "source", "name a layout", sorted(options))
     layout = options.pop("layout")
     try:
-        if layout == RENDERED:
+        if layout == RENDERED_LAYOUT:
             return rendered_scenes(options.pop("first", 0) + seed * options["scenes"], **options)
         return load_scenes(layout, **options)
     except (TypeError, KeyError) as error:
@@ -32,27 +38,45 @@ def load_source(source: Mapping[str, Any], seed: int = 0) -> Iterator[Scene]:
 
 
 def view_windows(scenes: Iterable[Scene], views: int, samples: int, seed: int) -> list[Tensor]:
-    """Windows of `views` consecutive views (views, 3, H, W), drawn from all windows of the scenes without replacement.
+    """Choose windows of consecutive views at random from all windows of the scenes, without replacement.
 
-    **Raises:** `ValueError`: fewer windows than asked for; fewer than one view or sample.
+    **Arguments**
+
+    - `scenes`: each is cut into windows from its first view on; a shorter rest is left out.
+    - `views`: views per window, >= 1.
+    - `samples`: number of windows, >= 1.
+    - `seed`: of the choice and its order.
+
+    **Returns** `samples` windows, `(views, 3, H, W)`.
+
+    **Raises**
+
+    - `ValueError`: `views` or `samples` below 1; fewer windows than `samples`.
     """
     for name, number in (("views", views), ("samples", samples)):
-        if number < 1:
-            raise ValueError(f"`{name}` must be >= 1, got {number}.")
+        require(number >= 1, name, "be >= 1", number)
     windows = [part for scene in scenes for part in scene.images.split(views) if len(part) == views]
-    if len(windows) < samples:
-        raise ValueError(
-            f"`samples` must be at most {len(windows)}, the windows of {views} views there are, got {samples}."
-        )
+    require(
+        len(windows) >= samples,
+        "samples",
+        f"be at most {len(windows)}, the number of windows of {views} views",
+        samples,
+    )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return [windows[index] for index in order[:samples].tolist()]
 
 
 def image_batches(windows: Iterable[Tensor], batch_size: int, *, single: bool = False) -> list[Tensor]:
-    """Batches (B, N, 3, H, W) of windows, in order; of one shape within a batch.
+    """Collect windows of one shape into batches, in order.
 
-    **Arguments:** `single`: every view by itself, (B N, 1, 3, H, W), as the published calibration does: global attention then
-    never sees a second view.
+    **Arguments**
+
+    - `windows`: `(N, 3, H, W)` each; shapes may differ.
+    - `batch_size`: most windows per batch, >= 1.
+    - `single`: pass each view alone, as the published calibration does, so that global attention never sees a second view.
+      Default False.
+
+    **Returns** batches `(B, N, 3, H, W)`, or `(B N, 1, 3, H, W)` if `single`.
     """
     by_shape: dict[tuple[int, ...], list[Tensor]] = {}
     for window in windows:

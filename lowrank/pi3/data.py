@@ -1,6 +1,6 @@
-"""Sequences to calibrate and evaluate π³ on: data sets in their published layouts, and rendered scenes, in one form."""
+"""Load sequences to calibrate and evaluate π³ on: published data sets and rendered scenes, in one form."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,15 +8,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank.pi3.frames import load_images, opened, sized_by_width
-from lowrank.pi3.layouts import LAYOUTS, Frame, Layout
+from lowrank.io.checks import require
+from lowrank.pi3.frames import load_images, open_image, resize_to_width
+from lowrank.pi3.layout_files import Frame
+from lowrank.pi3.layouts import LAYOUTS, Layout
 from lowrank.pi3.scenes import render_scene
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """Views of one sequence. `images` (N, 3, H, W) in [0, 1], in the size that the model takes; `depth` (N, h, w) in its own
-    size, 0 where it is not known; `poses` (N, 4, 4), camera to world; `intrinsics` (N, 3, 3), of the depth's pixels."""
+    """Hold the N views of one sequence; None if the data set has no such part.
+
+    **Arguments**
+
+    - `name`: of the sequence.
+    - `images`: `(N, 3, H, W)`, float32, in [0, 1], in a size that the model takes.
+    - `depth`: `(N, h, w)`, 0 where it is unknown; its size may differ from the size of the images.
+    - `poses`: `(N, 4, 4)`, camera to world.
+    - `intrinsics`: `(N, 3, 3)`, in pixels of the depth.
+    """
 
     name: str
     images: Tensor
@@ -26,7 +36,10 @@ class Scene:
 
     @property
     def points(self) -> Tensor | None:
-        """(N, h, w, 3), the truth in the frame of the scene; None where depth, poses or intrinsics are not known."""
+        """Compute the true points, `(N, h, w, 3)`, float64, in the frame of the scene.
+
+        **Returns** None if depth, poses or intrinsics are missing.
+        """
         if self.depth is None or self.poses is None or self.intrinsics is None:
             return None
         height, width = self.depth.shape[1:]
@@ -42,52 +55,66 @@ def load_scenes(
     layout: str,
     folder: Path | str,
     *,
-    sequences: list[str] | tuple[str, ...] = (),
+    sequences: Sequence[str] = (),
     every: int = 1,
     most: int | None = None,
     width: int | None = None,
     truth_width: int | None = None,
     patch: int = 14,
 ) -> Iterator[Scene]:
-    """The sequences of a data set, one after another, each read when it is asked for.
+    """Load the sequences of a data set one after another, each on request.
 
-    Views whose pose is not finite are left out; so are poses, depth or intrinsics of a sequence where a view lacks its own.
+    Views with an infinite or NaN pose are left out. If one view of a sequence has no depth, pose or intrinsics, the sequence
+    has none either.
 
-    **Arguments:** `layout`: a key of `LAYOUTS`. `sequences`: their names, by default all. `every`: views 0, k, 2k, ... of those
-    with a finite pose are kept, of these the first `most`. `width`: of the images, as published results are evaluated
-    (`sized_by_width`); by default as users load them (`load_images`). `truth_width`: that depth is brought to, by the nearest
-    pixel, with a height in whole patches; by default it stays as it is.
+    **Arguments**
 
-    **Raises:** `ValueError`: an unknown layout, `every` or `most` below 1, a width below one patch. `FileNotFoundError`: a
-    folder, a sequence or a file that is missing; the message names it.
+    - `layout`: the data set, a key of `lowrank.pi3.layouts.LAYOUTS`.
+    - `folder`: the folder of the data set.
+    - `sequences`: names of sequences, in this order; default: all.
+    - `every`: keep views 0, k, 2k, ... with a finite pose; default 1.
+    - `most`: keep the first `most` of these views; default: all.
+    - `width`: of the images in pixels, as for published results (`resize_to_width`); default: the size that users load
+      (`load_images`).
+    - `truth_width`: of the depth in pixels, by the nearest pixel, with a height in whole patches; default: as stored.
+    - `patch`: side of a patch, pixels; default 14.
+
+    **Returns** an iterator over `Scene`.
+
+    **Raises**
+
+    - `ValueError`: an unknown layout; `every` or `most` below 1; a width below one patch.
+    - `FileNotFoundError`: a missing folder, sequence or file.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"`layout` must be one of {sorted(LAYOUTS)}, got {layout!r}.")
+    require(layout in LAYOUTS, "layout", f"be one of {sorted(LAYOUTS)}", layout)
     for name, number in (("every", every), ("most", most)):
-        if number is not None and number < 1:
-            raise ValueError(f"`{name}` must be >= 1, got {number}.")
+        require(number is None or number >= 1, name, "be >= 1", number)
     for name, number in (("width", width), ("truth_width", truth_width)):
-        if number is not None and number < patch:
-            raise ValueError(f"`{name}` must be at least one patch, {patch}, got {number}.")
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"`folder` must be a folder with data laid out as {layout!r}, got {folder}.")
-    found = LAYOUTS[layout].sequences(folder)
-    if not found:
-        raise FileNotFoundError(f"`folder` must hold sequences laid out as {layout!r}, got none in {folder}.")
-    if unknown := sorted(set(sequences) - set(found)):
-        raise FileNotFoundError(f"`sequences` must be among {sorted(found)} of {folder}, got {unknown}.")
+        require(number is None or number >= patch, name, f"be at least one patch, {patch}", number)
+    paths = _find_sequences(layout, Path(folder), sequences)
 
     def read() -> Iterator[Scene]:
-        for name in sequences or found:
-            frames = LAYOUTS[layout].frames(found[name])
+        for name, path in paths:
+            frames = LAYOUTS[layout].frames(path)
             usable = [frame for frame in frames if frame.pose is None or np.isfinite(frame.pose).all()]
-            yield _read(name, usable[::every][:most], LAYOUTS[layout], width, truth_width, patch)
+            yield _read_scene(name, usable[::every][:most], LAYOUTS[layout], width, truth_width, patch)
 
     return read()
 
 
-def _read(
+def _find_sequences(layout: str, folder: Path, wanted: Sequence[str]) -> list[tuple[str, Path]]:
+    """Return names and paths of the wanted sequences, or of all if none is named."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`folder` must be a folder with data laid out as {layout!r}, got {folder}.")
+    sequences = LAYOUTS[layout].sequences(folder)
+    if not sequences:
+        raise FileNotFoundError(f"`folder` must hold sequences laid out as {layout!r}, got none in {folder}.")
+    if unknown := sorted(set(wanted) - set(sequences)):
+        raise FileNotFoundError(f"`sequences` must be among {sorted(sequences)} of {folder}, got {unknown}.")
+    return [(name, sequences[name]) for name in wanted or sequences]
+
+
+def _read_scene(
     name: str, frames: list[Frame], layout: Layout, width: int | None, truth_width: int | None, patch: int
 ) -> Scene:
     if not frames:
@@ -99,28 +126,31 @@ def _read(
     if width is None:
         images = load_images((frame.image for frame in frames), patch)
     else:
-        images = torch.stack([sized_by_width(opened(frame.image), width, patch) for frame in frames])
+        images = torch.stack([resize_to_width(open_image(frame.image), width, patch) for frame in frames])
     depths = [layout.depth(frame.depth) if layout.depth and frame.depth else None for frame in frames]
-    depth, intrinsics = _stacked(depths), _stacked([frame.intrinsics for frame in frames])
+    depth, intrinsics = _stack(depths), _stack([frame.intrinsics for frame in frames])
     if depth is not None and truth_width is not None:
-        depth, intrinsics = _nearest(depth, intrinsics, truth_width, patch)
-    return Scene(name, images, depth, _stacked([frame.pose for frame in frames]), intrinsics)
+        depth, intrinsics = _resize_truth(depth, intrinsics, truth_width, patch)
+    return Scene(name, images, depth, _stack([frame.pose for frame in frames]), intrinsics)
 
 
-def _stacked(arrays: list[np.ndarray | None]) -> Tensor | None:
-    there = [array for array in arrays if array is not None]
-    return torch.from_numpy(np.stack(there)) if len(there) == len(arrays) else None
+def _stack(arrays: list[np.ndarray | None]) -> Tensor | None:
+    """Stack arrays, or return None if one is missing."""
+    present = [array for array in arrays if array is not None]
+    return torch.from_numpy(np.stack(present)) if len(present) == len(arrays) else None
 
 
-def _nearest(depth: Tensor, intrinsics: Tensor | None, width: int, patch: int) -> tuple[Tensor, Tensor | None]:
-    """Depth of another width, by the nearest pixel, and the intrinsics that go with it: scaled by one factor to cover that width
-    and the height in whole patches, and cut about the centre."""
-    own = torch.tensor([depth.shape[2], depth.shape[1]], dtype=torch.float64)
+def _resize_truth(depth: Tensor, intrinsics: Tensor | None, width: int, patch: int) -> tuple[Tensor, Tensor | None]:
+    """Resize depth by the nearest pixel, and adapt the intrinsics.
+
+    One factor scales depth until it covers the width and the height in whole patches; the rest is cut on both sides alike.
+    """
+    size = torch.tensor([depth.shape[2], depth.shape[1]], dtype=torch.float64)
     wanted = torch.tensor([width, round(depth.shape[1] * width / depth.shape[2] / patch) * patch], dtype=torch.float64)
-    scale = (wanted / own).max()
-    margin = (scale * own - wanted) / 2
+    scale = (wanted / size).max()
+    margin = (scale * size - wanted) / 2
     columns, rows = (
-        ((torch.arange(int(wanted[axis])) + 0.5 + margin[axis]) / scale).long().clamp(max=int(own[axis]) - 1)
+        ((torch.arange(int(wanted[axis])) + 0.5 + margin[axis]) / scale).long().clamp(max=int(size[axis]) - 1)
         for axis in (0, 1)
     )
     if intrinsics is not None:
@@ -131,7 +161,17 @@ def _nearest(depth: Tensor, intrinsics: Tensor | None, width: int, patch: int) -
 
 
 def rendered_scenes(first: int, scenes: int, views: int, side: int) -> Iterator[Scene]:
-    """Rendered scenes of seeds `first` and up, in the same form."""
+    """Render scenes one after another, each on request.
+
+    **Arguments**
+
+    - `first`: seed of the first scene; the next has `first` + 1.
+    - `scenes`: number of scenes.
+    - `views`: views per scene, >= 1.
+    - `side`: width and height, pixels, >= 1.
+
+    **Returns** an iterator over `Scene`, all parts float32.
+    """
     for seed in range(first, first + scenes):
         shot = render_scene(seed, views, side, side)
         intrinsics = torch.tensor([[shot.focal, 0, side / 2], [0, shot.focal, side / 2], [0, 0, 1]])

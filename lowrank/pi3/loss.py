@@ -1,4 +1,7 @@
-"""The loss that π³ is trained with: relative errors of points up to one scale, of relative poses, and of its confidence."""
+"""The training loss of π³, distillation from a teacher, and a loss whose gradients give the Fisher information.
+
+The training loss adds relative errors of points up to one scale, errors of relative poses, and the loss of the confidence.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,15 +11,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-ROTATION = TRANSLATION = 0.3  # weights beside that of points, 1
-CONFIDENCE = 0.05
-SURE = 0.1  # a point is meant to be trusted where its relative error is below
+ROTATION_WEIGHT = TRANSLATION_WEIGHT = 0.3  # the weight of points is 1
+CONFIDENCE_WEIGHT = 0.05
+SURE = 0.1  # the confidence of a point should be high if its relative error is below
 
 
 def absolute_scale(
     source: Float[Tensor, "scenes n"], target: Float[Tensor, "scenes n"], weights: Float[Tensor, "scenes n"]
 ) -> Float[Tensor, " scenes"]:
-    """The scale s of least sum w |s x - y|, exactly: a weighted median of y / x. Weights >= 0; where x is 0 it has none."""
+    """Compute the scale s of each scene that minimises sum w |s x - y|: a weighted median of y / x.
+
+    **Arguments**
+
+    - `source`: the values x, `(scenes, n)`; a value 0 does not count.
+    - `target`: the values y, `(scenes, n)`.
+    - `weights`: the weights w, `(scenes, n)`, >= 0.
+
+    **Returns** `(scenes,)`.
+    """
     ratio = target / torch.where(source == 0, 1.0, source)
     ratio, order = ratio.sort(-1)
     total = (weights * source.abs()).gather(-1, order).cumsum(-1)
@@ -25,9 +37,9 @@ def absolute_scale(
 
 
 def relative_poses(poses: Float[Tensor, "scenes views 4 4"]) -> Float[Tensor, "scenes views views 4 4"]:
-    """The pose of camera j in the frame of camera i, of camera-to-world poses: P_i^-1 P_j."""
-    turned = poses[..., :3, :3].mT
-    back = torch.cat([turned, -turned @ poses[..., :3, 3:]], -1)  # (3, 4): the last row stays as it is
+    """Compute P_i^-1 P_j, the pose of camera j in the frame of camera i, from camera-to-world poses P."""
+    transposed = poses[..., :3, :3].mT
+    back = torch.cat([transposed, -transposed @ poses[..., :3, 3:]], -1)  # (3, 4): the last row does not change
     motion = back[:, :, None] @ poses[:, None]
     return torch.cat([motion, poses[:, None, :, 3:].expand_as(motion[..., :1, :])], -2)
 
@@ -37,51 +49,70 @@ def geometry_loss(
     local_points: Float[Tensor, "scenes views height width 3"],
     poses: Float[Tensor, "scenes views 4 4"],
 ) -> Tensor:
-    """Mean relative error of the local points under the best scale of each scene, plus that of the relative poses.
+    """Compute the training loss of π³: errors of points and relative poses under the best scale of each scene.
 
-    |s q - p| / z over pixels, z the true depth, with the s of the least sum; the Frobenius norm of what relative rotations
-    differ by, and the Huber loss of relative translations at that scale, over all pairs of views; and the cross-entropy of the
-    confidence, whose target is whether the relative error of its point is below `SURE`.
+    It is a weighted sum of four means. Points: |s q - p| / z over pixels, with z the true depth and s the scale that minimises
+    its sum. Rotations: the Frobenius norm of the difference, over all pairs of views. Translations: the Huber loss at the scale
+    s, over the same pairs. Confidence: the cross-entropy with a target that says if the relative error of the point is below
+    `SURE`.
 
-    **Reference:** Wang et al., π³, 2025, arXiv:2507.13347, section 3.3, with the scale found exactly.
+    **Arguments**
+
+    - `outputs`: of `Pi3`.
+    - `local_points`: the true points p, `(scenes, views, height, width, 3)`, in the frame of each camera, z > 0.
+    - `poses`: the true poses, `(scenes, views, 4, 4)`, camera to world.
+
+    **Returns** a scalar.
+
+    **Reference** Wang et al., π³, 2025, arXiv:2507.13347, section 3.3, with the exact scale.
     """
-    found, depth = outputs["local_points"], local_points[..., 2:]
-    weights = (1 / depth).expand_as(found)
+    predicted, depth = outputs["local_points"], local_points[..., 2:]
+    weights = (1 / depth).expand_as(predicted)
     with torch.no_grad():
-        flat = (values.flatten(1) for values in (found, local_points, weights))
+        flat = (values.flatten(1) for values in (predicted, local_points, weights))
         scale = absolute_scale(*flat).clamp(1e-3, 1e3)[:, None, None, None]
-    relative = (scale[..., None] * found - local_points).abs() / depth
-    own, true = relative_poses(outputs["camera_poses"]), relative_poses(poses)
-    turn = (own[..., :3, :3] - true[..., :3, :3]).square().sum((-1, -2)).add(1e-9).sqrt().mean()
-    shift = functional.smooth_l1_loss(scale * own[..., :3, 3], true[..., :3, 3], beta=0.1)
+    relative = (scale[..., None] * predicted - local_points).abs() / depth
+    motion, true_motion = relative_poses(outputs["camera_poses"]), relative_poses(poses)
+    turn = (motion[..., :3, :3] - true_motion[..., :3, :3]).square().sum((-1, -2)).add(1e-9).sqrt().mean()
+    shift = functional.smooth_l1_loss(scale * motion[..., :3, 3], true_motion[..., :3, 3], beta=0.1)
     sure = (relative.detach().mean(-1, keepdim=True) < SURE).float()
     trust = functional.binary_cross_entropy_with_logits(outputs["conf"], sure)
-    return relative.mean() + ROTATION * turn + TRANSLATION * shift + CONFIDENCE * trust
+    return relative.mean() + ROTATION_WEIGHT * turn + TRANSLATION_WEIGHT * shift + CONFIDENCE_WEIGHT * trust
 
 
-def distillation(teacher: nn.Module) -> Callable[[nn.Module, Any], Tensor]:
-    """`geometry_loss` against the outputs of a teacher: a loss to refine with where nothing but images is known.
+def distillation_loss(teacher: nn.Module) -> Callable[[nn.Module, Any], Tensor]:
+    """Build a loss that needs images only: `geometry_loss` against the outputs of a teacher.
 
-    The batch is images, or begins with them.
+    **Arguments**
+
+    - `teacher`: a π³; it gets no gradients.
+
+    **Returns** `(model, batch) -> scalar`. The batch is images `(scenes, views, 3, H, W)`, or a sequence that starts with them.
     """
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         images = batch if isinstance(batch, Tensor) else batch[0]
         with torch.no_grad():
-            wanted = teacher(images)
-        return geometry_loss(model(images), wanted["local_points"], wanted["camera_poses"])
+            targets = teacher(images)
+        return geometry_loss(model(images), targets["local_points"], targets["camera_poses"])
 
     return loss
 
 
 def sampled_loss(seed: int) -> Callable[[nn.Module, Any], Tensor]:
-    """A loss under targets that the model draws itself, whose squared gradients are its true Fisher information: relative local
-    points and poses have normal errors of variance 1/2 about the outputs, trust is a coin of the confidence's probability. No
-    truth is used.
+    """Build a loss whose squared gradients are the true Fisher information of the model.
 
-    Summed over the batch, as `lowrank.calibration.collect.collect_statistics` takes it.
+    Its targets are random samples from the predictions, so it needs images only. Relative local points and poses have normal
+    errors of variance 1/2 about the outputs. The confidence is the probability of a coin.
 
-    **Reference:** Martens and Grosse, KFAC, ICML 2015, arXiv:1503.05671, section 2.
+    **Arguments**
+
+    - `seed`: of the samples; each call of the loss draws new ones.
+
+    **Returns** `(model, batch) -> scalar`, summed over the batch, for `lowrank.calibration.collect.collect_statistics`. The batch
+    is images `(scenes, views, 3, H, W)`, or a sequence that starts with them.
+
+    **Reference** Martens and Grosse, KFAC, ICML 2015, arXiv:1503.05671, section 2.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,7 +1,7 @@
-"""Trains the small π³ of the embedded report: `python -m lowrank.pi3.pretrain [--folder FOLDER]`.
+"""Train the small π³ of the embedded report: `python -m lowrank.pi3.pretrain [--folder FOLDER]`.
 
-About an hour on one core. A call that follows a killed one goes on where that one saved last; the files in the folder are
-replaced when the training has ended.
+It takes about an hour on one core. If a training is killed, the next call continues from its last saved state. The files in the
+folder are replaced when the training has ended.
 """
 
 import argparse
@@ -14,50 +14,57 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from lowrank.io.files import writing
 from lowrank.io.provenance import environment
-from lowrank.pi3.checkpoint import ABOUT, PRETRAINED, WEIGHTS
-from lowrank.pi3.small import RECIPE, SMALL, fresh_small_pi3, scene_loss, training_batches
-from lowrank.training.loop import STATES, Recipe, fit, recipe_options
+from lowrank.pi3.checkpoint import METADATA_FILE, PRETRAINED, WEIGHTS_FILE
+from lowrank.pi3.small import SMALL_CONFIG, SMALL_RECIPE, build_small_pi3, scene_batches, scene_loss
+from lowrank.training.loop import Recipe, fit, recipe_options
+from lowrank.training.saved_states import count_saved_steps
 
-BLOCK = 100  # steps that the recorded losses are means over
+BLOCK = 100  # steps that each recorded loss is the mean of
 
 
 def pretrain(folder: Path, recipe: Recipe) -> None:
-    """Writes `model.safetensors` (half precision) and `run.json` into a folder."""
+    """Train the small π³ on rendered scenes, and write `model.safetensors` in half precision and `run.json`.
+
+    **Arguments**
+
+    - `folder`: receives the files, and the saved states during the training.
+    - `recipe`: how to train.
+    """
     origin = environment()  # before there are files of this training
-    model, start, checkpoint = fresh_small_pi3(recipe.seed), time.perf_counter(), folder / "checkpoint"
-    resumed = max((int(path.name.removeprefix("step-")) for path in checkpoint.glob(STATES)), default=0)
-    history = fit(
-        model,
-        lambda done: training_batches(done, recipe),
-        recipe,
-        scene_loss,
-        checkpoint=checkpoint,
-        checkpoint_every=250,
-    )
+    model, start, checkpoint = build_small_pi3(recipe.seed), time.perf_counter(), folder / "checkpoint"
+    resumed = count_saved_steps(checkpoint)
+    history = fit(model, lambda done: scene_batches(done, recipe), recipe, scene_loss, checkpoint=checkpoint)
     losses = [row["loss"] for row in history]
-    about = {
-        "config": asdict(SMALL),
+    blocks = (losses[i : i + BLOCK] for i in range(0, len(losses), BLOCK))
+    metadata = {
+        "config": asdict(SMALL_CONFIG),
         "recipe": recipe_options(recipe),
-        "loss": [
-            round(sum(part) / len(part), 4) for part in (losses[i : i + BLOCK] for i in range(0, len(losses), BLOCK))
-        ],
+        "loss": [round(sum(block) / len(block), 4) for block in blocks],
         "resumed_at_step": resumed,
         "wall_s": round(time.perf_counter() - start, 1),
         **origin,
     }
-    save_file({name: value.half() for name, value in model.state_dict().items()}, folder / WEIGHTS)
-    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf8")
+    with writing(folder / WEIGHTS_FILE) as path:
+        save_file({name: value.half() for name, value in model.state_dict().items()}, path)
+    with writing(folder / METADATA_FILE) as path:
+        path.write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf8")
     shutil.rmtree(checkpoint)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line, and return the exit status.
+
+    **Arguments**
+
+    - `arguments`: words of the command line; default: those of this process.
+    """
     parser = argparse.ArgumentParser(prog="python -m lowrank.pi3.pretrain", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=PRETRAINED, help="where to write; default: the package's own")
-    given = parser.parse_args(arguments)
-    given.folder.mkdir(parents=True, exist_ok=True)
-    pretrain(given.folder, RECIPE)
+    parser.add_argument("--folder", type=Path, default=PRETRAINED, help="where to write; default: %(default)s")
+    options = parser.parse_args(arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    pretrain(options.folder, SMALL_RECIPE)
     return 0
 
 

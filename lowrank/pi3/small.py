@@ -1,4 +1,4 @@
-"""The small π³ of the embedded report: its sizes, and how `python -m lowrank.pi3.pretrain` trains it on rendered scenes."""
+"""The small π³ of the embedded report: its sizes, and the rendered scenes that `python -m lowrank.pi3.pretrain` trains it on."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from lowrank.training.loop import Recipe
 
 SIDE, MOST_VIEWS = 64, 6
 FIRST_SEED = 10**6  # of the scenes to train on; smaller seeds are for calibration and evaluation
-SMALL = Pi3Config(
+SMALL_CONFIG = Pi3Config(
     patch_size=8,
     encoder_dim=96,
     encoder_depth=2,
@@ -30,14 +30,23 @@ SMALL = Pi3Config(
     point_out=96,
     camera_out=48,
 )
-RECIPE = Recipe(steps=4500, batch_size=32, learning_rate=1.5e-3, weight_decay=0.01, warmup=0.05)
+SMALL_RECIPE = Recipe(
+    steps=4500, batch_size=32, learning_rate=1.5e-3, weight_decay=0.01, warmup=0.05, checkpoint_every=250
+)
 
 
-def fresh_small_pi3(seed: int) -> Pi3:
-    """The small π³ before its training. The scales in its decoder start at 1: from .01 on, as in the large one, so short a
-    training leaves the decoder with little to do."""
+def build_small_pi3(seed: int) -> Pi3:
+    """Build the small π³ with random weights.
+
+    The scales in its decoder start at 1. If they started at 0.01, as in the large model, a training this short would leave the
+    decoder with little effect.
+
+    **Arguments**
+
+    - `seed`: of the weights; it seeds torch.
+    """
     torch.manual_seed(seed)
-    model = Pi3(SMALL)
+    model = Pi3(SMALL_CONFIG)
     with torch.no_grad():
         for name, scale in model.decoder.named_parameters():
             if name.endswith("gamma"):
@@ -46,7 +55,17 @@ def fresh_small_pi3(seed: int) -> Pi3:
 
 
 def scene_batch(first: int, scenes: int, views: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, local points and poses of the scenes of seeds `first` and up, `views` of each."""
+    """Render a batch of scenes.
+
+    **Arguments**
+
+    - `first`: seed of the first scene; the next has `first` + 1.
+    - `scenes`: number of scenes.
+    - `views`: views per scene.
+
+    **Returns** images `(scenes, views, 3, SIDE, SIDE)`, local points `(scenes, views, SIDE, SIDE, 3)` and poses
+    `(scenes, views, 4, 4)`, float32.
+    """
     shots = [render_scene(first + scene, views, SIDE, SIDE) for scene in range(scenes)]
     images, points, poses = (
         torch.stack([getattr(shot, part) for shot in shots]) for part in ("images", "local_points", "poses")
@@ -54,14 +73,30 @@ def scene_batch(first: int, scenes: int, views: int) -> tuple[Tensor, Tensor, Te
     return images, points, poses
 
 
-def training_batches(done: int, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """New scenes in every step: as many views in all as the recipe's batch, of scenes of one to `MOST_VIEWS` views each."""
+def scene_batches(done: int, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Render the training batches of the steps that follow, with new scenes in every step.
+
+    All scenes of a batch have the same number of views, 1 to `MOST_VIEWS` at random.
+
+    **Arguments**
+
+    - `done`: steps done before, >= 0.
+    - `recipe`: its `batch_size` is the number of views of all scenes together, its `seed` decides the numbers of views.
+
+    **Returns** an iterator over batches, see `scene_batch`.
+    """
     for step in range(done, recipe.steps):
         views = int(np.random.default_rng([recipe.seed, step]).integers(1, MOST_VIEWS + 1))
         yield scene_batch(FIRST_SEED + step * recipe.batch_size, max(1, recipe.batch_size // views), views)
 
 
 def scene_loss(model: nn.Module, batch: Any) -> Tensor:
-    """`geometry_loss` of a batch (images, local points, poses)."""
+    """Compute `geometry_loss` of a batch.
+
+    **Arguments**
+
+    - `model`: a π³.
+    - `batch`: images, local points, poses, see `scene_batch`.
+    """
     images, points, poses = batch
     return geometry_loss(model(images), points, poses)

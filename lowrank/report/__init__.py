@@ -1,1 +1,21 @@
-"""report"""
+"""Turn notebooks into results: parameters, runner, tables, README and site. It imports `lowrank.io` and no model code.
+
+- `__main__`: the command line, `python -m lowrank.report`.
+- `parameters`: parameter sets, and the parameters of a notebook in one set.
+- `resources`: memory, time and processors that a notebook needs, for a cluster.
+- `yaml_files`: YAML files in which no key appears twice.
+- `folders`: the one folder of results.
+- `errors`: errors that a command reports in one line.
+- `notebook`: `Report`, which a notebook uses to write its figures, tables, claims and run.json.
+- `run`: execute one notebook with one set.
+- `pair`: execute notebooks with their defaults and store them beside their sources.
+- `portable`: remove what ties an executed notebook to one machine.
+- `compare`: compare the tables of two folders of results.
+- `readme`: fill the marked blocks of the README and of docs/.
+- `tables`: the tables of notebooks 01 to 05 and 07 for those blocks.
+- `selection_tables`: the tables and the figure of notebook 06.
+- `bench_tables`: the tables of `make bench`, with the costs of large models.
+- `site`: build the site.
+- `pages`: the page of one executed notebook, and Markdown helpers.
+- `reference`: the pages of the reference, from docstrings.
+"""

@@ -1,24 +1,24 @@
-"""Whether results made again are the same: `python -m lowrank.report.compare MADE KNOWN [--tolerance T]`, say `/tmp/again outputs`.
+"""Compare results that were made again with reference results, table by table.
 
-Every table and every claim of the first folder must be in the second. Times and memory, which no two runs share, do not count:
-notebooks say which columns and claims rest on them (`measured`), and run.json keeps it.
+Every table and every claim of the new folder must be in the reference. Times and memory differ between any two runs and do not
+count: notebooks declare the columns and claims that depend on them (`measured`), and run.json keeps the list.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
 import pandas as pd
 
-
-def measured(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Columns of tables, and claims, that rest on times or memory, as the run.json of one result says."""
-    about = json.loads((folder / "run.json").read_text(encoding="utf8"))
-    return about.get("measured_columns", {}), about.get("measured_claims", [])
+from lowrank.io.checks import require
 
 
-def _counted(path: Path, columns: list[str], claims: list[str]) -> pd.DataFrame:
+def read_measured(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Read from the run.json of one result what depends on times or memory: table -> columns, and claims."""
+    run = json.loads((folder / "run.json").read_text(encoding="utf8"))
+    return run.get("measured_columns", {}), run.get("measured_claims", [])
+
+
+def _read_without(path: Path, columns: list[str], claims: list[str]) -> pd.DataFrame:
     table = pd.read_csv(path).drop(columns=columns, errors="ignore")
     return table.query("claim not in @claims").reset_index(drop=True) if claims else table
 
@@ -27,19 +27,29 @@ def _not_fractions(table: pd.DataFrame) -> list[pd.Series]:
     return [column for _, column in table.items() if column.dtype.kind != "f"]
 
 
-def table_difference(made: Path, known: Path, columns: list[str], claims: list[str], tolerance: float) -> str | None:
-    """What is not the same in two tables, in one line; None where all is.
+def table_difference(
+    path: Path, reference: Path, columns: list[str], claims: list[str], tolerance: float
+) -> str | None:
+    """Describe the first difference of two tables in one line.
 
-    **Arguments:** `columns`, `claims`: what does not count. `tolerance`: relative, of numbers that are not whole; at 0 the files
-    are compared byte for byte where all columns count.
+    **Arguments**
+
+    - `path`: CSV file.
+    - `reference`: CSV file to compare with.
+    - `columns`: columns that do not count.
+    - `claims`: rows that do not count, by their column `claim`.
+    - `tolerance`: relative tolerance of fractions, >= 0. Other values must be equal. If it is 0 and everything counts, the
+      files must have equal bytes.
+
+    **Returns** None if there is no difference.
     """
-    if not known.exists():
-        return "only made now"
-    if made.read_bytes() == known.read_bytes():
+    if not reference.exists():
+        return "not in the reference"
+    if path.read_bytes() == reference.read_bytes():
         return None
     if not (columns or claims or tolerance):
         return "other bytes"
-    one, two = (_counted(path, columns, claims) for path in (made, known))
+    one, two = (_read_without(file, columns, claims) for file in (path, reference))
     try:
         pd.testing.assert_frame_equal(one, two, rtol=tolerance, atol=0)
         for left, right in zip(_not_fractions(one), _not_fractions(two), strict=True):  # pandas lets them be close, too
@@ -49,51 +59,45 @@ def table_difference(made: Path, known: Path, columns: list[str], claims: list[s
     return None
 
 
-def differences(made: Path, known: Path, tolerance: float = 0.0) -> tuple[int, list[str]]:
-    """How many tables were compared, and a line for each that is not the same.
+def _compare_run(folder: Path, reference: Path, tolerance: float) -> dict[str, str | None]:
+    """Return table -> difference, for all tables of one notebook with one set."""
+    (columns, claims), (more_columns, more_claims) = read_measured(folder), read_measured(reference)
+    found: dict[str, str | None] = {}
+    for path in sorted(folder.glob("*.csv")):
+        ignored = columns.get(path.stem, []) + more_columns.get(path.stem, [])
+        ignored_claims = claims + more_claims if path.stem == "claims" else []
+        found[path.stem] = table_difference(path, reference / path.name, ignored, ignored_claims, tolerance)
+    return found
 
-    **Raises:** `ValueError`: no result in `made`, a negative tolerance.
+
+def differences(results: Path, reference: Path, tolerance: float = 0.0) -> tuple[int, list[str]]:
+    """Compare two folders of results.
+
+    **Arguments**
+
+    - `results`: folder with SET/NOTEBOOK/run.json and tables.
+    - `reference`: folder to compare with. Runs that only it has do not count.
+    - `tolerance`: relative tolerance of fractions, >= 0. Default 0.
+
+    **Returns** the number of tables compared, and one line for each difference.
+
+    **Raises**
+
+    - `ValueError`: no results in `results`, a negative tolerance.
     """
-    if not tolerance >= 0:
-        raise ValueError(f"`tolerance` must be >= 0, got {tolerance}.")
-    runs = sorted(made.glob("*/*/run.json"))
-    if not runs:
-        raise ValueError(f"`made` must hold results, SET/NOTEBOOK/run.json, got {str(made)!r}.")
+    require(tolerance >= 0, "tolerance", "be >= 0", tolerance)
+    runs = sorted(results.glob("*/*/run.json"))
+    require(bool(runs), "results", "be a folder with SET/NOTEBOOK/run.json", str(results))
     count, lines = 0, []
     for folder in (run.parent for run in runs):
-        name = folder.relative_to(made)
-        if not (known / name / "run.json").exists():
-            lines.append(f"{name}: only made now")
+        name = folder.relative_to(results)
+        other = reference / name
+        if not (other / "run.json").exists():
+            lines.append(f"{name}: not in the reference")
             continue
-        (columns, claims), (more_columns, more_claims) = measured(folder), measured(known / name)
-        for path in sorted(folder.glob("*.csv")):
-            left_out = columns.get(path.stem, []) + more_columns.get(path.stem, [])
-            rows = claims + more_claims if path.stem == "claims" else []
-            count += 1
-            if found := table_difference(path, known / name / path.name, left_out, rows, tolerance):
-                lines.append(f"{name}/{path.stem}: {found}")
-        gone = {path.name for path in (known / name).glob("*.csv")} - {path.name for path in folder.glob("*.csv")}
-        lines += [f"{name}/{Path(missing).stem}: not made now" for missing in sorted(gone)]
+        tables = _compare_run(folder, other, tolerance)
+        count += len(tables)
+        lines += [f"{name}/{table}: {difference}" for table, difference in tables.items() if difference]
+        missing = {path.stem for path in other.glob("*.csv")} - set(tables)
+        lines += [f"{name}/{table}: only in the reference" for table in sorted(missing)]
     return count, lines
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 the same, 1 not the same, 2 bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lowrank.report.compare", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("made", type=Path, help="a folder of results, as outputs/")
-    parser.add_argument("known", type=Path, help="those to compare with")
-    parser.add_argument("--tolerance", type=float, default=0.0, help="relative, of fractions: for another machine")
-    given = parser.parse_args(arguments)
-    try:
-        count, lines = differences(given.made, given.known, given.tolerance)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join([*lines, f"{count} tables compared, {len(lines)} differences"]))
-    return 1 if lines else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,7 @@
-"""What a notebook leaves behind: figures, tables, claims, and where they came from. Only this room knows outputs/."""
+"""Write what a notebook leaves behind: figures, tables, claims and provenance. No other module writes results."""
 
 import io
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,29 +16,29 @@ import seaborn as sns
 from IPython.display import Image
 from matplotlib.figure import Figure
 
-from lowrank.io.dependencies import ROOT
+from lowrank.io.checks import require
+from lowrank.io.files import writing
 from lowrank.io.provenance import environment, peak_memory_mb
-from lowrank.report.parameters import defaults
+from lowrank.report.folders import outputs_folder
+from lowrank.report.parameters import read_defaults
 
 SIGNIFICANT_DIGITS = 6
+RESERVED = {"claims", "run"}  # names of files that `Report` writes itself
 THEME: dict[str, Any] = {"context": "notebook", "style": "whitegrid", "palette": "colorblind"}
 
 
-def outputs_folder() -> Path:
-    """`LOWRANK_OUTPUTS`, else `outputs/draft`: only the runner, once a notebook has run whole, writes to `outputs`."""
-    named = os.environ.get("LOWRANK_OUTPUTS")
-    return Path(named).resolve() if named else ROOT / "outputs" / "draft"
-
-
 class Report:
-    """The record of one run of one notebook.
+    """Record one run of one notebook. Results of a former run are deleted.
 
-    **Arguments:** `notebook`: its stem. `namespace`: `globals()` of the notebook, from which the parameters are read.
+    **Arguments**
+
+    - `notebook`: stem of the notebook.
+    - `namespace`: `globals()` of the notebook; the parameters are read from it.
     """
 
     def __init__(self, notebook: str, namespace: Mapping[str, Any]) -> None:
-        self.parameters = {name: namespace[name] for name in defaults(notebook)}
-        self.folder = outputs_folder() / self.parameters["set_name"] / notebook
+        self.parameters = {name: namespace[name] for name in read_defaults(notebook)}
+        self.folder = outputs_folder(draft=True) / self.parameters["set_name"] / notebook
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.iterdir():
             stale.unlink()
@@ -55,24 +54,37 @@ class Report:
         pd.set_option("display.max_colwidth", None)  # claims are shown whole
 
     def record(self, **inputs: Any) -> None:
-        """Says what went in: identities and hashes of data and models, dtype. Kept in run.json under `inputs`."""
+        """Record what went in: identities and hashes of data and models, dtype. run.json keeps it as `inputs`."""
         self.inputs |= inputs
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage; its seconds are kept in run.json."""
+        """Time a stage. run.json keeps its seconds; stages of one name are summed."""
         start = time.perf_counter()
         yield
         self.stages[name] = self.stages.get(name, 0.0) + round(time.perf_counter() - start, 2)
 
     def table(self, table: pd.DataFrame, name: str, rows: int = 12, *, measured: Sequence[str] = ()) -> pd.DataFrame:
-        """Writes `name.csv` and returns the first rows to be shown.
+        """Write a table as `name.csv`.
 
-        **Arguments:** `measured`: columns that rest on times or memory, which no two runs share; see `lowrank.report.compare`.
+        **Arguments**
+
+        - `table`: any table; its index is not written.
+        - `name`: letters, digits and underscores, and neither "claims" nor "run".
+        - `rows`: number of rows to return. Default 12.
+        - `measured`: columns that depend on times or memory, which differ between any two runs, see
+          `lowrank.report.compare`. Default none.
+
+        **Returns** the first rows, to be shown.
+
+        **Raises**
+
+        - `ValueError`: a bad name, or a measured column that the table does not have.
         """
-        self._named(name)
-        if unknown := sorted(set(measured) - set(table)):
-            raise ValueError(f"`measured` must be columns of the table, got {unknown}.")
+        is_plain = name.replace("_", "").isalnum() and name not in RESERVED
+        require(is_plain, "name", "be letters, digits and underscores, and not 'claims' or 'run'", name)
+        unknown = sorted(set(measured) - set(table))
+        require(not unknown, "measured", "be columns of the table", unknown)
         if measured:
             self.measured_columns[name] = list(measured)
         table.to_csv(self.folder / f"{name}.csv", index=False, float_format=f"%.{SIGNIFICANT_DIGITS}g")
@@ -80,34 +92,49 @@ class Report:
         return table.head(rows)
 
     def figure(self, figure: Figure | sns.axisgrid.Grid, name: str) -> Image:
-        """Writes `name.png` and returns it to be shown. Its table, of the same name, must have been written before."""
-        if name not in self.tables:
-            raise ValueError(f"`name` must be that of a table written before the figure, got {name!r}.")
-        drawn = figure.figure if isinstance(figure, sns.axisgrid.Grid) else figure
-        save_figure(drawn, self.folder / f"{name}.png")
-        return Image(filename=str(self.folder / f"{name}.png"))
+        """Write a figure as `name.png`.
+
+        **Arguments**
+
+        - `figure`: a figure of matplotlib or a grid of seaborn; it is closed.
+        - `name`: the name of a table that was written before, which has the figure's values.
+
+        **Returns** the picture, to be shown.
+
+        **Raises**
+
+        - `ValueError`: no table has this name.
+        """
+        require(name in self.tables, "name", "be the name of a table written before the figure", name)
+        path = self.folder / f"{name}.png"
+        save_figure(figure.figure if isinstance(figure, sns.axisgrid.Grid) else figure, path)
+        return Image(filename=str(path))
 
     def claim(self, text: str, holds: Any, number: float | int | None = None, *, measured: bool = False) -> None:
-        """Records a finding and says whether it held. A claim that fails is a result, not an error.
+        """Record a finding and print whether it holds. A claim that fails is a result, not an error.
 
-        **Arguments:** `holds`: a truth value, or one for each case, all of which must be true; in how many they are is then
-        the number of the claim. `number`: the figure that decides otherwise. `measured`: it rests on times or memory, which
-        no two runs share.
+        **Arguments**
+
+        - `text`: the claim in one sentence.
+        - `holds`: one truth value, or one for each case. All must be true, and the number of the claim is then the count
+          of true ones.
+        - `number`: the number that decides the claim. Default None: no number.
+        - `measured`: the claim depends on times or memory, which differ between any two runs. Default False.
         """
         cases = np.asarray(holds)
-        held, shown = bool(cases.all()), "" if number is None else f"{number:.3g}"
+        verdict, shown = bool(cases.all()), "" if number is None else f"{number:.3g}"
         if cases.ndim:
             shown = f"{int(cases.sum())} of {cases.size}"
         if measured:
             self.measured_claims.append(text)
-        self.claims.append({"claim": text, "holds": held, "number": shown})
+        self.claims.append({"claim": text, "holds": verdict, "number": shown})
         pd.DataFrame(self.claims).to_csv(self.folder / "claims.csv", index=False)
-        print(f"{'holds' if held else 'FAILS'}: {text}")
+        print(f"{'holds' if verdict else 'FAILS'}: {text}")
 
     def finish(self) -> pd.DataFrame:
-        """Writes run.json and returns the claims to be shown."""
+        """Write run.json, and return the claims to be shown."""
         held = sum(bool(claim["holds"]) for claim in self.claims)
-        about = {
+        run = {
             "set": self.parameters["set_name"],
             "notebook": self.notebook,
             "parameters": self.parameters,
@@ -120,18 +147,19 @@ class Report:
             "peak_memory_mb": peak_memory_mb(),
             **environment(),
         }
-        (self.folder / "run.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf8")
+        with writing(self.folder / "run.json") as partial:
+            partial.write_text(json.dumps(run, indent=1) + "\n", encoding="utf8")
         return pd.DataFrame(self.claims, columns=["claim", "holds", "number"])
-
-    def _named(self, name: str) -> None:
-        if not name.replace("_", "").isalnum() or name in {"claims", "run"}:
-            raise ValueError(
-                f"`name` must be letters, digits and underscores, and not 'claims' or 'run', got {name!r}."
-            )
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG in a palette of 128 colours: a third of the size, in outputs/ and inside every notebook."""
+    """Save a figure as PNG and close it. A palette of 128 colors makes the file a third of the size.
+
+    **Arguments**
+
+    - `figure`: the figure.
+    - `path`: the PNG file.
+    """
     pixels = io.BytesIO()
     figure.savefig(pixels, dpi=100, bbox_inches="tight")
     plt.close(figure)

@@ -1,22 +1,34 @@
-"""Executes notebooks with their defaults and stores them, outputs included, beside their sources.
+"""Execute notebooks with their defaults, and store them with outputs beside their sources.
 
-`python -m lowrank.report.pair [NOTEBOOK ...]`, by default all: what readers see on the web and nbval compares with.
+Readers see these .ipynb files on the web, and nbval compares with them.
 """
 
-import sys
 from pathlib import Path
 
-from lowrank.report.notebook import outputs_folder
-from lowrank.report.parameters import NOTEBOOKS, notebook_names
-from lowrank.report.run import execute, read_notebook
+from lowrank.io.files import writing
+from lowrank.report.folders import outputs_folder
+from lowrank.report.parameters import NOTEBOOKS
+from lowrank.report.run import execute
 
 
 def refresh(name: str) -> Path:
-    """Runs one notebook and replaces its .ipynb; the old one stays where the run fails."""
+    """Execute one notebook with its defaults and replace its .ipynb.
+
+    **Arguments**
+
+    - `name`: stem of the notebook.
+
+    **Returns** the .ipynb file.
+
+    **Raises**
+
+    - `NotebookError`: the notebook failed; the old .ipynb stays.
+    """
     import nbformat  # noqa: PLC0415
 
-    growing = NOTEBOOKS / f".{name}.partial.ipynb"
-    notebook = execute(read_notebook(name), growing, outputs_folder(), name)
+    growing = outputs_folder() / "logs" / "draft" / f"{name}.ipynb"
+    growing.parent.mkdir(parents=True, exist_ok=True)
+    notebook = execute(name, growing, outputs_folder(draft=True))
     for key in ("papermill", "language_info"):
         notebook.metadata.pop(key, None)
     for cell in notebook.cells:
@@ -24,10 +36,8 @@ def refresh(name: str) -> Path:
             cell.metadata.pop(key, None)
         if not cell.metadata.get("tags"):
             cell.metadata.pop("tags", None)
-    nbformat.write(notebook, growing)
-    return growing.replace(NOTEBOOKS / f"{name}.ipynb")
-
-
-if __name__ == "__main__":
-    for notebook_name in sys.argv[1:] or notebook_names():
-        print(refresh(notebook_name))
+    path = NOTEBOOKS / f"{name}.ipynb"
+    with writing(path) as partial:
+        nbformat.write(notebook, partial)
+    growing.unlink()
+    return path

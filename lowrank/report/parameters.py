@@ -1,7 +1,8 @@
-"""Parameter sets and the notebooks they fill: which exist, what they may set, and what a notebook gets in the end.
+"""Read parameter sets, and give each notebook its parameters.
 
-A variant `SET@NAME=VALUE` is the set with one parameter changed (`@NAME=VALUE` again for more), for the notebooks that have
-it. The items of a list are separated by commas. Its name is that of its folder of results.
+A set is a file of params/. A variant `SET@NAME=VALUE` is the set with one parameter changed (`@NAME=VALUE` again for more), for
+the notebooks that have this parameter. Commas separate the items of a list. The results of a variant go to a folder with its
+name.
 """
 
 import ast
@@ -9,61 +10,65 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lowrank.io.dependencies import ROOT
+from lowrank.report.errors import ParameterError
+from lowrank.report.yaml_files import read_yaml
 
 NOTEBOOKS = ROOT / "notebooks"
 SETS = ROOT / "params"
-COMMON = "common"  # a section of a set file whose values go to every notebook that has such a parameter
-RESOURCES = "resources"  # another, which says what the notebooks ask of a machine, see `lowrank.report.resources`
+COMMON = "common"  # a section of a set file: its values go to every notebook that has such a parameter
+RESOURCES = "resources"  # another section: what the notebooks need of a machine, see `lowrank.report.resources`
 VARIANT = re.compile(r"(@[a-z_]+=[\w.,+-]+)*")
 
 
-class ParameterError(ValueError):
-    """A set, a notebook or a parameter that is not as it must be."""
-
-
 def notebook_names() -> list[str]:
-    """The stems of all notebooks."""
+    """Return the stems of all notebooks, sorted."""
     return sorted(path.stem for path in NOTEBOOKS.glob("[0-9][0-9]_*.py"))
 
 
 def set_names() -> list[str]:
-    """The names of all parameter sets."""
+    """Return the names of all parameter sets, sorted."""
     return sorted(path.stem for path in SETS.glob("*.yaml"))
 
 
 def notebook_path(name: str) -> Path:
-    """The source of a notebook.
+    """Return the source file of a notebook.
 
-    **Raises:** `ParameterError`: no such notebook; the message lists the known ones.
+    **Raises**
+
+    - `ParameterError`: no such notebook; the message lists all notebooks.
     """
     if name not in notebook_names():
         raise ParameterError(f"`notebook` must be one of {notebook_names()}, got {name!r}.")
     return NOTEBOOKS / f"{name}.py"
 
 
-def defaults(notebook: str) -> dict[str, Any]:
-    """The parameters cell of a notebook: every name with its literal value."""
+def read_defaults(notebook: str) -> dict[str, Any]:
+    """Read the parameters cell of a notebook: parameter name -> literal value.
+
+    **Raises**
+
+    - `ParameterError`: no such notebook, no parameters cell, or a cell with more than assignments of literals.
+    """
     source = notebook_path(notebook).read_text(encoding="utf8")
     cells = f"\n{source}".split("\n# %%")
     cell = next((cell for cell in cells if cell.partition("\n")[0].strip() == 'tags=["parameters"]'), None)
     if cell is None:
         raise ParameterError(f"notebook {notebook!r} must have a cell tagged 'parameters'.")
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for node in ast.parse(cell.partition("\n")[2]).body:
         if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
             raise ParameterError(f"the parameters cell of {notebook!r} must hold assignments of literals only.")
-        found[node.targets[0].id] = ast.literal_eval(node.value)
-    return found
+        values[node.targets[0].id] = ast.literal_eval(node.value)
+    return values
 
 
-def variation(name: str) -> tuple[str, dict[str, str]]:
-    """The set that a name is of, and the parameters that a variant changes, as text.
+def split_variant(name: str) -> tuple[str, dict[str, str]]:
+    """Split the name of a set or variant into the name of the set and its changes, parameter name -> text.
 
-    **Raises:** `ParameterError`: no such set (the message lists the known ones), or a variant that is not written as
-    `SET@NAME=VALUE`.
+    **Raises**
+
+    - `ParameterError`: no such set (the message lists all sets), or a variant not written as `SET@NAME=VALUE`.
     """
     base, at, rest = name.partition("@")
     if base not in set_names():
@@ -74,16 +79,19 @@ def variation(name: str) -> tuple[str, dict[str, str]]:
 
 
 def read_set(name: str) -> dict[str, dict[str, Any]]:
-    """The sections of a set file, or of the set of a variant: notebook -> parameters, perhaps `common` and `resources`.
+    """Read the sections of a set: notebook -> parameters, and perhaps `common` and `resources`.
 
-    **Raises:** `ParameterError`: no such set, a file that is not a YAML mapping of mappings, or a section that is not of
-    these.
+    **Arguments**
+
+    - `name`: a set, or a variant, which has the sections of its set.
+
+    **Raises**
+
+    - `ParameterError`: no such set, a file that is not a YAML mapping of mappings, a key that appears twice in one mapping, or
+      an unknown section.
     """
-    path = SETS / f"{variation(name)[0]}.yaml"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParameterError(f"set file {path} must be YAML: {' '.join(str(error).split())}") from error
+    path = SETS / f"{split_variant(name)[0]}.yaml"
+    content = read_yaml(path)
     if not (isinstance(content, dict) and all(isinstance(section, dict) for section in content.values())):
         raise ParameterError(f"set file {path} must map notebook names to parameters, got {type(content).__name__}.")
     sections = [*notebook_names(), COMMON, RESOURCES]
@@ -92,10 +100,10 @@ def read_set(name: str) -> dict[str, dict[str, Any]]:
     return content
 
 
-def _read(text: str, default: Any) -> Any:
-    """A value of a variant, as a parameters cell would hold it in the place of the default."""
+def _read_value(text: str, default: Any) -> Any:
+    """Read a value of a variant as the type of the default; text that does not fit is returned as it is."""
     if isinstance(default, list):
-        return [_read(item, default[0] if default else None) for item in text.split(",")]
+        return [_read_value(item, default[0] if default else None) for item in text.split(",")]
     if isinstance(default, str):
         return text
     try:
@@ -105,7 +113,7 @@ def _read(text: str, default: Any) -> Any:
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """A value has the type of the default; an int will do for a float; the items of a list have the type of the first."""
+    """Return True if a value has the type of the default. An int fits a float; items of a list fit its first item."""
     if isinstance(default, float) and not isinstance(value, bool):
         return isinstance(value, int | float)
     if isinstance(default, list) and isinstance(value, list):
@@ -113,44 +121,58 @@ def _fits(value: Any, default: Any) -> bool:
     return type(value) is type(default)
 
 
-def parameters(set_name: str, notebook: str) -> dict[str, Any]:
-    """All parameters of one notebook in one set: its defaults, then `common`, its own section, and what a variant changes.
+def read_parameters(set_name: str, notebook: str) -> dict[str, Any]:
+    """Read all parameters of one notebook in one set.
 
-    **Raises:** `ParameterError`: the set does not name the notebook, or sets a parameter that does not exist (the
-    message lists those that do) or has another type.
+    Later sources win: the defaults of the notebook, the section `common`, the section of the notebook, the variant.
+
+    **Arguments**
+
+    - `set_name`: a set or a variant.
+    - `notebook`: stem of the notebook.
+
+    **Returns** parameter name -> value, `set_name` included.
+
+    **Raises**
+
+    - `ParameterError`: the set has no section for the notebook; a parameter does not exist (the message lists those that do)
+      or has another type than its default.
     """
-    known = defaults(notebook)
+    default_values = read_defaults(notebook)
     sections = read_set(set_name)
     if notebook not in sections:
-        named = sorted(set(sections) - {COMMON, RESOURCES})
-        raise ParameterError(f"`notebook` must be one of {named} in set {set_name!r}, got {notebook!r}.")
-    common, own, varied = sections.get(COMMON, {}), sections[notebook], variation(set_name)[1]
-    everywhere = {name for other in notebook_names() for name in defaults(other)}
-    if unknown := sorted((set(own) | set(varied)) - set(known) | (set(common) - everywhere)):
+        notebooks = sorted(set(sections) - {COMMON, RESOURCES})
+        raise ParameterError(f"`notebook` must be one of {notebooks} in set {set_name!r}, got {notebook!r}.")
+    common, specific, changes = sections.get(COMMON, {}), sections[notebook], split_variant(set_name)[1]
+    anywhere = {name for other in notebook_names() for name in read_defaults(other)}
+    if unknown := sorted((set(specific) | set(changes)) - set(default_values) | (set(common) - anywhere)):
         raise ParameterError(
-            f"parameters of {notebook!r} must be among {sorted(known)}, got {unknown} in set {set_name!r}."
+            f"parameters of {notebook!r} must be among {sorted(default_values)}, got {unknown} in set {set_name!r}."
         )
-    given = {name: value for name, value in common.items() if name in known} | own
-    given |= {name: _read(text, known[name]) for name, text in varied.items()} | {"set_name": set_name}
-    for name, value in given.items():
-        if not _fits(value, known[name]):
+    values = {name: value for name, value in common.items() if name in default_values} | specific
+    values |= {name: _read_value(text, default_values[name]) for name, text in changes.items()}
+    values |= {"set_name": set_name}
+    for name, value in values.items():
+        if not _fits(value, default := default_values[name]):
             raise ParameterError(
-                f"parameter `{name}` of {notebook!r} must be of type {type(known[name]).__name__} (as {known[name]!r}), "
+                f"parameter `{name}` of {notebook!r} must be of type {type(default).__name__} (as {default!r}), "
                 f"got {value!r} in set {set_name!r}."
             )
-    return known | given
+    return default_values | values
 
 
 def jobs(sets: list[str]) -> list[tuple[str, str]]:
-    """Every (set, notebook) that exists among the given sets; of a variant, those that have what it changes.
+    """List every pair (set, notebook) of some sets; for a variant, the notebooks that have the parameters it changes.
 
-    **Raises:** `ParameterError`: no notebook of a variant's set has all the parameters that it changes.
+    **Raises**
+
+    - `ParameterError`: no notebook of a variant's set has all the parameters that it changes.
     """
-    found = []
+    pairs = []
     for name in sets:
-        changed = set(variation(name)[1])
-        own = [n for n in notebook_names() if n in read_set(name) and changed <= set(defaults(n))]
-        if changed and not own:
+        changed = set(split_variant(name)[1])
+        notebooks = [n for n in notebook_names() if n in read_set(name) and changed <= set(read_defaults(n))]
+        if changed and not notebooks:
             raise ParameterError(f"`set` must change parameters of one of its notebooks, got {name!r}.")
-        found += [(name, notebook) for notebook in own]
-    return found
+        pairs += [(name, notebook) for notebook in notebooks]
+    return pairs

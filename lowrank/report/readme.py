@@ -1,40 +1,38 @@
-"""Fills the marked blocks of README.md and docs/ from outputs/: `python -m lowrank.report.readme`. No number in them is typed."""
+"""Fill the marked blocks of README.md and docs/ from outputs/, so that no number in them is typed."""
 
 import re
-import sys
 from pathlib import Path
 
 import pandas as pd
 
 from lowrank.io.dependencies import ROOT
+from lowrank.io.files import writing
+from lowrank.report.bench_tables import benchmarks, sizing
+from lowrank.report.folders import outputs_folder
 from lowrank.report.parameters import notebook_names
-from lowrank.report.sizing import sizing
+from lowrank.report.selection_tables import draw_objectives, layer_selection
 from lowrank.report.tables import (
-    OUTPUTS,
-    _results,
     adapters,
     baselines,
-    benchmarks,
     comparison,
-    draw_objectives,
     fixed_bases,
     geometry,
-    layer_selection,
     preparation,
+    result_folders,
 )
 
 README = ROOT / "README.md"
 
 
 def claims() -> str:
-    """One row per claim of each notebook, one column per set: whether it held there."""
+    """Make a table for each notebook, with a row per claim and a column per set: "holds" or "fails"."""
     parts = []
     for notebook in notebook_names():
-        held = {
+        verdicts = {
             name: pd.read_csv(folder / "claims.csv").set_index("claim").holds
-            for name, folder in _results(notebook).items()
+            for name, folder in result_folders(notebook).items()
         }
-        table = pd.DataFrame(held).map({True: "holds", False: "**fails**"}.get).fillna("")
+        table = pd.DataFrame(verdicts).map({True: "holds", False: "**fails**"}.get).fillna("")
         table.index = table.index.str.replace("|", r"\|")  # a bar would end the cell
         parts.append(table.rename_axis(f"claim of {notebook}").reset_index().to_markdown(index=False))
     return "\n\n".join(parts)
@@ -51,11 +49,20 @@ BLOCKS = {
     "geometry": geometry,
     "benchmarks": benchmarks,
 }
-PAGES = {README: BLOCKS, ROOT / "docs" / "cluster.md": {"sizing": lambda: sizing(OUTPUTS / "bench" / "sizing.csv")}}
+PAGES = {README: BLOCKS, ROOT / "docs" / "cluster.md": {"sizing": sizing}}
 
 
-def filled(page: Path) -> str:
-    """The text of a page with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
+def fill_blocks(page: Path) -> str:
+    """Return the text of a page with new content between each `<!-- NAME -->` and `<!-- /NAME -->`.
+
+    **Arguments**
+
+    - `page`: one of `PAGES`.
+
+    **Raises**
+
+    - `ValueError`: the page lacks a block.
+    """
     text = page.read_text(encoding="utf8")
     for name, make in PAGES[page].items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
@@ -66,8 +73,11 @@ def filled(page: Path) -> str:
     return text
 
 
-if __name__ == "__main__":
-    draw_objectives(OUTPUTS / "summary" / "quality_by_objective.png")
-    for path in PAGES:
-        path.write_text(filled(path), encoding="utf8")
-    sys.exit(0)
+def fill_pages() -> list[Path]:
+    """Write all pages and the figure of the README anew, and return the pages."""
+    texts = {page: fill_blocks(page) for page in PAGES}  # an error leaves all pages as they were
+    draw_objectives(outputs_folder() / "summary" / "quality_by_objective.png")
+    for page, text in texts.items():
+        with writing(page) as partial:
+            partial.write_text(text, encoding="utf8")
+    return list(texts)

@@ -1,6 +1,7 @@
-"""The pages of the reference, made of signatures and docstrings, which are Markdown. Nothing is imported for them."""
+"""Make the pages of the reference from signatures and docstrings, which are Markdown. No module is imported for this."""
 
 import ast
+import re
 from pathlib import Path
 
 from lowrank.io.dependencies import PACKAGE
@@ -9,26 +10,30 @@ Definition = ast.FunctionDef | ast.ClassDef
 
 
 def module_name(path: Path) -> str:
-    """The dotted name of a source file of this package."""
+    """Return the dotted name of a source file of this package."""
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
 
 def public_modules() -> dict[str, Path]:
-    """Every module of this package that has anything to say, by dotted name."""
-    found = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if not path.stem.startswith("_")}
+    """Return every public module and package, dotted name -> source file, sorted by name."""
+    modules = {module_name(path): path for path in PACKAGE.rglob("*.py") if not path.stem.startswith("_")}
     packages = {module_name(path): path for path in PACKAGE.rglob("__init__.py")}
-    return dict(sorted((found | packages).items()))
+    return dict(sorted((modules | packages).items()))
+
+
+def _parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf8"))
 
 
 def _documented(body: list[ast.stmt]) -> list[Definition]:
-    """The public definitions of a module or class that have a docstring, in the order of the source."""
-    found = [node for node in body if isinstance(node, Definition) and not node.name.startswith("_")]
-    return [node for node in found if ast.get_docstring(node)]
+    """Return the public definitions of a module or class that have a docstring, in the order of the source."""
+    definitions = [node for node in body if isinstance(node, Definition) and not node.name.startswith("_")]
+    return [node for node in definitions if ast.get_docstring(node)]
 
 
 def _decorators(node: Definition) -> set[str]:
-    """`dataclass` for `@dataclass(frozen=True)`."""
+    """Return the names of decorators, for example `dataclass` for `@dataclass(frozen=True)`."""
     return {ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list}
 
 
@@ -41,16 +46,16 @@ def _arguments(node: ast.FunctionDef, method: bool) -> str:
 
 
 def _fields(node: ast.ClassDef) -> str:
-    """What a class is made from: the fields of a dataclass, else the arguments of its `__init__`."""
+    """Return the arguments of a class: the fields of a dataclass, or the arguments of `__init__`."""
     if "dataclass" in _decorators(node):
         fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
         return f"({', '.join(ast.unparse(field) for field in fields)})"
-    made = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
-    return _arguments(made[0], method=True) if made else ""
+    constructors = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+    return _arguments(constructors[0], method=True) if constructors else ""
 
 
 def _signature(node: Definition, within: str) -> tuple[str, str]:
-    """The directive of Sphinx's Python domain and its argument, names of members with their class."""
+    """Return the directive of Sphinx's Python domain and its argument; members are named with their class."""
     if isinstance(node, ast.ClassDef):
         return "class", within + node.name + _fields(node)
     returns = " -> " + ast.unparse(node.returns).strip("'") if node.returns else ""
@@ -59,32 +64,69 @@ def _signature(node: Definition, within: str) -> tuple[str, str]:
     return "method" if within else "function", f"{within}{node.name}{_arguments(node, bool(within))}{returns}"
 
 
-def entry(node: Definition, within: str = "") -> str:
-    """One definition in MyST Markdown, then the members of a class."""
+def format_entry(node: Definition, within: str = "") -> str:
+    """Format one definition, and the members of a class after it, in MyST Markdown.
+
+    **Arguments**
+
+    - `node`: syntax tree of a function or class.
+    - `within`: the class of a member and a dot. Default "": a definition of the module.
+    """
     kind, signature = _signature(node, within)
     text = f"```````{{py:{kind}}} {signature}\n{ast.get_docstring(node)}\n```````"
     members = _documented(node.body) if isinstance(node, ast.ClassDef) else []
-    return "\n\n".join([text, *(entry(member, f"{within}{node.name}.") for member in members)])
+    return "\n\n".join([text, *(format_entry(member, f"{within}{node.name}.") for member in members)])
 
 
-def module_page(name: str, path: Path) -> str:
-    """The page of one module."""
-    tree = ast.parse(path.read_text(encoding="utf8"))
-    parts = [f"# {name}", f"```{{py:module}} {name}\n```", ast.get_docstring(tree) or ""]
-    return "\n\n".join([*parts, *(entry(node) for node in _documented(tree.body))]) + "\n"
+def _toctree(names: list[str]) -> str:
+    titles = [f"{name.removeprefix(f'{PACKAGE.name}.')} <{name}>" for name in names]
+    return "\n".join(["```{toctree}", ":hidden:", *titles, "```"]) if names else ""
+
+
+def _linked(docstring: str, name: str, children: list[str]) -> str:
+    """Turn the bullets of a package's table of contents into links to the pages of its modules."""
+
+    def link(match: re.Match[str]) -> str:
+        child = f"{name}.{match[1]}"
+        return f"- [{match[1]}]({child}.md):" if child in children else match[0]
+
+    return re.sub(r"^- `(\w+)`:", link, docstring, flags=re.MULTILINE)
+
+
+def module_page(name: str, path: Path, children: list[str]) -> str:
+    """Make the page of one module or package.
+
+    **Arguments**
+
+    - `name`: dotted name.
+    - `path`: source file.
+    - `children`: dotted names of the public modules and packages in a package, empty for a module.
+    """
+    tree = _parse(path)
+    docstring = _linked(ast.get_docstring(tree) or "", name, children)
+    entries = [format_entry(node) for node in _documented(tree.body)]
+    parts = [f"# {name}", f"```{{py:module}} {name}\n```", docstring, _toctree(children), *entries]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def write_reference(folder: Path) -> None:
-    """Writes a page per module and the list of them all."""
+    """Write a page per module, a page per package with its table of contents, and the list of packages.
+
+    **Arguments**
+
+    - `folder`: the folder to make.
+    """
     folder.mkdir(parents=True)
     modules = public_modules()
+    children = {name: [other for other in modules if other.rpartition(".")[0] == name] for name in modules}
     lines = []
     for name, path in modules.items():
-        (folder / f"{name}.md").write_text(module_page(name, path), encoding="utf8")
-        summary = (ast.get_docstring(ast.parse(path.read_text(encoding="utf8"))) or "").partition("\n\n")[0]
-        lines.append(f"- [{name}]({name}.md): {' '.join(summary.split())}")
-    toctree = "\n".join(["```{toctree}", ":hidden:", *modules, "```"])
-    page = "\n\n".join(
-        ["# Reference", "Every public function and class, from its docstring.", "\n".join(lines), toctree]
+        (folder / f"{name}.md").write_text(module_page(name, path, children[name]), encoding="utf8")
+        if name in children[PACKAGE.name]:
+            summary = (ast.get_docstring(_parse(path)) or "").partition("\n\n")[0]
+            lines.append(f"- [{name}]({name}.md): {' '.join(summary.split())}")
+    introduction = (
+        f"Every public function and class, from its docstring, by package of [{PACKAGE.name}]({PACKAGE.name}.md)."
     )
-    (folder / "index.md").write_text(page + "\n", encoding="utf8")
+    parts = ["# Reference", introduction, "\n".join(lines), _toctree([PACKAGE.name])]
+    (folder / "index.md").write_text("\n\n".join(parts) + "\n", encoding="utf8")

@@ -1,34 +1,43 @@
-"""What a notebook asks of a machine: the section `resources` of its set. A cluster's scheduler goes by it.
+"""Read what a notebook needs of a machine, for the scheduler of a cluster.
 
-A set that says nothing gets `DEFAULTS`. What the section says goes for all notebooks of the set, and what it says under the
-name of a notebook for that one: `resources: {gpus: 1, minutes: 120, 02_prehab: {minutes: 600}}`.
+The section `resources` of a set overrides `DEFAULTS` for all notebooks of the set. Inside it, a section with the name of a
+notebook overrides both for this notebook: `resources: {gpus: 1, minutes: 120, 02_prehab: {minutes: 600}}`.
 """
 
-from lowrank.report.parameters import COMMON, RESOURCES, ParameterError, read_set
+from lowrank.report.errors import ParameterError
+from lowrank.report.parameters import COMMON, RESOURCES, read_set
 
 DEFAULTS = {"memory_mb": 4000, "minutes": 60, "cpus": 1, "gpus": 0}
 
 
-def resources(set_name: str, notebook: str) -> dict[str, int]:
-    """Memory, run time, CPUs and GPUs of one notebook with one set.
+def read_resources(set_name: str, notebook: str) -> dict[str, int]:
+    """Read the memory, run time, CPUs and GPUs that one notebook needs with one set.
 
-    **Raises:** `ParameterError`: the section names a resource or a notebook that does not exist (the message lists those that
-    do), or an amount that is not a whole number of at least 1, for GPUs 0.
+    **Arguments**
+
+    - `set_name`: a set or a variant.
+    - `notebook`: stem of the notebook.
+
+    **Returns** `memory_mb`, `minutes`, `cpus` and `gpus`.
+
+    **Raises**
+
+    - `ParameterError`: a resource or a notebook of the section does not exist (the message lists those that do), or an amount
+      is not a whole number >= 1, for `gpus` >= 0.
     """
     sections = read_set(set_name)
     section = sections.get(RESOURCES, {})
     notebooks = sorted(set(sections) - {COMMON, RESOURCES})
-    own = section.get(notebook, {})
-    if not isinstance(own, dict):
-        raise ParameterError(f"resources of {notebook!r} must be a mapping, got {own!r} in set {set_name!r}.")
-    asked = DEFAULTS | {name: value for name, value in section.items() if name not in notebooks} | own
-    if unknown := sorted(set(asked) - set(DEFAULTS)):
-        known = [*DEFAULTS, *notebooks]
-        raise ParameterError(f"resources must be among {known}, got {unknown} in set {set_name!r}.")
-    for name, value in asked.items():
+    specific = section.get(notebook, {})
+    if not isinstance(specific, dict):
+        raise ParameterError(f"resources of {notebook!r} must be a mapping, got {specific!r} in set {set_name!r}.")
+    amounts = DEFAULTS | {name: value for name, value in section.items() if name not in notebooks} | specific
+    if unknown := sorted(set(amounts) - set(DEFAULTS)):
+        raise ParameterError(f"resources must be among {[*DEFAULTS, *notebooks]}, got {unknown} in set {set_name!r}.")
+    for name, value in amounts.items():
         least = min(1, DEFAULTS[name])
         if type(value) is not int or value < least:
             raise ParameterError(
                 f"resource `{name}` must be a whole number >= {least}, got {value!r} in set {set_name!r}."
             )
-    return asked
+    return amounts

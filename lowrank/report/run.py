@@ -1,14 +1,12 @@
-"""One notebook with one parameter set, through papermill, strictly: `python -m lowrank.report.run SET NOTEBOOK`.
+"""Execute one notebook with one parameter set, through papermill.
 
-The notebook runs in a folder of its own beside the results and takes the place of the old result only when it has run
-whole. A failed one leaves its notebook, traceback included, and its log in `outputs/logs/`, and the old result as it was.
+The notebook runs in a staging folder beside the results, and replaces the old result only after it has run whole. A notebook
+that fails leaves itself with its traceback, and its log, in `outputs/logs/`, and the old result as it was.
 """
 
-import argparse
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,21 +14,14 @@ from typing import Any
 
 from filelock import FileLock
 
-from lowrank.io.dependencies import ROOT
-from lowrank.report.parameters import ParameterError, notebook_path, parameters
-
-
-class NotebookError(RuntimeError):
-    """A notebook did not run to its end."""
-
-
-def results_folder() -> Path:
-    """`LOWRANK_OUTPUTS`, else `outputs` in the project."""
-    return Path(os.environ.get("LOWRANK_OUTPUTS") or ROOT / "outputs").resolve()
+from lowrank.report.errors import NotebookError
+from lowrank.report.folders import outputs_folder
+from lowrank.report.parameters import notebook_path, read_parameters
+from lowrank.report.portable import make_portable
 
 
 def read_notebook(name: str) -> Any:
-    """A notebook's source as a notebook object with the same cell ids every time."""
+    """Read the source of a notebook as a notebook object, with the same cell ids every time."""
     import jupytext  # noqa: PLC0415
 
     notebook = jupytext.read(notebook_path(name))
@@ -43,7 +34,7 @@ def read_notebook(name: str) -> Any:
 
 @contextmanager
 def _outputs_at(folder: Path) -> Iterator[None]:
-    """`LOWRANK_OUTPUTS` for the kernel, which inherits the environment."""
+    """Set `LOWRANK_OUTPUTS` for the kernel, which inherits the environment."""
     before = os.environ.get("LOWRANK_OUTPUTS")
     os.environ["LOWRANK_OUTPUTS"] = str(folder)
     try:
@@ -54,78 +45,78 @@ def _outputs_at(folder: Path) -> Iterator[None]:
             os.environ["LOWRANK_OUTPUTS"] = before
 
 
-def execute(notebook: Any, growing: Path, outputs: Path, title: str, values: dict[str, Any] | None = None) -> Any:
-    """Runs a notebook object, which grows cell by cell at `growing` while its results go to `outputs`.
+def execute(name: str, growing: Path, outputs: Path, values: dict[str, Any] | None = None) -> Any:
+    """Execute a notebook and write it, cell by cell, while it runs.
 
-    **Raises:** `NotebookError`: a cell failed or the kernel died; the notebook so far is at `growing`.
+    **Arguments**
+
+    - `name`: stem of the notebook.
+    - `growing`: the .ipynb file that is written; it ends without absolute paths.
+    - `outputs`: the folder that receives the results of the notebook.
+    - `values`: parameters by name. Default None: the defaults of the notebook.
+
+    **Returns** the executed notebook object.
+
+    **Raises**
+
+    - `NotebookError`: a cell failed or the kernel died; `growing` has the notebook so far.
     """
+    import nbformat  # noqa: PLC0415
     import papermill  # noqa: PLC0415
 
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel, not one in the home folder
+    title = f"{values['set_name']}/{name}" if values else name
     bar: Any = {"desc": title, "disable": None, "position": int(os.environ.get("LOWRANK_BAR", "0"))}
     try:
         with _outputs_at(outputs):
-            return papermill.execute_notebook(
-                notebook, str(growing), values, kernel_name="python3", progress_bar=bar, log_output=True
+            notebook = papermill.execute_notebook(
+                read_notebook(name), str(growing), values, kernel_name="python3", progress_bar=bar, log_output=True
             )
+        make_portable(notebook, f"notebooks/{name}.py", f"{title}/{name}.ipynb")
+        nbformat.write(notebook, growing)
     except Exception as error:  # whatever the kernel, its client or a cell raises
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
         raise NotebookError(f"{title} failed: {reason} (see {growing})") from error
+    return notebook
 
 
-def run(set_name: str, name: str) -> Path:
-    """Executes one notebook with one set.
+def run_notebook(set_name: str, notebook: str) -> Path:
+    """Execute one notebook with one set, and replace its results.
 
-    **Returns:** the folder of results.
+    **Arguments**
 
-    **Raises:** `ParameterError`: the set, the notebook or a parameter is not as it must be. `OSError`: outputs cannot be
-    written. `NotebookError`: the notebook failed. In every case the former result stays as it was.
+    - `set_name`: a set or a variant.
+    - `notebook`: stem of the notebook.
+
+    **Returns** the folder of results.
+
+    **Raises** the errors below; each leaves the old result as it was.
+
+    - `ParameterError`: a rule for sets, notebooks or parameters is broken.
+    - `NotebookError`: the notebook failed.
+    - `OSError`: the folder of results is not writable.
     """
-    values = parameters(set_name, name)
-    results = results_folder()
-    logs, partial = results / "logs" / set_name, results / ".partial" / f"{set_name}-{name}"
-    staging = partial / str(os.getpid())  # its own, since the kernel of a killed run may still be writing
+    values = read_parameters(set_name, notebook)
+    results = outputs_folder()
+    logs, partial = results / "logs" / set_name, results / ".partial" / f"{set_name}-{notebook}"
+    staging = partial / str(os.getpid())  # per process, since the kernel of a killed run may still be writing
     logs.mkdir(parents=True, exist_ok=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{partial}.lock"):  # a runner that outlived its killed parent may still be at work
         shutil.rmtree(partial, ignore_errors=True)
-        handler = logging.FileHandler(logs / f"{name}.log", mode="w", encoding="utf8")
+        handler = logging.FileHandler(logs / f"{notebook}.log", mode="w", encoding="utf8")
         logging.basicConfig(level=logging.INFO, handlers=[handler], format="%(asctime)s %(message)s", force=True)
-        growing = logs / f"{name}.ipynb"
-        made, final = staging / set_name / name, results / set_name / name
+        growing = logs / f"{notebook}.ipynb"
+        result, final = staging / set_name / notebook, results / set_name / notebook
         try:
-            execute(read_notebook(name), growing, staging, f"{set_name}/{name}", values)
+            execute(notebook, growing, staging, values)
         except NotebookError:
             shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
             raise
-        growing.replace(made / f"{name}.ipynb")
+        growing.replace(result / f"{notebook}.ipynb")
         final.parent.mkdir(parents=True, exist_ok=True)
         if final.exists():
             final.rename(staging / "replaced")
-        made.rename(final)
+        result.rename(final)
         shutil.rmtree(partial)
     return final
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 1 the notebook failed, 2 bad input."""
-    parser = argparse.ArgumentParser(prog="python -m lowrank.report.run", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("set", help="a file of params/, without .yaml")
-    parser.add_argument("notebook", help="a file of notebooks/, without .py")
-    given = parser.parse_args(arguments)
-    try:
-        print(run(given.set, given.notebook))
-    except NotebookError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except ParameterError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: `LOWRANK_OUTPUTS` must be a folder that can be written: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

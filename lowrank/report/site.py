@@ -1,9 +1,8 @@
-"""The report as a site: `python -m lowrank.report.site SET ...` makes `_site/` of executed notebooks, docs/ and docstrings.
+"""Build the site from executed notebooks, docs/ and docstrings.
 
-Not in `outputs/`, which holds results only: the site can be made of them at any time.
+It goes to `_site/`, not to `outputs/`, which holds results only: the site can be built from them at any time.
 """
 
-import argparse
 import itertools
 import re
 import shutil
@@ -16,13 +15,22 @@ import nbformat
 import pandas as pd
 
 from lowrank.io.dependencies import ROOT
-from lowrank.report.pages import counted, escaped, markdown, notebook_page, read_claims, read_run, verdicts
-from lowrank.report.parameters import SETS, ParameterError, jobs, notebook_names, set_names
+from lowrank.io.files import writing
+from lowrank.report.errors import ReportError
+from lowrank.report.pages import (
+    count_claims,
+    escape,
+    format_table,
+    format_verdicts,
+    notebook_page,
+    read_claims,
+    read_run,
+)
+from lowrank.report.parameters import SETS, jobs, notebook_names, set_names
 from lowrank.report.reference import write_reference
-from lowrank.report.run import results_folder
 
 SITE = ROOT / "_site"
-# The figure of each notebook that the start page shows.
+# The start page shows one figure of each notebook.
 FIGURES = {
     "01_whitening": "held_out_error_by_tokens",
     "02_prehab": "quality_by_keep",
@@ -34,58 +42,87 @@ FIGURES = {
 }
 
 
-class SiteError(RuntimeError):
-    """A site that cannot be built."""
+class SiteError(ReportError):
+    """Report that the site cannot be built."""
 
 
 Results = dict[str, dict[str, Path]]  # notebook -> set -> folder
 
 
-def executed(sets: list[str], outputs: Path) -> Results:
-    """The folders of results of the given sets.
+def find_results(sets: list[str], outputs: Path) -> Results:
+    """Find the folders of results of some sets.
 
-    **Raises:** `ParameterError`: no such set. `SiteError`: no set is given, or one of its notebooks has no results.
+    **Arguments**
+
+    - `sets`: names of sets or variants, at least one.
+    - `outputs`: the folder of results.
+
+    **Returns** notebook -> set -> folder.
+
+    **Raises**
+
+    - `ParameterError`: no such set.
+    - `SiteError`: no set, or a notebook of a set without results.
     """
     if not sets:
         raise SiteError("`sets` must name at least one set, got none.")
-    found: Results = {notebook: {} for notebook in notebook_names()}
+    results: Results = {notebook: {} for notebook in notebook_names()}
     for name, notebook in jobs(sets):
         folder = outputs / name / notebook
         if missing := [
             file for file in ("run.json", "claims.csv", f"{notebook}.ipynb") if not (folder / file).is_file()
         ]:
             raise SiteError(f'{folder} must have {missing[0]}, and has none: run `make report SETS="{name}"` first.')
-        found[notebook][name] = folder
-    return {notebook: folders for notebook, folders in found.items() if folders}
+        results[notebook][name] = folder
+    return {notebook: folders for notebook, folders in results.items() if folders}
 
 
-def page(name: str, notebook: str) -> str:
-    """Where the page of a notebook with a set is, seen from the start page."""
+def page_path(name: str, notebook: str) -> str:
+    """Return the path of a page from the start page, without suffix.
+
+    **Arguments**
+
+    - `name`: the set.
+    - `notebook`: stem of the notebook.
+    """
     return f"results/{name}/{notebook}"
 
 
-def question(folder: Path, notebook: str) -> tuple[str, str]:
-    """Title and question of a notebook, as its opening has them."""
+def read_question(folder: Path, notebook: str) -> tuple[str, str]:
+    """Read the title and the question of a notebook from its opening.
+
+    **Arguments**
+
+    - `folder`: folder of results with the executed notebook.
+    - `notebook`: stem of the notebook.
+    """
     opening = nbformat.read(folder / f"{notebook}.ipynb", 4).cells[0].source
-    asked = opening.partition("**Question.** ")[2].partition("\n\n")[0]
-    return opening.partition("\n")[0].removeprefix("# "), asked
+    question = opening.partition("**Question.** ")[2].partition("\n\n")[0]
+    return opening.partition("\n")[0].removeprefix("# "), question
 
 
 def results_section(results: Results, source: Path) -> str:
-    """Each notebook with its question, a figure of the first set, and its pages."""
+    """Make the section with the question, a figure and the pages of each notebook.
+
+    **Arguments**
+
+    - `results`: notebook -> set -> folder. The figure comes from the first set.
+    - `source`: the folder of Sphinx's sources; the figures are copied there.
+    """
     parts = []
     for notebook, folders in results.items():
         first, folder = next(iter(folders.items()))
-        title, asked = question(folder, notebook)
+        title, question = read_question(folder, notebook)
         figure = f"{notebook}-{FIGURES[notebook]}.png"
         shutil.copy(folder / f"{FIGURES[notebook]}.png", source / figure)
         pages = [
-            f"[{name}]({page(name, notebook)}.ipynb) ({counted(read_claims(path))})" for name, path in folders.items()
+            f"[{name}]({page_path(name, notebook)}.ipynb) ({count_claims(read_claims(path))})"
+            for name, path in folders.items()
         ]
         caption = f"`{FIGURES[notebook]}` of {first}."
         parts += [
             f"### {title}",
-            asked,
+            question,
             f"![{FIGURES[notebook]}]({figure})",
             f"{caption} Claims by page: {', '.join(pages)}.",
         ]
@@ -93,63 +130,71 @@ def results_section(results: Results, source: Path) -> str:
 
 
 def claims_section(results: Results) -> str:
-    """A table per notebook: a row per claim, a column per set, each verdict a link to the page that shows it."""
+    """Make a table per notebook with a row per claim and a column per set; each verdict links to its page."""
     parts = []
     for notebook, folders in results.items():
         columns = []
         for name, folder in folders.items():
             claims = read_claims(folder)
-            found = verdicts(claims, f"{page(name, notebook)}.ipynb")
-            columns.append(pd.Series(found, index=claims.claim.map(escaped), name=name))
+            verdicts = format_verdicts(claims, f"{page_path(name, notebook)}.ipynb")
+            columns.append(pd.Series(verdicts, index=claims.claim.map(escape), name=name))
         table = pd.concat(columns, axis=1, sort=False).fillna("")
-        parts.append(markdown(table.rename_axis(f"claim of {notebook}").reset_index()))
+        parts.append(format_table(table.rename_axis(f"claim of {notebook}").reset_index()))
     return "\n\n".join(parts)
 
 
-def about_set(name: str) -> str:
-    """What a set is: the comment that its file begins with."""
+def describe_set(name: str) -> str:
+    """Return the comment at the top of a set file."""
     lines = (SETS / f"{name}.yaml").read_text(encoding="utf8").splitlines()
     comment = itertools.takewhile(lambda line: line[:1] == "#", lines)
     return " ".join(line.removeprefix("# ") for line in comment).replace("|", r"\|")
 
 
 def sets_section(results: Results) -> str:
-    """The sets of the site, and the machines and time that their notebooks took."""
+    """Make the table of the sets of the site, with the machines and the time that their notebooks took."""
     rows = []
     for name in dict.fromkeys(name for folders in results.values() for name in folders):
         runs = [read_run(folders[name]) for folders in results.values() if name in folders]
-        devices = escaped(", ".join(sorted({run["device"] for run in runs})))
-        rows.append((name, about_set(name), devices, f"{sum(run['wall_s'] for run in runs):.0f} s"))
-    return markdown(pd.DataFrame(rows, columns=["set", "what it is", "run on", "wall time"]))
+        devices = escape(", ".join(sorted({run["device"] for run in runs})))
+        rows.append((name, describe_set(name), devices, f"{sum(run['wall_s'] for run in runs):.0f} s"))
+    return format_table(pd.DataFrame(rows, columns=["set", "description", "run on", "wall time"]))
 
 
 def catalogue() -> str:
-    """Every set that there is."""
-    return markdown(pd.DataFrame([(name, about_set(name)) for name in set_names()], columns=["set", "what it is"]))
+    """Make the table of all sets of the project."""
+    rows = [(name, describe_set(name)) for name in set_names()]
+    return format_table(pd.DataFrame(rows, columns=["set", "description"]))
 
 
 def toctrees(results: Results) -> str:
-    """The navigation: a part per set, a page per notebook."""
+    """Make the navigation: a part per set, a page per notebook."""
     parts: dict[str, list[str]] = {}
     for notebook, folders in results.items():
         for name, folder in folders.items():
-            title = question(folder, notebook)[0].partition(":")[0]
-            parts.setdefault(name, []).append(f"{title} <{page(name, notebook)}>")
+            title = read_question(folder, notebook)[0].partition(":")[0]
+            parts.setdefault(name, []).append(f"{title} <{page_path(name, notebook)}>")
     return "\n\n".join(
         "\n".join(["```{toctree}", ":hidden:", f":caption: {name}", "", *pages, "```"]) for name, pages in parts.items()
     )
 
 
 def write_source(results: Results, source: Path) -> None:
-    """Everything that Sphinx reads, in a new folder: docs/, the README, which they include parts of, and generated pages."""
+    """Write the sources of Sphinx: docs/, the README, which pages of docs/ include in part, and generated pages.
+
+    **Arguments**
+
+    - `results`: notebook -> set -> folder.
+    - `source`: the folder to make.
+    """
     shutil.copytree(ROOT / "docs", source)
-    shutil.copy(ROOT / "README.md", source / "README.md")
+    readme = (ROOT / "README.md").read_text(encoding="utf8")
+    (source / "README.md").write_text(readme.replace("](docs/", "]("), encoding="utf8")  # its links, seen from docs/
     for path in source.glob("*.md"):  # the marks of filled blocks would be text: `<` is one in docstrings
         text = re.sub(r"^<!-- .* -->\n", "", path.read_text(encoding="utf8"), flags=re.MULTILINE)
         path.write_text(text, encoding="utf8")
     for notebook, folders in results.items():
         for name, folder in folders.items():
-            path = source / f"{page(name, notebook)}.ipynb"
+            path = source / f"{page_path(name, notebook)}.ipynb"
             path.parent.mkdir(parents=True, exist_ok=True)
             nbformat.write(notebook_page(folder, name, notebook), path)
     fragments = {
@@ -164,38 +209,40 @@ def write_source(results: Results, source: Path) -> None:
     write_reference(source / "reference")
 
 
-def build(sets: list[str], outputs: Path, target: Path) -> Path:
-    """Builds the site, which takes the place of an older one only when it is whole.
+def build_site(sets: list[str], outputs: Path, target: Path) -> Path:
+    """Build the site, and replace an older one only when the new one is whole.
 
-    **Returns:** the start page.
+    **Arguments**
 
-    **Raises:** `ParameterError`, `SiteError`: see `executed`; `SiteError` also where Sphinx fails or warns, which it prints.
+    - `sets`: names of sets or variants that have results, at least one.
+    - `outputs`: the folder of results.
+    - `target`: the folder of the site.
+
+    **Returns** the start page.
+
+    **Raises**
+
+    - `ParameterError`: no such set.
+    - `SiteError`: no set; a notebook of a set without results; Sphinx failed or warned, and printed why.
     """
-    results = executed(sets, outputs)
-    with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as folder:
-        work = Path(folder)
-        write_source(results, work / "source")
-        command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", str(work / "doctrees")]
-        done = subprocess.run([*command, str(work / "source"), str(work / "html")], check=False)
-        if done.returncode:
+    results = find_results(sets, outputs)
+    with tempfile.TemporaryDirectory() as folder:
+        source, doctrees, html = (Path(folder, name) for name in ("source", "doctrees", "html"))
+        write_source(results, source)
+        command = [
+            sys.executable,
+            "-m",
+            "sphinx",
+            "-q",
+            "-W",
+            "--keep-going",
+            "-d",
+            str(doctrees),
+            str(source),
+            str(html),
+        ]
+        if subprocess.run(command, check=False).returncode:
             raise SiteError("Sphinx failed or warned, see above.")
-        if target.exists():
-            target.rename(work / "replaced")
-        (work / "html").rename(target)
+        with writing(target) as partial:
+            shutil.move(html, partial)
     return target / "index.html"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 2 results are missing or the site cannot be built."""
-    parser = argparse.ArgumentParser(prog="python -m lowrank.report.site", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("sets", nargs="*", metavar="SET", help="a file of params/, without .yaml, that was executed")
-    try:
-        print(build(parser.parse_args(arguments).sets, results_folder(), SITE))
-    except (ParameterError, SiteError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,12 +1,19 @@
-"""What an assignment of layers can be asked to maximise, and cases of budgets to compare the answers on."""
+"""Values of layers that an assignment can maximise, and budgets on which to compare them.
+
+The published code calls the devices verifiers.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-Rows = Sequence[Mapping[str, Any]]  # of lowrank.selection.scores.Scores.layers
-STRATEGIES: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {  # verifiers -> shares, up to a factor
+from lowrank.io.checks import require
+
+Rows = Sequence[Mapping[str, Any]]  # `Scores.layers`
+Objective = Callable[[Rows, np.random.Generator], np.ndarray]  # rows -> the value of each layer
+
+BUDGET_STRATEGIES: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {  # devices -> shares, up to a factor
     "uniform": lambda count, generator: generator.uniform(0.1, 2.0, count),
     "dominant": lambda count, generator: np.where(np.arange(count) == generator.integers(count), 0.7, 1 / count),
     "decreasing": lambda count, generator: np.exp(-np.linspace(0, 2, count)),
@@ -15,22 +22,22 @@ STRATEGIES: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {  # v
 }
 
 
-def _column(name: str) -> Callable[[Rows, np.random.Generator], np.ndarray]:
+def _column(name: str) -> Objective:
     return lambda rows, generator: np.array([row[name] for row in rows], dtype=np.float64)
 
 
-def _reciprocal(name: str) -> Callable[[Rows, np.random.Generator], np.ndarray]:
+def _reciprocal(name: str) -> Objective:
     return lambda rows, generator: 1 / _column(name)(rows, generator)
 
 
 def _parabola(rows: Rows, generator: np.random.Generator) -> np.ndarray:
-    """Integers times a parabola that is .1 at both ends and 1 in the middle."""
+    """Return random integers times a parabola that is 0.1 at both ends and 1 in the middle."""
     place = np.linspace(-1, 1, len(rows))
     return generator.integers(1, 101, len(rows)) * (1 - 0.9 * place**2)
 
 
-OBJECTIVES: dict[str, Callable[[Rows, np.random.Generator], np.ndarray]] = {  # rows -> the value of each layer
-    "significance": _column("significance_score"),
+ASSIGNMENT_OBJECTIVES: dict[str, Objective] = {
+    "significance": _column("significance_score"),  # the published name of the score
     "norm_1": _column("norm_1"),
     "norm_2": _column("norm_2"),
     "norm_inf": _column("norm_inf"),
@@ -44,33 +51,42 @@ OBJECTIVES: dict[str, Callable[[Rows, np.random.Generator], np.ndarray]] = {  # 
 
 
 def budget_cases(
-    total: int, *, cases: int = 100, verifiers: int = 3, seed: int = 42, low: float = 0.15, high: float = 0.35
+    total: int, *, cases: int = 100, devices: int = 3, seed: int = 42, low: float = 0.15, high: float = 0.35
 ) -> list[dict[str, Any]]:
-    """Budgets of several verifiers: every case spends a share of the model drawn between `low` and `high`, of its own total.
+    """Draw cases of budgets for several devices.
 
-    **Arguments:** `total`: parameters of all layers. `cases`: split into five equal parts, one for each of `STRATEGIES` in
-    order; what is left over goes to the last. `verifiers`: >= 1.
+    The budgets of a case together are a random share of the model, uniform between `low` and `high`.
 
-    **Returns:** rows `case_id` (from 1), `strategy`, `num_verifiers`, `budgets` (integers), `total_budget`.
+    **Arguments**
 
-    **Raises:** `ValueError`: a number out of its range.
+    - `total`: parameters of all layers, >= 1.
+    - `cases`: number of cases, >= 1. They are split into equal parts, one for each of `BUDGET_STRATEGIES` in order.
+    - `devices`: number of devices in a case, >= 1.
+    - `seed`: of the random numbers.
+    - `low`, `high`: bounds of the share, 0 < low <= high <= 1.
+
+    **Returns** one row per case: `case_id` (from 1), `strategy`, `num_verifiers` (the number of devices), `budgets` (integers,
+    parameters), `total_budget`.
+
+    **Raises**
+
+    - `ValueError`: a number out of its range.
     """
-    for what, number in (("total", total), ("cases", cases), ("verifiers", verifiers)):
-        if number < 1:
-            raise ValueError(f"`{what}` must be >= 1, got {number}.")
+    for name, number in (("total", total), ("cases", cases), ("devices", devices)):
+        require(number >= 1, name, "be >= 1", number)
     if not 0 < low <= high <= 1:
         raise ValueError(f"`low` and `high` must be in order in (0, 1], got {low} and {high}.")
     generator, rows = np.random.default_rng(seed), []
     for index in range(cases):
-        strategy = list(STRATEGIES)[min(index * len(STRATEGIES) // cases, len(STRATEGIES) - 1)]
-        shares = STRATEGIES[strategy](verifiers, generator)
+        strategy = list(BUDGET_STRATEGIES)[min(index * len(BUDGET_STRATEGIES) // cases, len(BUDGET_STRATEGIES) - 1)]
+        shares = BUDGET_STRATEGIES[strategy](devices, generator)
         spent = generator.uniform(low, high) * total
         budgets = [int(budget) for budget in spent * shares / shares.sum()]
         rows.append(
             {
                 "case_id": index + 1,
                 "strategy": strategy,
-                "num_verifiers": verifiers,
+                "num_verifiers": devices,
                 "budgets": budgets,
                 "total_budget": sum(budgets),
             }

@@ -1,26 +1,23 @@
-"""Which layers matter: scores of every layer of a model as a file, and the runs of layers that budgets buy.
+"""Scores of every layer of a model as a file.
 
-The file (`*_scores.json`, format "lowrank.scores/1") has the keys of the published schema, and `format`, `window`, `exact`; each
-row of `layers` has besides the published ones `block`, `raw_metric` (null where there is none), `status`, and the entrywise norms
-`norm_1`, `norm_2`, `norm_inf`.
+The file (`*_scores.json`, format "lowrank.scores/1") has the keys of the published schema, and `format`, `window`, `exact`. Each
+row of `layers` has the published keys, and `block`, `raw_metric` (null if there is none), `status`, and the norms of the entries
+`norm_1`, `norm_2`, `norm_inf`. The published key of the score of a layer is `significance_score`.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from accelerate import init_empty_weights
-from torch import nn
-
 from lowrank.io.records import read_record, write_record
-from lowrank.io.weights import CONFIG, Source, named, opened
-from lowrank.nn.targets import BLOCKS, is_conv1d
+from lowrank.io.weights import Source
+from lowrank.nn.targets import BLOCKS
+from lowrank.selection.layer_sizes import layer_sizes
 
-FORMAT = "lowrank.scores/1"
-ROW = {
+_FORMAT = "lowrank.scores/1"
+_ROW_KEYS = {
     "index",
     "name",
     "block",
@@ -35,143 +32,139 @@ ROW = {
 
 @dataclass(frozen=True)
 class Scores:
-    """`layers`: one row for each layer, in the order of the model. `about`: how they came about, the other keys of the file."""
+    """Hold the scores of the layers of a model.
+
+    **Arguments**
+
+    - `layers`: one row per layer, in the order of the model; see the docstring of the module for the keys.
+    - `settings`: the other keys of the file: the model's name, the metric and the options of `ScoringConfig`.
+    """
 
     layers: list[dict[str, Any]]
-    about: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
+        """Return the names of the layers."""
         return [row["name"] for row in self.layers]
 
     @property
     def values(self) -> list[float]:
-        """Significance, for `assign_layers`."""
+        """Return the score of each layer in [0, 1], for `assign_layers`: 1 - its pruning ratio."""
         return [row["significance_score"] for row in self.layers]
 
     @property
     def costs(self) -> list[int]:
-        """Parameters, for `assign_layers`."""
+        """Return the number of parameters of each layer, for `assign_layers`."""
         return [row["num_parameters"] for row in self.layers]
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Layer -> share to prune, for `lowrank.compression.pruning.prune`."""
+        """Return layer -> share to prune, for `lowrank.compression.pruning.prune`."""
         return {row["name"]: row["pruning_ratio"] for row in self.layers}
 
     def save(self, path: Path | str) -> None:
-        """Writes the file, whole or not at all; the same scores give the same bytes."""
-        write_record(path, FORMAT, self.about | _summary(self.layers) | {"layers": self.layers})
+        """Write the file, whole or not at all; the same scores give the same bytes.
+
+        **Arguments**
+
+        - `path`: the file to write.
+        """
+        write_record(path, _FORMAT, self.settings | _summarize(self.layers) | {"layers": self.layers})
 
     @classmethod
     def load(cls, path: Path | str, model: Source | None = None) -> "Scores":
-        """Reads what `save` wrote. `model`: the one that it should be of, by names and shapes of its layers.
+        """Read a file that `save` wrote.
 
-        **Raises:** `FileNotFoundError`. `ValueError`: no JSON, another format, a row without a key or with a cost that is no
-        integer >= 1, another model.
+        **Arguments**
+
+        - `path`: the file.
+        - `model`: check that the scores belong to this model, see `check`; None for no check.
+
+        **Raises**
+
+        - `FileNotFoundError`: no such file.
+        - `ValueError`: the file is no JSON or has another format; a row without a key, or with a cost that is no integer >= 1;
+          another model.
         """
-        about = read_record(path, FORMAT, ("layers",), "Scores.save")
-        rows = about.pop("layers")
-        if not rows:
-            raise ValueError(f"`path` must have rows under 'layers', got none in {str(path)!r}.")
-        for row in rows:
-            if lacking := sorted(ROW - row.keys()):
-                raise ValueError(f"`path` must have {lacking[0]!r} in every row, got none in row {row.get('index')}.")
-            if type(row["num_parameters"]) is not int or row["num_parameters"] < 1:
-                raise ValueError(
-                    f"`path` must have integers >= 1 as num_parameters, got {row['num_parameters']!r} for {row['name']!r}."
-                )
-        scores = cls(rows, {key: value for key, value in about.items() if key not in ("format", *_summary(rows))})
+        record = read_record(path, _FORMAT, ("layers",), "Scores.save")
+        rows = record.pop("layers")
+        _check_rows(rows, path)
+        scores = cls(rows, {key: value for key, value in record.items() if key not in ("format", *_summarize(rows))})
         if model is not None:
             scores.check(model)
         return scores
 
     def check(self, model: Source) -> None:
-        """**Raises:** `ValueError`: a layer that the model lacks or has in another shape, or one of the model's without a row."""
-        sizes = layer_sizes(model, self.about.get("layers_named", BLOCKS))
-        own = {row["name"]: tuple(row["weight_shape"]) for row in self.layers}
-        for name in [*own, *sizes]:
-            if own.get(name) != sizes.get(name):
+        """Check that the layers are the same as in a model, by name and shape.
+
+        **Arguments**
+
+        - `model`: a model, a folder with safetensors, a safetensors file, or a Hub name.
+
+        **Raises**
+
+        - `ValueError`: a layer is missing in the model or in the scores, or has another shape.
+        """
+        sizes = layer_sizes(model, self.settings.get("layers_named", BLOCKS))
+        scored = {row["name"]: tuple(row["weight_shape"]) for row in self.layers}
+        for name in [*scored, *sizes]:
+            if scored.get(name) != sizes.get(name):
                 raise ValueError(
-                    f"`model` must have the layers of these scores: {name!r} is {own.get(name)} there, {sizes.get(name)} here."
+                    f"`model` must have the layers of these scores, got {sizes.get(name)} for {name!r}, which is "
+                    f"{scored.get(name)} in the scores."
                 )
 
 
-def layer_sizes(model: Source, layers: Iterable[str] = BLOCKS) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights of the layers of a model, from the model itself (on the meta device too) or the headers of its files;
-    never guessed from their number.
-
-    Linear layers, GPT-2's `Conv1D` and convolutions, in the order of the model. Of files this is known where a config.json beside
-    them names a class of transformers that has their tensors; else it is every weight of two or more dimensions, by name.
-
-    **Returns:** layer -> `(out, in, *kernel)`.
-
-    **Raises:** `ValueError`: no such layer. `FileNotFoundError`: as `lowrank.io.weights.opened`.
-    """
-    entries = list(layers)
-    with opened(model, "model") as held:
-        shapes, files = held.shapes, held.files
-    sizes = {name: shapes[f"{name}.weight"] for name in named(shapes, entries)}
-    modules = model if isinstance(model, nn.Module) else _skeleton(files[0].parent / CONFIG)
-    if modules is not None:
-        kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-        known = [name for name, module in modules.named_modules() if isinstance(module, kinds) or is_conv1d(module)]
-        if ordered := [name for name in known if name in sizes]:
-            return {name: sizes[name] for name in ordered}
-    if not sizes:
-        raise ValueError(f"`layers` must name weights of the model, got none for {entries}.")
-    return {name: sizes[name] for name in sorted(sizes, key=_by_number)}
+def _check_rows(rows: Sequence[Mapping[str, Any]], path: Path | str) -> None:
+    if not rows:
+        raise ValueError(f"`path` must have rows under 'layers', got none in {str(path)!r}.")
+    for row in rows:
+        if missing := sorted(_ROW_KEYS - row.keys()):
+            raise ValueError(f"`path` must have {missing[0]!r} in every row, got none in row {row.get('index')}.")
+        if type(row["num_parameters"]) is not int or row["num_parameters"] < 1:
+            raise ValueError(
+                f"`path` must have integers >= 1 as num_parameters, got {row['num_parameters']!r} for {row['name']!r}."
+            )
 
 
-def _skeleton(config: Path) -> nn.Module | None:
-    """The architecture that a folder's config.json names, without weights; None where transformers does not have it."""
-    import transformers  # noqa: PLC0415
-
-    names = json.loads(config.read_text(encoding="utf8")).get("architectures") if config.exists() else None
-    kind: Any = getattr(transformers, names[0], None) if names else None
-    if kind is None:
-        return None
-    with init_empty_weights():
-        return kind(transformers.AutoConfig.from_pretrained(config.parent))
-
-
-def _by_number(name: str) -> list[Any]:
-    """Sorts `layers.2` before `layers.11`: shards hold names in no useful order."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-
-
-def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The published keys that follow from the rows."""
+def _summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the published keys that follow from the rows."""
     blocks: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         blocks.setdefault(row["block"], []).append(row)
-    about = [
-        {
-            "block_index": index,
-            "name": name,
-            "start_layer_index": own[0]["index"],
-            "end_layer_index": own[-1]["index"],
-            "num_layers": len(own),
-            "total_parameters": sum(row["num_parameters"] for row in own),
-            "avg_significance": mean(row["significance_score"] for row in own),
-            "avg_pruning_ratio": mean(row["pruning_ratio"] for row in own),
-        }
-        for index, (name, own) in enumerate(blocks.items())
-    ]
-    raw = [row["raw_metric"] for row in rows if row["raw_metric"] is not None]
-    columns = {"raw_metrics": raw, "pruning_ratios": [row["pruning_ratio"] for row in rows]}
-    columns["significance_scores"] = [row["significance_score"] for row in rows]
-    extremes = {
-        f"{what}_{kind}": function(own)
-        for what, own in columns.items()
-        for kind, function in (("min", min), ("max", max), ("mean", mean))
-        if own
-    }
     return {
         "total_parameters": sum(row["num_parameters"] for row in rows),
         "num_blocks": len(blocks),
         "num_prunable_layers": len(rows),
         "layers_per_block": len(rows) // len(blocks),
-        "blocks": about,
-        "metadata": extremes,
+        "blocks": [_summarize_block(index, name, members) for index, (name, members) in enumerate(blocks.items())],
+        "metadata": _summarize_columns(rows),
+    }
+
+
+def _summarize_block(index: int, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "block_index": index,
+        "name": name,
+        "start_layer_index": rows[0]["index"],
+        "end_layer_index": rows[-1]["index"],
+        "num_layers": len(rows),
+        "total_parameters": sum(row["num_parameters"] for row in rows),
+        "avg_significance": mean(row["significance_score"] for row in rows),
+        "avg_pruning_ratio": mean(row["pruning_ratio"] for row in rows),
+    }
+
+
+def _summarize_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    columns = {
+        "raw_metrics": [row["raw_metric"] for row in rows if row["raw_metric"] is not None],
+        "pruning_ratios": [row["pruning_ratio"] for row in rows],
+        "significance_scores": [row["significance_score"] for row in rows],
+    }
+    return {
+        f"{column}_{kind}": function(values)
+        for column, values in columns.items()
+        for kind, function in (("min", min), ("max", max), ("mean", mean))
+        if values
     }

@@ -1,7 +1,8 @@
-"""selection.scoring"""
+"""Score every layer of a model by the spectrum of its weight."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,123 +10,175 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.io.weights import Source, opened
+from lowrank.io.checks import require
+from lowrank.io.weights import Source, open_weights
 from lowrank.nn.targets import BLOCKS, split_block
-from lowrank.selection.esd import METRICS, esd_metrics_together
-from lowrank.selection.pruning_ratios import pruning_ratios
-from lowrank.selection.scores import Scores, layer_sizes
+from lowrank.selection.esd import SPECTRAL_METRICS, WINDOWS, esd_metrics_together
+from lowrank.selection.layer_sizes import layer_sizes
+from lowrank.selection.pruning_ratios import check_ratio_options, pruning_ratios
+from lowrank.selection.scores import Scores
 
-TOGETHER = 2**30  # bytes of Gram matrices of one size that an accelerator decomposes at once
-SUMS = {"norm_1": 1, "norm_2": 2}  # norms of the entries that are sums
-MAPPINGS = ("block_wise", "layer_wise")
-PRUNABLE = ("larger", "smaller")
+_MAPPINGS = ("block_wise", "layer_wise")
+_BATCH_BYTES = 2**30  # of Gram matrices of one size that an accelerator decomposes at once
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """Hold the options that turn spectra into scores.
+
+    **Arguments**
+
+    - `window`: 'published' or 'corrected', see `lowrank.selection.esd.esd_metrics`.
+    - `smallest`: fits keep eigenvalues above this number, >= 0.
+    - `prunable`: prune layers with the 'larger' or the 'smaller' metric more. None stands for 'larger', as published, and is
+      allowed for exponents only.
+    - `mapping`: 'block_wise' gives all layers of a block the mean of their metrics, 'layer_wise' each layer its metric.
+    - `sparsity`: share of all weights to prune, in [0, 1).
+    - `epsilon`: spread of the ratios, in [0, 1).
+    - `exact`: prune exactly `sparsity`; False cuts ratios above 1 and prunes less, as published.
+    - `missing`: 'error' refuses a layer without the metric, 'median' gives it the median of the others.
+
+    **Raises**
+
+    - `ValueError`: an option out of its range.
+    """
+
+    window: str = "published"
+    smallest: float | int = 0.0
+    prunable: str | None = None
+    mapping: str = "block_wise"
+    sparsity: float | int = 0.7
+    epsilon: float | int = 0.3
+    exact: bool = True
+    missing: str = "error"
+
+    def __post_init__(self) -> None:
+        rules = {
+            "window": (self.window in WINDOWS, f"be one of {list(WINDOWS)}"),
+            "smallest": (self.smallest >= 0, "be >= 0"),
+            "prunable": (self.prunable in (None, "larger", "smaller"), "be None, 'larger' or 'smaller'"),
+            "mapping": (self.mapping in _MAPPINGS, f"be one of {list(_MAPPINGS)}"),
+        }
+        for name, (holds, rule) in rules.items():
+            require(holds, name, rule, getattr(self, name))
+        check_ratio_options(self.sparsity, self.epsilon, self.missing)
 
 
 def layer_scores(
     model: Source,
     metric: str = "alpha_peak",
+    config: ScoringConfig = ScoringConfig(),
     *,
     layers: Iterable[str] = BLOCKS,
-    window: str = "published",
-    smallest: float | int = 0.0,
-    prunable: str | None = None,
-    mapping: str = "block_wise",
-    sparsity: float | int = 0.7,
-    epsilon: float | int = 0.3,
-    exact: bool = True,
-    missing: str = "error",
     name: str | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Scores:
-    """Scores of the layers of a model: a metric of the spectrum, the share to prune, and significance = 1 - that share.
+    """Score the layers of a model: 1 minus the share of the layer to prune, computed from a metric of its spectrum.
 
-    One matrix at a time is in memory, so that files of any size will do; on an accelerator, several of one size.
+    One weight at a time is in memory, so that files may be larger than the memory. An accelerator takes several weights of one
+    size at a time.
 
-    **Arguments:** `model`: a model, a folder with safetensors, a file, a Hub name. `metric`: one of `lowrank.selection.esd.METRICS`.
-    `layers`: names or patterns. `window`, `smallest`: as in `esd_metrics`. `prunable`: which layers to prune more, those with
-    the 'larger' or the 'smaller' metric; 'larger' is what is published for exponents, for all other metrics it has to be said.
-    `mapping`: 'block_wise', where layers of a block share the mean of their metrics, or 'layer_wise'. `sparsity`, `epsilon`,
-    `exact`, `missing`: as in `pruning_ratios`. `name`: kept in the file. `device`: where
-    matrices are decomposed, by default where the weights are.
+    **Arguments**
 
-    **Raises:** `ValueError`: an unknown name or number out of its range; a layer without the metric, by name and status.
-    `FileNotFoundError`: as `opened`.
+    - `model`: a model, a folder with safetensors, a safetensors file, or a Hub name.
+    - `metric`: one of `lowrank.selection.esd.SPECTRAL_METRICS`.
+    - `config`: how metrics become scores.
+    - `layers`: names or regular expressions that must match a whole name; by default the layers inside numbered blocks.
+    - `name`: name of the model in the file, by default its folder or its class.
+    - `device`: where weights are decomposed, by default where they are.
+    - `progress`: show a progress bar.
+
+    **Returns** the `Scores` of all layers.
+
+    **Raises**
+
+    - `ValueError`: an unknown metric; `config.prunable` is None for a metric that is no exponent; a layer without the metric, by
+      name and status; no such layer.
+    - `FileNotFoundError`: no such checkpoint, see `lowrank.io.weights.open_weights`.
     """
-    for what, given, known in (("metric", metric, METRICS), ("mapping", mapping, MAPPINGS)):
-        if given not in known:
-            raise ValueError(f"`{what}` must be one of {list(known)}, got {given!r}.")
-    if prunable is None and metric.startswith(("alpha", "hill")):
-        prunable = "larger"
-    if prunable not in PRUNABLE:
-        raise ValueError(f"`prunable` must be 'larger' or 'smaller' for the metric {metric!r}, got {prunable!r}.")
-    entries = list(layers)
-    rows = _measured(model, entries, metric, window, smallest, device, progress)
-    found = {row["name"]: _number(row["raw_metric"]) for row in rows}
-    if missing == "error" and (lost := next((row for row in rows if row["raw_metric"] is None), None)):
-        raise ValueError(
-            f"`model` must have {metric} in every layer, got status {lost['status']!r} for {lost['name']!r}; "
-            "missing='median' fills it."
-        )
+    require(metric in SPECTRAL_METRICS, "metric", f"be one of {list(SPECTRAL_METRICS)}", metric)
+    prunable = config.prunable or ("larger" if metric.startswith(("alpha", "hill")) else None)
+    require(prunable is not None, "prunable", f"be 'larger' or 'smaller' for the metric {metric!r}", prunable)
+    patterns = list(layers)
+    rows = _measure_layers(model, patterns, metric, config, device, progress)
+    _check_metrics(rows, metric, config.missing)
     sign = 1 if prunable == "larger" else -1
+    metrics = {row["name"]: math.nan if row["raw_metric"] is None else row["raw_metric"] for row in rows}
     ratios = pruning_ratios(
-        {own: sign * value for own, value in found.items()},
+        {layer: sign * value for layer, value in metrics.items()},
         {row["name"]: row["num_parameters"] for row in rows},
-        sparsity,
-        epsilon,
-        {row["name"]: row["block"] for row in rows} if mapping == "block_wise" else None,
-        exact,
-        missing,
+        config.sparsity,
+        config.epsilon,
+        {row["name"]: row["block"] for row in rows} if config.mapping == "block_wise" else None,
+        config.exact,
+        config.missing,
     )
     for row in rows:
         row["pruning_ratio"], row["significance_score"] = ratios[row["name"]], 1 - ratios[row["name"]]
-    rule = {
-        "sparsity_ratio": sparsity,
-        "epsilon": epsilon,
-        "mapping_type": mapping,
-        "prunable": prunable,
-        "exact": exact,
-    }
-    about = {"model_name": name or _name_of(model), "metric_name": metric, "window": window, "smallest": smallest}
-    return Scores(
-        rows, about | rule | {"significance_method": "inverse_ratio", "missing": missing, "layers_named": entries}
-    )
+    model_keys = {"model_name": name or _name_model(model), "metric_name": metric, "layers_named": patterns}
+    return Scores(rows, model_keys | _published_keys(config) | {"prunable": prunable})
 
 
-def _measured(
+def _measure_layers(
     model: Source,
     layers: list[str],
     metric: str,
-    window: str,
-    smallest: float | int,
+    config: ScoringConfig,
     device: torch.device | str | None,
     progress: bool,
 ) -> list[dict[str, Any]]:
+    """Return one row per layer, without ratio and score."""
     sizes, rows = layer_sizes(model, layers), {}
     with (
-        opened(model, "model") as held,
+        open_weights(model, "model") as checkpoint,
         tqdm(total=len(sizes), desc="scores", unit="matrix", disable=not progress) as bar,
     ):
-        for names in _together(sizes, device if device is not None else _device_of(model)):
-            weights = [held.read(f"{name}.weight").detach().to(device) for name in names]
-            for name, weight, found in zip(
-                names, weights, esd_metrics_together(weights, window, smallest), strict=True
-            ):
-                value = found[metric]
-                about = {"name": name, "block": split_block(name)[0] or name, "num_parameters": weight.numel()}
-                about |= {"weight_shape": list(weight.shape), "raw_metric": value if math.isfinite(value) else None}
-                rows[name] = about | {"status": found["status"]} | _norms(weight)
+        for names in _batch_layers(sizes, device if device is not None else _device_of(model)):
+            weights = [checkpoint.read(f"{name}.weight").detach().to(device) for name in names]
+            spectra = esd_metrics_together(weights, config.window, config.smallest)
+            for name, weight, metrics in zip(names, weights, spectra, strict=True):
+                rows[name] = {
+                    "name": name,
+                    "block": split_block(name)[0] or name,
+                    "num_parameters": weight.numel(),
+                    "weight_shape": list(weight.shape),
+                    "raw_metric": metrics[metric] if math.isfinite(metrics[metric]) else None,
+                    "status": metrics["status"],
+                } | _entry_norms(weight)
             bar.update(len(names))
     return [{"index": index} | rows[name] for index, name in enumerate(sizes)]
 
 
-def _together(sizes: Mapping[str, tuple[int, ...]], device: torch.device | str) -> Iterator[list[str]]:
-    """One layer after the other on the CPU; elsewhere those whose Gram matrices have one size, as many as `TOGETHER` holds."""
+def _check_metrics(rows: list[dict[str, Any]], metric: str, missing: str) -> None:
+    if missing == "error" and (row := next((row for row in rows if row["raw_metric"] is None), None)):
+        raise ValueError(
+            f"`model` must have {metric} in every layer, got status {row['status']!r} for {row['name']!r}; "
+            "missing='median' fills it."
+        )
+
+
+def _published_keys(config: ScoringConfig) -> dict[str, Any]:
+    """Return the options under the keys of the published schema."""
+    return {
+        "window": config.window,
+        "smallest": config.smallest,
+        "sparsity_ratio": config.sparsity,
+        "epsilon": config.epsilon,
+        "mapping_type": config.mapping,
+        "exact": config.exact,
+        "missing": config.missing,
+        "significance_method": "inverse_ratio",
+    }
+
+
+def _batch_layers(sizes: Mapping[str, tuple[int, ...]], device: torch.device | str) -> Iterator[list[str]]:
+    """Yield one layer at a time for the CPU, else as many with Gram matrices of one size as `_BATCH_BYTES` allow."""
     sides: dict[int, list[str]] = {}
     for name, shape in sizes.items():
         sides.setdefault(min(shape[:2]), []).append(name)
     for side, names in sides.items():
-        count = 1 if torch.device(device).type == "cpu" else max(1, TOGETHER // (8 * side**2))
+        count = 1 if torch.device(device).type == "cpu" else max(1, _BATCH_BYTES // (8 * side**2))
         yield from (names[first : first + count] for first in range(0, len(names), count))
 
 
@@ -133,18 +186,17 @@ def _device_of(model: Source) -> torch.device | str:
     return next(model.parameters()).device if isinstance(model, nn.Module) else "cpu"
 
 
-def _norms(weight: Tensor) -> dict[str, float | None]:
+def _entry_norms(weight: Tensor) -> dict[str, float | None]:
     wide = torch.float64 if weight.device.type != "mps" else torch.float32
-    found = {"norm_inf": float(torch.linalg.vector_norm(weight, math.inf))}
-    found |= {name: float(torch.linalg.vector_norm(weight, order, dtype=wide)) for name, order in SUMS.items()}
-    return {name: value if math.isfinite(value) else None for name, value in found.items()}
+    norms = {
+        "norm_inf": float(torch.linalg.vector_norm(weight, math.inf)),
+        "norm_1": float(torch.linalg.vector_norm(weight, 1, dtype=wide)),
+        "norm_2": float(torch.linalg.vector_norm(weight, 2, dtype=wide)),
+    }
+    return {name: value if math.isfinite(value) else None for name, value in norms.items()}
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _name_of(model: Source) -> str:
+def _name_model(model: Source) -> str:
     if isinstance(model, nn.Module):
         return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     return Path(model).name

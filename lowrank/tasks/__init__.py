@@ -1,1 +1,13 @@
-"""tasks"""
+"""What experiments run on: data, a model, metrics, a cached dense baseline, and sweeps of compressed models.
+
+- `registry`: `load_task`, and `TASKS`, the list of tasks.
+- `task`: `Task`, one data set with one model.
+- `evaluation`: objectives, `evaluate`, `perplexity`.
+- `metrics`: `Metric` and `METRICS`.
+- `training`: train a model on a task.
+- `baseline`: the trained dense model and the statistics of its layers, cached.
+- `sweep`: many compressed models of one dense model.
+- `digits`, `cifar10`, `imagenet`: image classification; `images` reads data sets of the Hub.
+- `docs_package`, `docs_language`: text from installed packages, see `docs`.
+- `glue`, `wikitext2`: published text tasks. `text` has tokenizers, padding and chunks.
+"""

@@ -1,4 +1,4 @@
-"""CIFAR-10 and a mini ViT, as in the OIALR seed."""
+"""CIFAR-10 and a mini ViT."""
 
 from typing import Any
 
@@ -6,11 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank.io.checks import require
 from lowrank.io.hub import load_splits
 from lowrank.tasks.images import Images
 from lowrank.tasks.task import Task
 
-MEAN, SPREAD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training images, per channel
+# Of the training images, per channel.
+MEAN = torch.tensor((0.4914, 0.4822, 0.4465)).view(3, 1, 1)
+DEVIATION = torch.tensor((0.2470, 0.2435, 0.2616)).view(3, 1, 1)
 
 
 def load(
@@ -22,22 +25,23 @@ def load(
     qkv_bias: bool = True,
     train_samples: int = 50000,
 ) -> Task:
-    """Which of ten classes? 32x32 colour images; a timm `VisionTransformer` trained from scratch.
+    """Load CIFAR-10, 32x32 colour images in ten classes, and a timm `VisionTransformer` with new weights.
 
-    **Arguments:** `data`: Hub name or folder. `width`, `depth`, `heads`, `patch`, `qkv_bias`: of the ViT. `train_samples`: the
-    first so many training images (the data set is shuffled as published).
+    **Arguments**
+
+    - `data`: Hub name or folder; default 'uoft-cs/cifar10'.
+    - `width`: embedding size; default 192.
+    - `depth`: blocks; default 6.
+    - `heads`: attention heads, a divisor of `width`; default 6.
+    - `patch`: pixels per patch side, a divisor of 32; default 4.
+    - `qkv_bias`: whether queries, keys and values have a bias; default True.
+    - `train_samples`: the first training images to use, in [1, 50000]; the published order is shuffled. Default all.
     """
     from timm.models.vision_transformer import VisionTransformer  # noqa: PLC0415
 
     source = load_splits(data)
-    if not 1 <= train_samples <= len(source["train"]):
-        raise ValueError(f"`train_samples` must be in [1, {len(source['train'])}], got {train_samples}.")
-    mean, spread = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, SPREAD))
-
-    def transform(image: object) -> Tensor:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255.0
-        return (pixels - mean) / spread
-
+    size = len(source["train"])
+    require(1 <= train_samples <= size, "train_samples", f"be in [1, {size}]", train_samples)
     options: dict[str, Any] = dict(
         img_size=32,
         patch_size=patch,
@@ -47,19 +51,18 @@ def load(
         num_heads=heads,
         qkv_bias=qkv_bias,
     )
-
-    parts = {"train": source["train"].select(range(train_samples)), "validation": source["test"]}
+    rows = {"train": source["train"].select(range(train_samples)), "validation": source["test"]}
     return Task(
         name="cifar10",
-        splits={name: Images(rows, transform) for name, rows in parts.items()},
+        splits={split: Images(part, _normalise) for split, part in rows.items()},
         make_model=lambda: VisionTransformer(**options),
         objective="classification",
         metrics=("accuracy",),
-        identity={
-            "task": "cifar10",
-            "data": {split: source[split]._fingerprint for split in ("train", "test")},
-            "train_samples": train_samples,
-            "model": {"width": width, "depth": depth, "heads": heads, "patch": patch, "qkv_bias": qkv_bias},
-        },
         base={"timm": "VisionTransformer", "options": options},
+        fingerprints={"data": {split: source[split]._fingerprint for split in ("train", "test")}},
     )
+
+
+def _normalise(image: object) -> Tensor:
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255.0
+    return (pixels - MEAN) / DEVIATION

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lowrank.io.hashing import hash_tensors
@@ -12,21 +13,21 @@ TEST_SHARE = 0.25
 
 
 def load(width: int = 64, depth: int = 3, heads: int = 4, patch: int = 2, dropout: float = 0.1) -> Task:
-    """Which digit? A timm `VisionTransformer` on 8x8 images, a fixed stratified split, three quarters to train.
+    """Load handwritten digits and a timm `VisionTransformer` with new weights.
 
-    **Arguments:** `width`: embedding size. `depth`: blocks. `heads`: attention heads. `patch`: pixels per patch side,
-    a divisor of 8. `dropout`: of positions, attention, projections and paths alike.
+    The split is fixed and stratified, with three quarters of the images to train on.
+
+    **Arguments**
+
+    - `width`: embedding size; default 64.
+    - `depth`: blocks; default 3.
+    - `heads`: attention heads, a divisor of `width`; default 4.
+    - `patch`: pixels per patch side, a divisor of 8; default 2.
+    - `dropout`: probability in [0, 1), the same for positions, projections, attention and whole paths; default 0.1.
     """
-    from sklearn.datasets import load_digits  # noqa: PLC0415
-    from sklearn.model_selection import train_test_split  # noqa: PLC0415
     from timm.models.vision_transformer import VisionTransformer  # noqa: PLC0415
 
-    bunch = load_digits()
-    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16.0  # pyright: ignore
-    targets = torch.tensor(bunch.target)  # pyright: ignore
-    images = (images - 0.3) / 0.38  # about zero mean and unit variance
-    train, validation = train_test_split(range(len(targets)), test_size=TEST_SHARE, stratify=targets, random_state=0)
-
+    images, targets = _read_splits()
     options: dict[str, Any] = dict(
         img_size=8,
         patch_size=patch,
@@ -41,20 +42,26 @@ def load(width: int = 64, depth: int = 3, heads: int = 4, patch: int = 2, dropou
         attn_drop_rate=dropout,
         drop_path_rate=dropout,
     )
-
     return Task(
         name="digits",
-        splits={
-            "train": TensorDataset(images[train], targets[train]),
-            "validation": TensorDataset(images[validation], targets[validation]),
-        },
+        splits={split: TensorDataset(images[split], targets[split]) for split in images},
         make_model=lambda: VisionTransformer(**options),
         objective="classification",
         metrics=("accuracy",),
-        identity={
-            "task": "digits",
-            "data": hash_tensors({"images": images[train], "held_out": images[validation]}),
-            "model": {"width": width, "depth": depth, "heads": heads, "patch": patch, "dropout": dropout},
-        },
         base={"timm": "VisionTransformer", "options": options},
+        fingerprints={"data": hash_tensors({"images": images["train"], "held_out": images["validation"]})},
     )
+
+
+def _read_splits() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return split -> images `(samples, 1, 8, 8)` and split -> classes `(samples,)`."""
+    from sklearn.datasets import load_digits  # noqa: PLC0415
+    from sklearn.model_selection import train_test_split  # noqa: PLC0415
+
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16.0  # pyright: ignore
+    targets = torch.tensor(bunch.target)  # pyright: ignore
+    images = (images - 0.3) / 0.38  # about zero mean and unit variance
+    train, validation = train_test_split(range(len(targets)), test_size=TEST_SHARE, stratify=targets, random_state=0)
+    positions = {"train": train, "validation": validation}
+    return {s: images[rows] for s, rows in positions.items()}, {s: targets[rows] for s, rows in positions.items()}

@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Subset
 
-from lowrank.tasks.docs import PACKAGES, corpus_hash, read_corpus
+from lowrank.io.checks import require
+from lowrank.tasks.docs import CORPUS_PACKAGES, corpus_hash, read_corpus
 from lowrank.tasks.task import Task
 from lowrank.tasks.text import Chunks, train_tokenizer
 
@@ -20,26 +21,30 @@ def load(
     vocabulary: int = 1024,
     length: int = 128,
     validation_samples: int = 512,
-    packages: tuple[str, ...] | list[str] = PACKAGES,
+    packages: tuple[str, ...] | list[str] = CORPUS_PACKAGES,
 ) -> Task:
-    """Next token. A byte-level BPE tokenizer is trained on the training part; files of one side give no text to the other.
+    """Load docstring paragraphs as one text per split, cut into chunks, and a Llama with new weights.
 
-    **Arguments:** `hidden`, `depth`, `heads`, `key_value_heads`, `intermediate`: sizes of the Llama. `vocabulary`: tokens.
-    `length`: tokens per chunk. `validation_samples`: held-out chunks that are reported on, spread evenly over the held-out
-    text. `packages`: those whose text is used.
+    No file has paragraphs on both sides of the split. The tokenizer is a byte-level BPE, trained on the training
+    paragraphs of all packages, so that models of different packages share one vocabulary.
+
+    **Arguments**
+
+    - `hidden`: embedding size; default 128.
+    - `depth`: blocks; default 4.
+    - `heads`: attention heads, a divisor of `hidden`; default 4.
+    - `key_value_heads`: heads of keys and values, a divisor of `heads`; default 2.
+    - `intermediate`: width of the MLPs; default 352.
+    - `vocabulary`: tokens of the tokenizer; default 1024.
+    - `length`: tokens per chunk; default 128.
+    - `validation_samples`: chunks to report on, spread evenly over the held-out text; default 512.
+    - `packages`: names among `lowrank.tasks.docs.CORPUS_PACKAGES` whose text is used; default all.
     """
     import transformers  # noqa: PLC0415
 
-    if unknown := sorted(set(packages) - set(PACKAGES)):
-        raise ValueError(f"`packages` must be among {list(PACKAGES)}, got {unknown}.")
-    used = [p for p in read_corpus() if PACKAGES[p.package] in packages]
-    texts = {side: [p.text for p in used if p.held_out == (side == "validation")] for side in ("train", "validation")}
-    # The tokenizer always sees all packages, so that models trained on some of them share one vocabulary.
+    unknown = sorted(set(packages) - set(CORPUS_PACKAGES))
+    require(not unknown, "packages", f"be among {list(CORPUS_PACKAGES)}", unknown)
     tokenizer = train_tokenizer([p.text for p in read_corpus() if not p.held_out], vocabulary, sentence=False)
-
-    def stream(paragraphs: list[str]) -> Tensor:
-        encoded = tokenizer(paragraphs, add_special_tokens=False)["input_ids"]
-        return torch.tensor([token for ids in encoded for token in (tokenizer.bos_token_id, *ids)])
 
     def make_model() -> nn.Module:
         config = transformers.LlamaConfig(
@@ -56,26 +61,30 @@ def load(
         )
         return transformers.LlamaForCausalLM(config)
 
-    sizes: dict[str, Any] = {
-        "hidden": hidden,
-        "depth": depth,
-        "heads": heads,
-        "key_value_heads": key_value_heads,
-        "intermediate": intermediate,
-        "vocabulary": vocabulary,
-        "length": length,
-        "validation_samples": validation_samples,
-        "packages": list(packages),
-    }
-    train, held_out = (Chunks(stream(texts[side]), length) for side in ("train", "validation"))
-    if not 1 <= validation_samples <= len(held_out):
-        raise ValueError(f"`validation_samples` must be in [1, {len(held_out)}], got {validation_samples}.")
-    spread = torch.linspace(0, len(held_out) - 1, validation_samples).long().tolist()
     return Task(
         name="docs_language",
-        splits={"train": train, "validation": Subset(held_out, spread)},
+        splits=_split_corpus(tokenizer, packages, length, validation_samples),
         make_model=make_model,
         objective="language_modelling",
         metrics=("perplexity",),
-        identity={"task": "docs_language", "data": corpus_hash(), **sizes},
+        fingerprints={"data": corpus_hash()},
     )
+
+
+def _split_corpus(
+    tokenizer: Any, packages: tuple[str, ...] | list[str], length: int, validation_samples: int
+) -> dict[str, Chunks | Subset]:
+    """Return the chunks of the training text, and those of the held-out text to report on."""
+    used = [p for p in read_corpus() if CORPUS_PACKAGES[p.package] in packages]
+    train = _chunk([p.text for p in used if not p.held_out], tokenizer, length)
+    held_out = _chunk([p.text for p in used if p.held_out], tokenizer, length)
+    size = len(held_out)
+    require(1 <= validation_samples <= size, "validation_samples", f"be in [1, {size}]", validation_samples)
+    reported = torch.linspace(0, size - 1, validation_samples).long().tolist()
+    return {"train": train, "validation": Subset(held_out, reported)}
+
+
+def _chunk(paragraphs: list[str], tokenizer: Any, length: int) -> Chunks:
+    """Join the paragraphs, each after a token of beginning, and cut them into chunks."""
+    encoded = tokenizer(paragraphs, add_special_tokens=False)["input_ids"]
+    return Chunks(torch.tensor([token for ids in encoded for token in (tokenizer.bos_token_id, *ids)]), length)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.tasks.docs import PACKAGES, Paragraph, corpus_hash, read_corpus
+from lowrank.io.checks import require
+from lowrank.tasks.docs import CORPUS_PACKAGES, Paragraph, corpus_hash, read_corpus
 from lowrank.tasks.task import Task
 from lowrank.tasks.text import Encoded, Padded, train_tokenizer
 
@@ -20,21 +21,29 @@ def load(
     train_samples: int = 12000,
     validation_samples: int = 2000,
 ) -> Task:
-    """Which package? Balanced classes; files of the held-out part give no paragraph to the training part.
+    """Load paragraphs with their package as label, and a BERT classifier with new weights.
 
-    **Arguments:** `hidden`, `depth`, `heads`, `intermediate`: sizes of the BERT. `vocabulary`: tokens of a
-    byte-level BPE tokenizer trained on the training part. `max_length`: tokens per paragraph, the rest is cut. `train_samples`,
-    `validation_samples`: paragraphs, split evenly over the classes.
+    Classes are balanced. No file has paragraphs on both sides of the split. The tokenizer is a byte-level BPE, trained on
+    the training paragraphs.
+
+    **Arguments**
+
+    - `hidden`: embedding size; default 128.
+    - `depth`: blocks; default 4.
+    - `heads`: attention heads, a divisor of `hidden`; default 4.
+    - `intermediate`: width of the MLPs; default 512.
+    - `vocabulary`: tokens of the tokenizer; default 4096.
+    - `max_length`: tokens per paragraph; longer ones are cut. Default 64.
+    - `train_samples`: paragraphs, divided equally among the classes; default 12000.
+    - `validation_samples`: paragraphs, divided equally among the classes; default 2000.
     """
     import transformers  # noqa: PLC0415
 
-    train = _balanced([p for p in read_corpus() if not p.held_out], train_samples, "train_samples")
-    validation = _balanced([p for p in read_corpus() if p.held_out], validation_samples, "validation_samples")
-    tokenizer = train_tokenizer([p.text for p in train], vocabulary, sentence=True)
-
-    def dataset(paragraphs: list[Paragraph]) -> Encoded:
-        columns = tokenizer([p.text for p in paragraphs], truncation=True, max_length=max_length)
-        return Encoded({**columns, "labels": [p.package for p in paragraphs]})
+    paragraphs = {
+        "train": _balance([p for p in read_corpus() if not p.held_out], train_samples, "train_samples"),
+        "validation": _balance([p for p in read_corpus() if p.held_out], validation_samples, "validation_samples"),
+    }
+    tokenizer = train_tokenizer([p.text for p in paragraphs["train"]], vocabulary, sentence=True)
 
     def make_model() -> nn.Module:
         config = transformers.BertConfig(
@@ -44,43 +53,36 @@ def load(
             num_attention_heads=heads,
             intermediate_size=intermediate,
             max_position_embeddings=max_length,
-            num_labels=len(PACKAGES),  # pyright: ignore[reportCallIssue] (every configuration takes it)
+            num_labels=len(CORPUS_PACKAGES),  # pyright: ignore[reportCallIssue] (every configuration takes it)
             pad_token_id=tokenizer.pad_token_id,
         )
         return transformers.BertForSequenceClassification(config)
 
-    sizes: dict[str, Any] = {
-        "hidden": hidden,
-        "depth": depth,
-        "heads": heads,
-        "intermediate": intermediate,
-        "vocabulary": vocabulary,
-        "max_length": max_length,
-        "train_samples": train_samples,
-        "validation_samples": validation_samples,
-    }
     return Task(
         name="docs_package",
-        splits={"train": dataset(train), "validation": dataset(validation)},
+        splits={name: _encode(rows, tokenizer, max_length) for name, rows in paragraphs.items()},
         make_model=make_model,
         objective="classification",
         metrics=("accuracy",),
-        identity={"task": "docs_package", "data": corpus_hash(), **sizes},
         collate=Padded(tokenizer),
+        fingerprints={"data": corpus_hash()},
     )
 
 
-def _balanced(paragraphs: list[Paragraph], samples: int, argument: str) -> list[Paragraph]:
-    """`samples` paragraphs, the same number from every package, drawn with a fixed seed."""
-    each = samples // len(PACKAGES)
+def _encode(paragraphs: list[Paragraph], tokenizer: Any, max_length: int) -> Encoded:
+    columns = tokenizer([p.text for p in paragraphs], truncation=True, max_length=max_length)
+    return Encoded({**columns, "labels": [p.package for p in paragraphs]})
+
+
+def _balance(paragraphs: list[Paragraph], samples: int, argument: str) -> list[Paragraph]:
+    """Select `samples` paragraphs at random with a fixed seed, the same number from every package."""
+    each = samples // len(CORPUS_PACKAGES)
     generator = torch.Generator().manual_seed(0)
-    chosen: list[Paragraph] = []
-    for label, package in enumerate(PACKAGES):
-        own = [p for p in paragraphs if p.package == label]
-        if not 1 <= each <= len(own):
-            raise ValueError(
-                f"`{argument}` must be in [{len(PACKAGES)}, {len(PACKAGES) * len(own)}] "
-                f"({package!r} has {len(own)} paragraphs), got {samples}."
-            )
-        chosen += [own[i] for i in torch.randperm(len(own), generator=generator)[:each].tolist()]
-    return chosen
+    selected: list[Paragraph] = []
+    for label, package in enumerate(CORPUS_PACKAGES):
+        candidates = [p for p in paragraphs if p.package == label]
+        highest = len(CORPUS_PACKAGES) * len(candidates)
+        rule = f"be in [{len(CORPUS_PACKAGES)}, {highest}] ({package!r} has {len(candidates)} paragraphs)"
+        require(1 <= each <= len(candidates), argument, rule, samples)
+        selected += [candidates[i] for i in torch.randperm(len(candidates), generator=generator)[:each].tolist()]
+    return selected

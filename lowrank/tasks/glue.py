@@ -1,10 +1,11 @@
-"""GLUE: nine sentence tasks, each with its own metric, and any sequence classifier of transformers."""
+"""GLUE: nine sentence tasks, each with its own metrics, and any sequence classifier of transformers."""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from lowrank.io.checks import require
 from lowrank.io.hub import load_pretrained, load_splits, load_tokenizer, revision
 from lowrank.nn.targets import BLOCKS
 from lowrank.tasks.task import Task
@@ -12,7 +13,15 @@ from lowrank.tasks.text import Encoded, Padded
 
 
 class GlueTask(NamedTuple):
-    """`fields`: the columns of the one or two sentences. `classes`: 1 for regression. `metrics`: the headline first."""
+    """Describe one of the nine tasks.
+
+    **Arguments**
+
+    - `fields`: the columns of its one or two sentences.
+    - `classes`: how many; 1 for regression.
+    - `metrics`: keys of `lowrank.tasks.metrics.METRICS`, the headline metric first.
+    - `validation`: the split that is reported; default 'validation'.
+    """
 
     fields: tuple[str, ...]
     classes: int
@@ -31,7 +40,7 @@ GLUE = {
     "rte": GlueTask(("sentence1", "sentence2"), 2, ("accuracy",)),
     "wnli": GlueTask(("sentence1", "sentence2"), 2, ("accuracy",)),
 }
-EXTRA = ("validation_mismatched",)  # further splits with labels, where a task has them
+FURTHER_SPLITS = ("validation_mismatched",)  # with labels; only some tasks have them
 
 
 def load(
@@ -41,51 +50,49 @@ def load(
     max_length: int = 128,
     layers: list[str] | tuple[str, ...] = BLOCKS,
 ) -> Task:
-    """One GLUE task with a pretrained encoder and a new head.
+    """Load one GLUE task and a pretrained encoder with a new head.
 
-    GLUE's test splits have no labels, so 'validation' is what is reported. MNLI reports its matched part and has
-    'validation_mismatched' besides.
+    GLUE's test splits have no labels, so 'validation' is reported. MNLI reports its matched part and also has
+    'validation_mismatched'.
 
-    **Arguments:** `task`: one of the nine. `model`: Hub name or folder of any model with a sequence classification
-    class. `data`: Hub name or folder; 'nyu-mll/glue' is asked for the configuration `task`, anything else must hold the
-    columns of `task` itself, as 'stanfordnlp/sst2' does. `max_length`: tokens per sample. `layers`: targeted layers.
+    **Arguments**
+
+    - `task`: a key of `GLUE`; default 'sst2'.
+    - `model`: Hub name or folder of any model with a sequence classification class; default 'bert-base-uncased'.
+    - `data`: Hub name or folder; default 'nyu-mll/glue', whose configuration `task` is loaded. Any other source must have the
+      columns of `task` itself, as 'stanfordnlp/sst2' has.
+    - `max_length`: tokens per sample; longer ones are cut. Default 128.
+    - `layers`: names or patterns of the targeted layers; default all inside blocks.
     """
-    if task not in GLUE:
-        raise ValueError(f"`task` must be one of {sorted(GLUE)}, got {task!r}.")
-    about = GLUE[task]
+    require(task in GLUE, "task", f"be one of {sorted(GLUE)}", task)
+    facts = GLUE[task]
     source = load_splits(data, task if data.endswith("/glue") else None)
     tokenizer = load_tokenizer(model)
 
     def make_model() -> nn.Module:
         return load_pretrained(
-            "AutoModelForSequenceClassification", model, num_labels=about.classes, torch_dtype=torch.float32
+            "AutoModelForSequenceClassification", model, num_labels=facts.classes, torch_dtype=torch.float32
         )
 
-    wanted = {"train": "train", "validation": about.validation, **{name: name for name in EXTRA}}
+    names = {"train": "train", "validation": facts.validation, **{split: split for split in FURTHER_SPLITS}}
+    names = {split: name for split, name in names.items() if name in source}
     return Task(
         name=f"glue/{task}",
-        splits={
-            split: _encoded(source[name], about.fields, tokenizer, max_length)
-            for split, name in wanted.items()
-            if name in source
-        },
+        splits={split: _encode(source[name], facts.fields, tokenizer, max_length) for split, name in names.items()},
         make_model=make_model,
-        objective="classification" if about.classes > 1 else "regression",
-        metrics=about.metrics,
-        identity={
-            "task": f"glue/{task}",
-            "data": {split: source[name]._fingerprint for split, name in wanted.items() if name in source},
-            "model": model,
-            "revision": revision(model),
-            "max_length": max_length,
-        },
+        objective="classification" if facts.classes > 1 else "regression",
+        metrics=facts.metrics,
         collate=Padded(tokenizer),
         layers=tuple(layers),
+        fingerprints={
+            "data": {split: source[name]._fingerprint for split, name in names.items()},
+            "revision": revision(model),
+        },
     )
 
 
-def _encoded(rows: Any, fields: tuple[str, ...], tokenizer: Any, max_length: int) -> Encoded:
-    """Everything the tokenizer gives, `token_type_ids` among it, and the labels."""
+def _encode(rows: Any, fields: tuple[str, ...], tokenizer: Any, max_length: int) -> Encoded:
+    """Return all columns of the tokenizer, `token_type_ids` among them, and the labels."""
     texts = [list(rows[name]) for name in fields]
     columns = tokenizer(*texts, truncation=True, max_length=max_length)
     return Encoded({**columns, "labels": list(rows["label"])})

@@ -1,13 +1,13 @@
 """ImageNet-1k, as a Hub data set or a folder of class folders, and any pretrained timm model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lowrank.io.hashing import hash_options
-from lowrank.io.hub import found, load_splits
+from lowrank.io.hub import load_or_explain, load_splits
 from lowrank.nn.targets import BLOCKS
 from lowrank.tasks.images import Images
 from lowrank.tasks.task import Samples, Task
@@ -19,55 +19,60 @@ def load(
     layers: list[str] | tuple[str, ...] = (*BLOCKS, "head"),
     pretrained: bool = True,
 ) -> Task:
-    """Which of the classes? Images go through the transform that timm names for the model.
+    """Load ImageNet and a timm model. Images go through the transform that timm names for the model.
 
-    **Arguments:** `model`: any timm model with pretrained weights. `data`: a folder with `train/` and `val/` of class
-    folders, or a Hub name. `layers`: targeted layers, by default those inside blocks and the head. `pretrained`: False for new
-    weights, and training images that are cropped, flipped and coloured at random.
+    **Arguments**
+
+    - `model`: name of any timm model with pretrained weights; default 'vit_base_patch16_224'.
+    - `data`: a folder with `train/` and `val/` of class folders, or a Hub name; default 'ILSVRC/imagenet-1k'.
+    - `layers`: names or patterns of the targeted layers; default all inside blocks, and the head.
+    - `pretrained`: whether to load weights. False gives new weights, and crops, flips and colours training images at random.
+      Default True.
     """
     import timm  # noqa: PLC0415
-    from timm.data.config import resolve_data_config  # noqa: PLC0415
-    from timm.data.transforms_factory import create_transform  # noqa: PLC0415
-
-    def make_model() -> nn.Module:
-        return found("timm model", model, lambda: timm.create_model(model, pretrained=pretrained))
 
     settings = timm.get_pretrained_cfg(model)
     if settings is None:
         raise ValueError(
             f"`model` must be a timm model with pretrained weights, got {model!r}; see timm.list_pretrained()."
         )
-    sizes = resolve_data_config(pretrained_cfg=settings.to_dict())
-    transforms: dict[str, Any] = {
-        "train": create_transform(**sizes, is_training=not pretrained),
-        "validation": create_transform(**sizes),
-    }
-    if Path(data).exists():
-        splits, content = _folders(Path(data), transforms)
-    else:
-        source = load_splits(data)
-        splits = {name: Images(source[name], transform) for name, transform in transforms.items() if name in source}
-        content = {split: source[split]._fingerprint for split in splits}
+    transforms = _create_transforms(settings, augment=not pretrained)
+    splits, hashes = (_read_folders if Path(data).exists() else _read_hub)(data, transforms)
     return Task(
         name="imagenet",
         splits=splits,
-        make_model=make_model,
+        make_model=lambda: load_or_explain(
+            "timm model", model, lambda: timm.create_model(model, pretrained=pretrained)
+        ),
         objective="classification",
         metrics=("accuracy",),
-        identity={
-            "task": "imagenet",
-            "data": content,
-            "model": model,
-            "weights": (settings.hf_hub_id or settings.url) if pretrained else None,
-        },
         layers=tuple(layers),
+        fingerprints={"data": hashes, "weights": (settings.hf_hub_id or settings.url) if pretrained else None},
     )
 
 
-def _folders(root: Path, transforms: dict[str, Any]) -> tuple[dict[str, Samples], dict[str, str]]:
-    """An ImageFolder per split, and a hash of the file names and sizes of each."""
+def _create_transforms(settings: Any, augment: bool) -> dict[str, Any]:
+    from timm.data.config import resolve_data_config  # noqa: PLC0415
+    from timm.data.transforms_factory import create_transform  # noqa: PLC0415
+
+    sizes = resolve_data_config(pretrained_cfg=settings.to_dict())
+    return {"train": create_transform(**sizes, is_training=augment), "validation": create_transform(**sizes)}
+
+
+def _read_hub(data: str, transforms: Mapping[str, Any]) -> tuple[dict[str, Samples], dict[str, str]]:
+    """Return split -> samples, and split -> hash of its content."""
+    source = load_splits(data)
+    splits: dict[str, Samples] = {
+        split: Images(source[split], transform) for split, transform in transforms.items() if split in source
+    }
+    return splits, {split: source[split]._fingerprint for split in splits}
+
+
+def _read_folders(data: str, transforms: Mapping[str, Any]) -> tuple[dict[str, Samples], dict[str, str]]:
+    """Return split -> samples, and split -> hash of its file names and sizes."""
     from torchvision.datasets import ImageFolder  # noqa: PLC0415
 
+    root = Path(data)
     missing = [name for name in ("train", "val") if not (root / name).is_dir()]
     if missing:
         raise FileNotFoundError(
@@ -75,11 +80,12 @@ def _folders(root: Path, transforms: dict[str, Any]) -> tuple[dict[str, Samples]
         )
     folders = {"train": root / "train", "validation": root / "val"}
     splits: dict[str, Samples] = {
-        name: ImageFolder(str(path), transform=transforms[name], target_transform=torch.tensor)
-        for name, path in folders.items()
+        split: ImageFolder(str(folder), transform=transforms[split], target_transform=torch.tensor)
+        for split, folder in folders.items()
     }
-    content = {
-        name: hash_options(sorted((str(f.relative_to(path)), f.stat().st_size) for f in path.rglob("*") if f.is_file()))
-        for name, path in folders.items()
-    }
-    return splits, content
+    return splits, {split: _hash_sizes(folder) for split, folder in folders.items()}
+
+
+def _hash_sizes(folder: Path) -> str:
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return hash_options(sorted((str(file.relative_to(folder)), file.stat().st_size) for file in files))

@@ -1,4 +1,4 @@
-"""Image data sets of the Hub, of its cache or of a folder, seen through a timm transform."""
+"""Image data sets of the Hub, of its cache or of a folder, seen through a transform."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,13 +7,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "fine_label", "labels")
+
 
 class Images(Dataset):
-    """(image, label) pairs of a `datasets` split with an image and a label column."""
+    """Hold the (image, label) pairs of a `datasets` split.
+
+    **Arguments**
+
+    - `rows`: a split with an image column and a label column, by any name in `IMAGE_COLUMNS` and `LABEL_COLUMNS`.
+    - `transform`: RGB image of PIL -> tensor.
+
+    **Raises**
+
+    - `ValueError`: no such column.
+    """
 
     def __init__(self, rows: Any, transform: Callable[[Any], Tensor]) -> None:
-        image = next((name for name in ("image", "img") if name in rows.column_names), None)
-        label = next((name for name in ("label", "fine_label", "labels") if name in rows.column_names), None)
+        image = next((name for name in IMAGE_COLUMNS if name in rows.column_names), None)
+        label = next((name for name in LABEL_COLUMNS if name in rows.column_names), None)
         if image is None or label is None:
             raise ValueError(f"`rows` must have an image and a label column, got {rows.column_names}.")
         self.rows, self.image, self.label, self.transform = rows, image, label, transform

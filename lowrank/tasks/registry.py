@@ -1,12 +1,16 @@
-"""tasks.registry"""
+"""Load a task by name. `TASKS` is the only list of tasks; a new one is a module with a function `load` and a line here."""
 
 import importlib
 import inspect
+import json
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from lowrank.io.checks import require
 from lowrank.tasks.task import Task
 
-# name -> the module that loads it, imported when it is asked for: a reader of digits needs no transformers.
+# name -> the module of its loader. It is imported on demand: a reader of digits needs no transformers.
 TASKS = {
     "digits": "lowrank.tasks.digits",
     "docs_package": "lowrank.tasks.docs_package",
@@ -18,18 +22,31 @@ TASKS = {
 }
 
 
-def load_task(name: str, **options: Any) -> Task:
-    """A task by name.
+def load_task(task: str | Callable[..., Task], /, **options: Any) -> Task:
+    """Load a task and give it its identity.
 
-    **Arguments:** `options`: those of the task's `load` function; its docstring lists them.
+    The identity is JSON: the task's name, all options of its loader, defaults included, and the task's `fingerprints`.
 
-    **Raises:** `ValueError`: unknown task or option; the message lists the known ones. `FileNotFoundError`: data or
-    weights are missing; the message names the remedy.
+    **Arguments**
+
+    - `task`: a key of `TASKS`, or a function that returns a `Task`.
+    - `options`: arguments of the task's `load` function, JSON; its docstring lists them.
+
+    **Raises**
+
+    - `ValueError`: unknown task or option; the message lists the known ones.
+    - `FileNotFoundError`: data or weights are missing; the message names the remedy.
     """
-    if name not in TASKS:
-        raise ValueError(f"`name` must be one of {sorted(TASKS)}, got {name!r}.")
-    load = importlib.import_module(TASKS[name]).load
-    known = inspect.signature(load).parameters
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"`options` of task {name!r} must be among {sorted(known)}, got {unknown}.")
-    return load(**options)
+    if isinstance(task, str):
+        require(task in TASKS, "task", f"be one of {sorted(TASKS)}", task)
+        name, load = task, importlib.import_module(TASKS[task]).load
+    else:
+        name, load = task.__name__, task
+    signature = inspect.signature(load)
+    unknown = sorted(set(options) - set(signature.parameters))
+    require(not unknown, "options", f"be among {sorted(signature.parameters)} for task {name!r}", unknown)
+    bound = signature.bind(**options)
+    bound.apply_defaults()
+    loaded = load(*bound.args, **bound.kwargs)
+    identity = {"task": loaded.name, "options": bound.arguments, **loaded.fingerprints}
+    return replace(loaded, identity=json.loads(json.dumps(identity)))  # a tuple and a list are the same option

@@ -1,4 +1,4 @@
-"""Tasks: what a parameter set names. Data, a model, the layers to compress and a metric behind one small interface."""
+"""A task: data, a model, the layers to compress, and the losses and metrics that judge the model, behind one interface."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from lowrank.nn.batches import Batch, has_labels, labels, logits
+from lowrank.io.checks import require
+from lowrank.nn.batches import Batch, compute_logits, get_labels, has_labels
 from lowrank.nn.targets import BLOCKS, find_linears
 from lowrank.tasks.evaluation import IGNORED, OBJECTIVES, evaluate
+from lowrank.tasks.metrics import METRICS, Metric
 
 
 @runtime_checkable
 class Samples(Protocol):
-    """A map-style data set."""
+    """Describe a map-style data set: samples by position."""
 
     def __len__(self) -> int: ...
 
@@ -24,14 +26,23 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """One data set with one model.
+    """Hold one data set with one model.
 
-    `splits`: map-style data sets; 'train' to train and calibrate, 'validation' to report, more where the source has
-    them. `collate`: list of samples -> batch (see `lowrank.nn.batches`), with `attention_mask` where there is padding.
-    `make_model`: a fresh model, its new weights drawn from torch's global seed. `objective`, `metrics`: keys of
-    `lowrank.tasks.evaluation`, the headline metric first. `identity`: JSON, all that determines data and fresh model. `base`: how
-    to build the model without its weights, as `lowrank.compression.compress.save_compressed` takes it; none is needed where the model
-    knows, as those of transformers do.
+    **Arguments**
+
+    - `name`: for messages and cache keys.
+    - `splits`: name -> map-style data set. 'train' trains and calibrates, 'validation' is reported; a source may have more.
+    - `make_model`: `() -> nn.Module`, a fresh model. Its new weights come from torch's global generator.
+    - `objective`: a key of `lowrank.tasks.evaluation.OBJECTIVES`.
+    - `metrics`: keys of `lowrank.tasks.metrics.METRICS`, the headline metric first.
+    - `identity`: JSON, all that determines data and fresh model: the key of cached results. `lowrank.tasks.registry.load_task`
+      sets it; None, the default, before.
+    - `collate`: list of samples -> batch, see `lowrank.nn.batches`; with `attention_mask` if samples are padded. The default
+      stacks tensors.
+    - `layers`: names or patterns of the targeted layers, see `lowrank.nn.targets`; by default all inside blocks.
+    - `base`: how to build the model without its weights, see `lowrank.compression.checkpoint.save_compressed`. None, the
+      default, for models that know it themselves, as transformers models do.
+    - `fingerprints`: JSON, what determines data and weights besides the loader's options: hashes, revisions. Empty by default.
     """
 
     name: str
@@ -39,35 +50,65 @@ class Task:
     make_model: Callable[[], nn.Module]
     objective: str
     metrics: Sequence[str]
-    identity: Mapping[str, Any]
+    identity: Mapping[str, Any] | None = None
     collate: Callable[[list[Any]], Batch] = default_collate
     layers: Sequence[str] = field(default=BLOCKS)
     base: Mapping[str, Any] | None = None
+    fingerprints: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def metric(self) -> str:
+        """Return the name of the headline metric, the name of its column in tables."""
         return self.metrics[0]
 
+    @property
+    def headline(self) -> Metric:
+        """Return the headline metric."""
+        return METRICS[self.metric]
+
     def split(self, name: str) -> Samples:
-        if name not in self.splits:
-            raise ValueError(f"`split` must be one of {sorted(self.splits)} for task {self.name!r}, got {name!r}.")
+        """Return the data set of a split.
+
+        **Raises**
+
+        - `ValueError`: no such split.
+        """
+        require(name in self.splits, "split", f"be one of {sorted(self.splits)} for task {self.name!r}", name)
         return self.splits[name]
 
     def batches(
-        self, split: str, batch_size: int, *, samples: int | None = None, seed: int | None = None, workers: int = 0
+        self, split: str, batch_size: int, *, samples: int | None = None, seed: int | None = None
     ) -> DataLoader:
-        """Batches of one split, in order; with `seed`, in an order drawn from it; the first `samples` samples only."""
+        """Return the batches of a split.
+
+        **Arguments**
+
+        - `split`: a key of `splits`.
+        - `batch_size`: samples per batch, >= 1; the last batch may be smaller.
+        - `samples`: how many samples to take, in [1, samples of the split]; all by default.
+        - `seed`: shuffles the samples before `samples` of them are taken; by default they stay in order.
+
+        **Raises**
+
+        - `ValueError`: no such split; `samples` outside its range.
+        """
         size = len(self.split(split))
-        if samples is not None and not 1 <= samples <= size:
-            raise ValueError(f"`samples` must be in [1, {size}] for split {split!r} of {self.name!r}, got {samples}.")
+        rule = f"be in [1, {size}] for split {split!r} of {self.name!r}"
+        require(samples is None or 1 <= samples <= size, "samples", rule, samples)
         order = torch.arange(size)
         if seed is not None:
             order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-        chosen = [chunk.tolist() for chunk in order[:samples].split(batch_size)]
-        return self.loader(split, chosen, workers)
+        return self.loader(split, [positions.tolist() for positions in order[:samples].split(batch_size)])
 
     def loader(self, split: str, batch_indices: Sequence[Sequence[int]], workers: int = 0) -> DataLoader:
-        """Batches of the samples at given positions; draws nothing from torch's global generator."""
+        """Return batches of the samples at the given positions; torch's global generator is left as it is.
+
+        **Arguments**
+
+        - `split`: a key of `splits`.
+        - `batch_indices`: for each batch the positions of its samples.
+        - `workers`: processes that load samples, >= 0; default 0, this process alone.
+        """
         return DataLoader(
             self.split(split),  # pyright: ignore[reportArgumentType] (it asks for its own base class)
             batch_sampler=batch_indices,  # pyright: ignore[reportArgumentType] (any iterable of lists will do)
@@ -77,42 +118,77 @@ class Task:
         )
 
     def linears(self, model: nn.Module) -> dict[str, nn.Linear]:
-        """The targeted layers of a model."""
+        """Return the targeted layers of a model: name -> layer."""
         return find_linears(model, self.layers)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean loss over the targets of a batch."""
-        return OBJECTIVES[self.objective].losses(logits(model, batch), labels(batch)).mean()
+        """Compute the mean loss over the targets of a batch, a scalar.
+
+        **Arguments**
+
+        - `model`: a model of this task, in any form.
+        - `batch`: with labels.
+        """
+        return OBJECTIVES[self.objective].losses(compute_logits(model, batch), get_labels(batch)).mean()
 
     def total_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Loss summed over the targets of a batch, as `collect_statistics` takes it."""
-        return OBJECTIVES[self.objective].losses(logits(model, batch), labels(batch)).sum()
+        """Compute the sum of the losses over the targets of a batch, a scalar, as `collect_statistics` takes it.
+
+        **Arguments**
+
+        - `model`: a model of this task, in any form.
+        - `batch`: with labels.
+        """
+        return OBJECTIVES[self.objective].losses(compute_logits(model, batch), get_labels(batch)).sum()
 
     def sampled_loss(self, seed: int) -> Callable[[nn.Module, Batch], Tensor]:
-        """`total_loss` with targets drawn from the model's own prediction: its squared gradients are the true Fisher
-        information, and no label is used."""
+        """Return a function like `total_loss` whose targets are sampled from the model's own prediction.
+
+        Its squared gradients are the true Fisher information. Labels only say which positions count.
+
+        **Arguments**
+
+        - `seed`: of the random targets.
+
+        **Returns** `(model, batch) -> scalar`.
+        """
         objective, generator = OBJECTIVES[self.objective], torch.Generator().manual_seed(seed)
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
-            outputs, given = logits(model, batch), labels(batch)
-            drawn = objective.sample(outputs.detach(), generator)
-            return objective.losses(outputs, drawn.masked_fill(given == IGNORED, IGNORED)).sum()
+            outputs, labels = compute_logits(model, batch), get_labels(batch)
+            targets = objective.sample(outputs.detach(), generator)
+            return objective.losses(outputs, targets.masked_fill(labels == IGNORED, IGNORED)).sum()
 
         return loss
 
     def divergence(self, teacher: nn.Module) -> Callable[[nn.Module, Batch], Tensor]:
-        """How far a model's outputs are from a teacher's, mean over the targets of a batch: a loss to distil with. Where a batch
-        has no labels, every position counts."""
+        """Return a loss to distil with: the distance between the outputs of a model and those of a teacher.
+
+        **Arguments**
+
+        - `teacher`: a model of this task; it gets no gradients.
+
+        **Returns** `(model, batch) -> scalar`, the mean over the targets of a batch, or over all positions if it has no labels.
+        """
         measure = OBJECTIVES[self.objective].divergence
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             with torch.no_grad():
-                wanted = logits(teacher, batch)
-            given = labels(batch) if has_labels(batch) else None
-            return measure(logits(model, batch), wanted, given).mean()
+                wanted = compute_logits(teacher, batch)
+            labels = get_labels(batch) if has_labels(batch) else None
+            return measure(compute_logits(model, batch), wanted, labels).mean()
 
         return loss
 
     def evaluate(self, model: nn.Module, split: str = "validation", batch_size: int = 64) -> dict[str, float]:
-        """Loss and metrics over a whole split."""
+        """Compute loss and metrics over a whole split.
+
+        **Arguments**
+
+        - `model`: a model of this task, in any form; it is not changed.
+        - `split`: a key of `splits`; default 'validation'.
+        - `batch_size`: samples per batch; default 64.
+
+        **Returns** `loss`, then the metrics, the headline metric first.
+        """
         return evaluate(model, self.batches(split, batch_size), self.objective, self.metrics)

@@ -1,4 +1,4 @@
-"""Text as tensors: tokenizers trained on the spot, padded batches for classifiers, chunks for language models."""
+"""Text as tensors: train tokenizers, pad batches for classifiers, cut chunks for language models."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -7,12 +7,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lowrank.io.checks import require
+
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, sentence: bool) -> Any:
-    """A fast byte-level BPE tokenizer. Training is deterministic, which WordPiece training is not.
+    """Train a fast byte-level BPE tokenizer. It is deterministic, which WordPiece training is not.
 
-    **Arguments:** `sentence`: lower case, [CLS] text [SEP] and padding, as a classifier reads; else the text alone,
-    with <s> at hand to separate texts.
+    **Arguments**
+
+    - `texts`: the texts to train on.
+    - `vocabulary`: tokens, special tokens included.
+    - `sentence`: True for classifiers: lower case, [CLS] text [SEP], and padding. False for language models: the text alone,
+      and <s> to separate texts.
     """
     import tokenizers  # noqa: PLC0415
     import transformers  # noqa: PLC0415
@@ -31,7 +37,12 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, sentence: bool) -> An
 
 
 class Encoded(Dataset):
-    """A tokenizer's columns (`input_ids`, ..., `labels`) as one mapping per sample."""
+    """Hold the columns of a tokenizer, and return one mapping per sample.
+
+    **Arguments**
+
+    - `columns`: `input_ids`, ..., `labels` -> one entry per sample.
+    """
 
     def __init__(self, columns: Mapping[str, Sequence[Any]]) -> None:
         self.columns = dict(columns)
@@ -44,7 +55,12 @@ class Encoded(Dataset):
 
 
 class Padded:
-    """Collates encoded samples: padded to the longest of the batch, `attention_mask` and `token_type_ids` kept."""
+    """Collate encoded samples: pad to the longest of the batch, and keep `attention_mask` and `token_type_ids`.
+
+    **Arguments**
+
+    - `tokenizer`: of transformers, with a token for padding.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -56,12 +72,21 @@ class Padded:
 
 
 class Chunks(Dataset):
-    """One token stream cut into chunks of equal length without overlap; what does not fill a chunk is dropped."""
+    """Cut one stream of tokens into chunks without overlap; tokens that do not fill a chunk are dropped.
+
+    **Arguments**
+
+    - `tokens`: `(tokens,)`, integers.
+    - `length`: tokens per chunk, in [1, tokens].
+
+    **Raises**
+
+    - `ValueError`: fewer than `length` tokens.
+    """
 
     def __init__(self, tokens: Tensor, length: int) -> None:
         count = len(tokens) // length
-        if count == 0:
-            raise ValueError(f"`length` must be at most the {len(tokens)} tokens of the text, got {length}.")
+        require(count > 0, "length", f"be at most the {len(tokens)} tokens of the text", length)
         self.chunks = tokens[: count * length].view(count, length)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""tasks.training"""
+"""Train a model on a task: the order of its samples, and `lowrank.training.loop.fit` on them."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,13 +7,20 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from lowrank.io.distributed import process_count, process_index
 from lowrank.nn.batches import Batch
 from lowrank.tasks.task import Task
 from lowrank.training.loop import Recipe, fit
 
 
 def sample_order(size: int, recipe: Recipe) -> Iterator[list[int]]:
-    """One list of `batch_size` sample positions per batch: shuffled epochs laid end to end, so no batch is short."""
+    """Yield the sample positions of each batch: shuffled epochs laid end to end, so that no batch is short.
+
+    **Arguments**
+
+    - `size`: samples to draw from, >= 1.
+    - `recipe`: its `steps`, `accumulation`, `batch_size` and `seed` count.
+    """
     generator = torch.Generator().manual_seed(recipe.seed)
     left: list[int] = []
     for _ in range(recipe.steps * recipe.accumulation):
@@ -31,16 +38,23 @@ def train(
     loss: Callable[[nn.Module, Batch], Tensor] | None = None,
     **options: Any,
 ) -> list[dict[str, int | float]]:
-    """Trains a model in place on a task's training split: `fit` on its shuffled samples.
+    """Train a model in place on the training split of a task.
 
     Under `accelerate launch` each process takes its share of every batch.
 
-    **Arguments:** `loss`: `(model, batch) -> scalar`, by default the task's. `options`: those of `fit`.
+    **Arguments**
+
+    - `model`: a model of the task, in any form.
+    - `task`: its split 'train' is used.
+    - `recipe`: how to train.
+    - `loss`: `(model, batch) -> scalar`; by default the task's loss.
+    - `options`: further arguments of `lowrank.training.loop.fit`.
+
+    **Returns** the history of `fit`, one row per step.
     """
+    PartialState()  # joins the other processes, if it is the first to be made, before they are counted
     size = len(task.split("train"))
-    processes = PartialState()
-    world, rank = processes.num_processes, processes.process_index
-    order = [indices[rank::world] for indices in sample_order(size, recipe)]
+    order = [indices[process_index() :: process_count()] for indices in sample_order(size, recipe)]
     return fit(
         model,
         lambda done: task.loader("train", order[done * recipe.accumulation :], recipe.workers),

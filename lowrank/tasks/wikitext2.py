@@ -1,12 +1,14 @@
 """WikiText-2 perplexity and any causal language model of transformers.
 
-Protocol of the published tables: all lines of the split, empty ones included, joined by blank lines; tokenised once;
-cut into chunks of `length` tokens without overlap, the rest dropped; next-token cross-entropy inside each chunk.
+This is the protocol of the published tables. All lines of the split, empty ones included, are joined by blank lines and
+tokenised once. The text is cut into chunks of `length` tokens without overlap; the rest is dropped. Each chunk predicts its
+later tokens from scratch.
 """
 
 import torch
 from torch import Tensor, nn
 
+from lowrank.io.checks import require
 from lowrank.io.hub import load_pretrained, load_splits, load_tokenizer, revision
 from lowrank.nn.targets import BLOCKS
 from lowrank.tasks.task import Task
@@ -22,20 +24,28 @@ def load(
     layers: list[str] | tuple[str, ...] = BLOCKS,
     auto: str = "AutoModelForCausalLM",
 ) -> Task:
-    """Next token on WikiText-2. 'validation' here is the published *test* split, which the tables report.
+    """Load WikiText-2 and a causal language model. 'validation' is the published *test* split, which the tables report.
 
-    **Arguments:** `model`: Hub name or folder of any causal language model. `data`, `config`: Hub name or folder and its
-    configuration. `length`: tokens per chunk. `dtype`: of the weights, by its torch name. `layers`: targeted layers.
-    `auto`: the class of transformers to load with; 'AutoModelForImageTextToText' for vision-language models, of which the text
-    part is used. The source's own validation split, where it has no train split, serves to calibrate.
+    If the source has no train split, its own validation split serves to calibrate.
+
+    **Arguments**
+
+    - `model`: Hub name or folder of any causal language model; default 'meta-llama/Llama-2-7b-hf'.
+    - `data`: Hub name or folder; default 'Salesforce/wikitext'.
+    - `config`: the configuration of the data set; None for a source that has only one. Default 'wikitext-2-raw-v1'.
+    - `length`: tokens per chunk, >= 2; default 2048, as in the published tables.
+    - `dtype`: of the weights, the name of a floating torch dtype; default 'float16'.
+    - `layers`: names or patterns of the targeted layers; default all inside blocks.
+    - `auto`: the class of transformers that loads the model, default 'AutoModelForCausalLM'. 'AutoModelForImageTextToText'
+      loads vision-language models, whose text part is used.
     """
     weights = getattr(torch, dtype, None)
-    if not (isinstance(weights, torch.dtype) and weights.is_floating_point):
-        raise ValueError(f"`dtype` must be the name of a floating torch dtype, got {dtype!r}.")
+    floating = isinstance(weights, torch.dtype) and weights.is_floating_point
+    require(floating, "dtype", "be the name of a floating torch dtype", dtype)
     source = load_splits(data, config)
     tokenizer = load_tokenizer(model)
 
-    def tokens(split: str) -> Tensor:
+    def tokenise(split: str) -> Tensor:
         text = "\n\n".join(source[split]["text"])
         return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
 
@@ -46,17 +56,13 @@ def load(
     splits = {"train": calibration, "validation": "test"}
     return Task(
         name="wikitext2",
-        splits={name: Chunks(tokens(split), length) for name, split in splits.items()},
+        splits={name: Chunks(tokenise(split), length) for name, split in splits.items()},
         make_model=make_model,
         objective="language_modelling",
         metrics=("perplexity",),
-        identity={
-            "task": "wikitext2",
-            "data": {split: source[split]._fingerprint for split in splits.values()},
-            "model": model,
-            "revision": revision(model),
-            "length": length,
-            "dtype": dtype,
-        },
         layers=tuple(layers),
+        fingerprints={
+            "data": {split: source[split]._fingerprint for split in splits.values()},
+            "revision": revision(model),
+        },
     )

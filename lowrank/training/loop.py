@@ -1,32 +1,49 @@
 """The one training loop: AdamW, warm-up and cosine, clipping, a progress bar, exact resume, early failure on NaN."""
 
-import json
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from math import ceil, cos, isfinite, pi
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.nn.batches import Batch, to_device
-
-STATES = "step-" + "[0-9]" * 9  # names of saved states; a name appears when its state is whole
+from lowrank.io.checks import require
+from lowrank.nn.batches import Batch, move_batch
+from lowrank.training.saved_states import Stateful, find_state, load_objects, load_training, save_training
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. `steps` optimiser steps of `accumulation` batches of `batch_size` samples, whose losses are averaged;
-    `learning_rate` is the peak, reached after the first `warmup` share of the steps; `decay`: 'cosine' lowers it to `floor`, a
-    share of the peak, along the part `t` in [0, 1] of the remaining steps to the power `decay_power`; 'constant' keeps it.
-    Gradients are clipped to norm `clip`; `precision`: 'fp32' or 'bf16' (autocast). `seed` orders the data and draws dropout and
-    new weights.
+    """Hold the settings of a training.
+
+    One step of the optimiser averages the losses of `accumulation` batches of `batch_size` samples.
+
+    **Arguments**
+
+    - `steps`: steps of the optimiser, >= 0.
+    - `batch_size`: samples per batch, >= 1.
+    - `learning_rate`: the peak, > 0.
+    - `weight_decay`: of AdamW, >= 0.
+    - `warmup`: share of the steps in which the learning rate rises to the peak, in [0, 1].
+    - `decay`: 'cosine' lowers the learning rate after the warm-up, 'constant' keeps the peak.
+    - `decay_power`: p > 0. The cosine is taken at t^p, with t in [0, 1] the share of the steps done after the warm-up.
+    - `floor`: the last learning rate of the cosine as a share of the peak, in [0, 1]. The warm-up starts from it too.
+    - `clip`: largest norm of the gradient, > 0; longer ones are scaled down.
+    - `precision`: 'fp32', or 'bf16' for autocast to bfloat16.
+    - `seed`: orders the data, and draws dropout and new weights.
+    - `workers`: processes that load data, >= 0; 0 loads in the process of the training. It does not change results.
+    - `accumulation`: batches per step, >= 1.
+    - `checkpoint_every`: steps between saved states, >= 1. It does not change results.
+
+    **Raises**
+
+    - `ValueError`: a value out of its range.
     """
 
     steps: int
@@ -42,6 +59,7 @@ class Recipe:
     seed: int = 0
     workers: int = 0
     accumulation: int = 1
+    checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
         rules = {
@@ -57,13 +75,13 @@ class Recipe:
             "precision": (self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'"),
             "workers": (self.workers >= 0, ">= 0"),
             "accumulation": (self.accumulation >= 1, ">= 1"),
+            "checkpoint_every": (self.checkpoint_every >= 1, ">= 1"),
         }
         for name, (holds, rule) in rules.items():
-            if not holds:
-                raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
+            require(holds, name, f"be {rule}", getattr(self, name))
 
     def rate(self, step: int) -> float:
-        """The share of the peak learning rate at a step, 0-based."""
+        """Return the learning rate at a step, 0-based, as a share of the peak."""
         warm = ceil(self.warmup * self.steps)
         if step < warm:
             return self.floor + (1 - self.floor) * (step + 1) / warm
@@ -74,17 +92,36 @@ class Recipe:
         return self.floor + (1 - self.floor) * 0.5 * (1 + cos(angle))
 
 
-@runtime_checkable
-class Stateful(Protocol):
-    """What is saved with a training and goes on with it."""
+def recipe_options(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as JSON for hashes and provenance, without the settings that do not change results."""
+    return {key: value for key, value in asdict(recipe).items() if key not in ("workers", "checkpoint_every")}
 
-    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+def _keep_parameters(optimizer: Any) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Hold what `fit` calls during a training, and what it saves besides the model.
+
+    **Arguments**
+
+    - `log`: `() -> {name: number}`, called in every step when the gradients exist and are not yet clipped. The row of the
+      step gets its result.
+    - `after_step`: `(optimizer) -> bool`, called after each step of the optimiser. It returns True if it put other
+      parameters in the places of those that model and optimiser had.
+    - `states`: objects with `state_dict` and `load_state_dict`. They are saved in every checkpoint, and loaded before the
+      tensors of the model, so that they may change its shape.
+    """
+
+    log: Callable[[], dict[str, float]] = dict
+    after_step: Callable[[Any], bool] = _keep_parameters
+    states: Sequence[Stateful] = ()
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and torch on every device."""
+    """Seed Python, NumPy and torch on every device."""
     from accelerate.utils import set_seed  # noqa: PLC0415
 
     set_seed(seed)
@@ -96,116 +133,112 @@ def fit(
     recipe: Recipe,
     loss: Callable[[nn.Module, Batch], Tensor],
     *,
-    log: Callable[[], dict[str, float]] = dict,
-    after_step: Callable[[Any], bool] = lambda optimizer: False,
-    states: Sequence[Stateful] = (),
+    hooks: Hooks = Hooks(),
     checkpoint: Path | None = None,
-    checkpoint_every: int = 100,
     progress: bool = True,
 ) -> list[dict[str, int | float]]:
-    """Trains the parameters of a model that require gradients, in place.
+    """Train the parameters of a model that require gradients, in place.
 
-    With `checkpoint`, a call that follows a killed one goes on where that one saved last, and ends with the same weights
-    as an undisturbed run.
+    With `checkpoint`, a call after a killed one goes on from the last saved state and ends with the same weights as an
+    undisturbed run.
 
-    **Arguments:** `batches`: `(steps done) -> the batches of the steps that follow`, `accumulation` for each.
-    `loss`: `(model, batch) -> scalar`. `log`: called in every step while the gradients are there, not yet clipped; what it
-    returns joins the row. `after_step`: called with the optimiser after each of its steps; it returns whether it put other
-    parameters in the places of those that the model and the optimiser held. `states`: saved with the checkpoint, and loaded
-    before the model's own tensors are, so that they may change its shape.
-    `checkpoint`: a folder for saved states; it is left in place. `checkpoint_every`: steps between saves.
+    **Arguments**
 
-    **Returns:** one row per step: `step`, `loss`, `learning_rate`, and what `log` said.
+    - `model`: any PyTorch module; it is left in evaluation mode.
+    - `batches`: `(steps done) -> batches of the remaining steps`, `recipe.accumulation` for each step.
+    - `recipe`: steps, optimiser, schedule, precision, seed.
+    - `loss`: `(model, batch) -> scalar`.
+    - `hooks`: functions to call in every step, and objects to save with the model.
+    - `checkpoint`: folder of saved states; the last one stays there. By default nothing is saved.
+    - `progress`: show a progress bar.
 
-    **Raises:** `FloatingPointError`: the loss is not finite, at the step where it happens. `ValueError`: the batches end
-    before the steps do, or the checkpoint is of more steps.
+    **Returns** one row per step: `step`, `loss`, `learning_rate`, and what `hooks.log` returned.
+
+    **Raises**
+
+    - `FloatingPointError`: the loss is not finite, at the step where it happens.
+    - `ValueError`: the batches end before the steps do; the checkpoint has more steps than the recipe.
     """
-    accelerator = Accelerator()
-    seed_everything(recipe.seed)
-    saved = max(checkpoint.glob(STATES), default=None) if checkpoint else None
-    if saved and states:
-        for state, values in zip(states, torch.load(saved / "states.pt", weights_only=True), strict=True):
-            state.load_state_dict(values)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer: Any = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.rate(step))  # noqa: PLW0108 (a method would be saved)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(schedule)
-    history = _resume(accelerator, saved)
+    training = _Training(model, recipe, loss, hooks, checkpoint)
+    history = training.history
     if len(history) > recipe.steps:
         raise ValueError(
-            f"`checkpoint` must be of at most the {recipe.steps} steps of the recipe, got one of {len(history)} in {checkpoint}."
+            f"`checkpoint` must have at most the {recipe.steps} steps of the recipe, got {len(history)} in {checkpoint}."
         )
-
     bar = tqdm(total=recipe.steps, initial=len(history), desc="train", unit="step", mininterval=2, disable=not progress)
-    wrapped.train()
-    following = iter(batches(len(history)))
+    training.wrapped.train()
+    remaining = iter(batches(len(history)))
     while (
         len(history) < recipe.steps
-        and len(parts := list(islice(following, recipe.accumulation))) == recipe.accumulation
+        and len(parts := list(islice(remaining, recipe.accumulation))) == recipe.accumulation
     ):
-        mean = 0.0
-        for part, batch in enumerate(parts, start=1):
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                value = loss(wrapped, to_device(batch, accelerator.device)) / recipe.accumulation
-            mean += value.item()
-            if not isfinite(mean):
-                raise FloatingPointError(
-                    f"the loss is {value.item()} at step {len(history)}: lower `learning_rate` (now "
-                    f"{recipe.learning_rate}), lengthen `warmup`, or train in fp32."
-                )
-            with nullcontext() if part == recipe.accumulation else accelerator.no_sync(wrapped):
-                accelerator.backward(value)
-        said = log()
-        accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], recipe.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        if after_step(optimizer) and wrapped is not model:
-            accelerator.free_memory()  # of the wrapper, which holds the parameters that were replaced
-            wrapped, optimizer = accelerator.prepare(model, optimizer)
-            wrapped.train()
-        row = {"step": len(history), "loss": mean, "learning_rate": float(schedule.get_last_lr()[0])}
-        history.append(row | said)
-        schedule.step()
+        mean = training.step(parts)
         bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
         bar.update()
-        if checkpoint and (len(history) % checkpoint_every == 0 or len(history) == recipe.steps):
-            _save(accelerator, checkpoint, history, states)
+        if checkpoint and (len(history) % recipe.checkpoint_every == 0 or len(history) == recipe.steps):
+            save_training(checkpoint, training.accelerator, history, hooks.states)
     bar.close()
     if len(history) < recipe.steps:
         raise ValueError(
-            f"`batches` must hold {recipe.accumulation} for each of {recipe.steps} steps, got enough for {len(history)}."
+            f"`batches` must have {recipe.accumulation} for each of {recipe.steps} steps, got enough for {len(history)}."
         )
     model.eval()
     return history
 
 
-def _save(
-    accelerator: Accelerator, checkpoint: Path, history: list[dict[str, int | float]], states: Sequence[Stateful]
-) -> None:
-    """A new state beside the old one, then the name moves: a kill leaves the old or the new, never a mixture."""
-    partial = checkpoint / "partial"
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()  # each process writes its own random state
-    if accelerator.is_main_process:
-        (partial / "history.json").write_text(json.dumps(history))
-        torch.save([state.state_dict() for state in states], partial / "states.pt")
-        older = list(checkpoint.glob(STATES))
-        partial.rename(checkpoint / f"step-{len(history):09d}")
-        for state in older:
-            shutil.rmtree(state)
-    accelerator.wait_for_everyone()
+class _Training:
+    """Hold model, optimiser, schedule and history between two steps of `fit`."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        loss: Callable[[nn.Module, Batch], Tensor],
+        hooks: Hooks,
+        checkpoint: Path | None,
+    ) -> None:
+        self.model, self.recipe, self.loss, self.hooks = model, recipe, loss, hooks
+        self.accelerator = Accelerator()
+        seed_everything(recipe.seed)
+        saved = find_state(checkpoint)
+        load_objects(saved, hooks.states)  # first: they may change which parameters there are
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer: Any = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        # a lambda: the schedule would save the object that a method belongs to
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.rate(step))  # noqa: PLW0108
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.accelerator.register_for_checkpointing(self.schedule)
+        self.history = load_training(saved, self.accelerator)
 
-def _resume(accelerator: Accelerator, saved: Path | None) -> list[dict[str, int | float]]:
-    if saved is None:
-        return []
-    accelerator.load_state(str(saved))
-    history = json.loads((saved / "history.json").read_text())
-    accelerator.wait_for_everyone()  # with no step left, the first could return and its caller delete the state
-    return history
+    def step(self, batches: Sequence[Batch]) -> float:
+        """Do one step of the optimiser, append its row to the history, and return the mean loss."""
+        mean = self._accumulate(batches)
+        logged = self.hooks.log()
+        groups = self.optimizer.param_groups
+        self.accelerator.clip_grad_norm_([p for group in groups for p in group["params"]], self.recipe.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.hooks.after_step(self.optimizer) and self.wrapped is not self.model:
+            self.accelerator.free_memory()  # of the wrapper, which keeps the replaced parameters alive
+            self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.wrapped.train()
+        row = {"step": len(self.history), "loss": mean, "learning_rate": float(self.schedule.get_last_lr()[0])}
+        self.history.append(row | logged)
+        self.schedule.step()
+        return mean
 
-
-def recipe_options(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON, for hashes and provenance; what does not change results is left out."""
-    return {key: value for key, value in asdict(recipe).items() if key != "workers"}
+    def _accumulate(self, batches: Sequence[Batch]) -> float:
+        """Add up the gradients of the batches of one step, and return their mean loss."""
+        accelerator, recipe, mean = self.accelerator, self.recipe, 0.0
+        for part, batch in enumerate(batches, start=1):
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                value = self.loss(self.wrapped, move_batch(batch, accelerator.device)) / recipe.accumulation
+            mean += value.item()
+            if not isfinite(mean):
+                raise FloatingPointError(
+                    f"the loss is {value.item()} at step {len(self.history)}: lower `learning_rate` (now "
+                    f"{recipe.learning_rate}), lengthen `warmup`, or train in fp32."
+                )
+            with nullcontext() if part == recipe.accumulation else accelerator.no_sync(self.wrapped):
+                accelerator.backward(value)
+        return mean

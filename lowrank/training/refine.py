@@ -1,48 +1,94 @@
-"""Training the factors of a compressed model: one factor after the other by LoRA, or all of them together.
+"""Train the factors of a compressed model: one factor after the other by LoRA, or all of them together.
 
-Rank and number of parameters stay exactly what they were: a LoRA update of a factor is merged into the factor.
+Rank and number of parameters stay exactly the same: the LoRA update of a factor is merged into the factor.
 """
 
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.nn.batches import Batch, labels, logits
-from lowrank.nn.low_rank import FACTORED
+from lowrank.io.checks import require
+from lowrank.nn.batches import Batch, compute_logits, get_labels
+from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.training.loop import Recipe, fit
 
 ORDERS = {"left-right": ("left", "right"), "right-left": ("right", "left")}
 
 
+@dataclass(frozen=True)
+class LoraOptions:
+    """Hold the sizes of the LoRA updates of factors.
+
+    **Arguments**
+
+    - `r`: rank of an update, >= 1. A smaller factor gets an update of its own rank.
+    - `alpha`: > 0; an update is scaled by alpha / r.
+    - `dropout`: probability of dropping an input of an update, in [0, 1].
+
+    **Raises**
+
+    - `ValueError`: a value out of its range.
+    """
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "r": (self.r >= 1, ">= 1"),
+            "alpha": (self.alpha > 0, "> 0"),
+            "dropout": (0 <= self.dropout <= 1, "in [0, 1]"),
+        }
+        for name, (holds, rule) in rules.items():
+            require(holds, name, f"be {rule}", getattr(self, name))
+
+
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss that a transformers model computes from the labels of its batch; the cross-entropy of other classifiers."""
+    """Compute the loss that a transformers model takes from the labels of its batch, else the cross-entropy.
+
+    **Arguments**
+
+    - `model`: any PyTorch module.
+    - `batch`: with labels, see `lowrank.nn.batches`.
+
+    **Returns** a scalar.
+    """
     if isinstance(batch, dict) and "labels" in batch:
         outputs: Any = model(**batch)
         if getattr(outputs, "loss", None) is not None:
             return outputs.loss
-    return nn.functional.cross_entropy(logits(model, batch), labels(batch))
+    return nn.functional.cross_entropy(compute_logits(model, batch), get_labels(batch))
 
 
 def factor_names(model: nn.Module, factor: str) -> list[str]:
-    """The dotted names of one factor, 'left' or 'right', of every factored layer.
+    """List the dotted names of one factor of every factored layer.
 
-    **Raises:** `ValueError`: the model has no factored layer.
+    **Arguments**
+
+    - `model`: a compressed model.
+    - `factor`: 'left' or 'right'.
+
+    **Returns** the names in the order of the model.
+
+    **Raises**
+
+    - `ValueError`: the model has no factored layer.
     """
-    found = [
-        f"{name}.{factor}" for name, module in model.named_modules() if isinstance(module, tuple(FACTORED.values()))
-    ]
-    if not found:
+    kinds = tuple(FACTORED_LAYERS.values())
+    names = [f"{name}.{factor}" for name, module in model.named_modules() if isinstance(module, kinds)]
+    if not names:
         raise ValueError(
             "`model` must have factored layers, as lowrank.compression.compress.compress makes them, got none."
         )
-    return found
+    return names
 
 
 def refine_factors(
@@ -50,66 +96,68 @@ def refine_factors(
     batches: Iterable[Batch],
     order: str = "left-right",
     *,
+    lora: LoraOptions = LoraOptions(),
     recipe: Recipe | None = None,
     loss: Callable[[nn.Module, Batch], Tensor] = model_loss,
-    r: int = 8,
-    lora_alpha: int = 16,
-    lora_dropout: float = 0.0,
     checkpoint: Path | None = None,
-    checkpoint_every: int = 100,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Trains one factor of every layer by LoRA with all else frozen, merges it, then the other; in place.
+    """Train one factor of every layer by LoRA with everything else frozen, merge it, then train the other; in place.
 
-    **Arguments:** `model`: with factored layers. `batches`: gone through again and again, as often as the steps need, so no
-    generator; to resume exactly, in the same order each time.
-    `order`: 'left-right' or 'right-left'; `left` is the factor next to the outputs (C where the storage is pivoted).
-    `recipe`: its steps are those of both stages together, half for each. `loss`: `(model, batch) -> scalar`. `r`,
-    `lora_alpha`, `lora_dropout`: peft's, r at most the rank of the layer. `checkpoint`: a folder; a call that follows a
-    killed one resumes from it, in either stage. `checkpoint_every`: steps between saves.
+    **Arguments**
 
-    **Returns:** one row per step: `stage` ('left' or 'right'), `step`, `loss`, `learning_rate`.
+    - `model`: with factored layers.
+    - `batches`: repeated as often as the steps need, so a generator is refused. To resume exactly, their order must be the
+      same each time.
+    - `order`: 'left-right' or 'right-left'. `left` is the factor next to the outputs (C if the storage is pivoted).
+    - `lora`: sizes of the updates.
+    - `recipe`: its steps are the sum of both stages, half for each; by default 200 steps with a peak learning rate of 1e-4.
+    - `loss`: `(model, batch) -> scalar`; by default the model's, else the cross-entropy.
+    - `checkpoint`: folder of saved states. A call after a killed one resumes from it, in either stage. By default nothing is
+      saved.
+    - `progress`: show a progress bar.
 
-    **Raises:** `ValueError`: an unknown order, a model without factored layers, fewer than 2 steps, batches that are empty or
-    cannot be gone through again. `FloatingPointError`: a loss that is not finite; the stage is undone.
+    **Returns** one row per step: `stage` ('left' or 'right'), `step`, `loss`, `learning_rate`.
 
-    **Reference:** Wang et al., SVD-LLM, ICLR 2025, arXiv:2403.07378, section 3.3.
+    **Raises**
+
+    - `ValueError`: an unknown order; a model without factored layers; fewer than 2 steps; no batches, or batches that cannot
+      be repeated.
+    - `FloatingPointError`: a loss that is not finite; the stage is undone.
+
+    **Reference** Wang et al., SVD-LLM, ICLR 2025, arXiv:2403.07378, section 3.3.
     """
-    import peft  # noqa: PLC0415
-
     recipe = recipe or Recipe(steps=200, learning_rate=1e-4)
-    if order not in ORDERS:
-        raise ValueError(f"`order` must be one of {sorted(ORDERS)}, got {order!r}.")
-    if recipe.steps < 2:
-        raise ValueError(f"`recipe` must have at least 2 steps, one for each stage, got {recipe.steps}.")
-    following, history = endless(batches), []
+    require(order in ORDERS, "order", f"be one of {sorted(ORDERS)}", order)
+    require(recipe.steps >= 2, "recipe", "have at least 2 steps, one for each stage", recipe.steps)
+    following, history = repeat_batches(batches), []
     halves = (recipe.steps - recipe.steps // 2, recipe.steps // 2)
-    with flags_restored(model):
+    with restore_flags(model):
         for stage, steps in zip(ORDERS[order], halves, strict=True):
-            names = factor_names(model, stage)
-            ranks = {name: min(r, *model.get_submodule(name).weight.shape) for name in names}  # pyright: ignore
-            smaller = {rf"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank < r}
-            config = peft.LoraConfig(
-                r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=names, rank_pattern=smaller
-            )
-            torch.manual_seed(recipe.seed)  # of the new adapters
-            adapted: Any = peft.get_peft_model(model, config)  # pyright: ignore[reportArgumentType] (any module will do)
+            adapted = _add_updates(model, stage, lora, recipe.seed)
+            part, folder = replace(recipe, steps=steps), checkpoint / stage if checkpoint else None
             try:
-                rows = fit(
-                    adapted,
-                    following,
-                    replace(recipe, steps=steps),
-                    loss,
-                    checkpoint=checkpoint / stage if checkpoint else None,
-                    checkpoint_every=checkpoint_every,
-                    progress=progress,
-                )
+                rows = fit(adapted, following, part, loss, checkpoint=folder, progress=progress)
             except BaseException:
                 adapted.unload()
                 raise
             adapted.merge_and_unload(safe_merge=True)
             history += [{"stage": stage} | row for row in rows]
     return history
+
+
+def _add_updates(model: nn.Module, factor: str, lora: LoraOptions, seed: int) -> Any:
+    """Wrap a model so that one factor of every layer has a LoRA update."""
+    import peft  # noqa: PLC0415
+
+    names = factor_names(model, factor)
+    ranks = {name: min(lora.r, *model.get_submodule(name).weight.shape) for name in names}  # pyright: ignore
+    smaller = {rf"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank < lora.r}
+    config = peft.LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, rank_pattern=smaller
+    )
+    torch.manual_seed(seed)  # of the new updates
+    return peft.get_peft_model(model, config)  # pyright: ignore[reportArgumentType] (any module will do)
 
 
 def tune_factors(
@@ -119,33 +167,41 @@ def tune_factors(
     recipe: Recipe | None = None,
     loss: Callable[[nn.Module, Batch], Tensor] = model_loss,
     checkpoint: Path | None = None,
-    checkpoint_every: int = 100,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Trains both factors of every layer together with all else frozen, in place: the plain way that `refine_factors` is to
-    be compared with. With `loss` the divergence from the dense model this is distillation.
+    """Train both factors of every layer together with everything else frozen, in place.
 
-    **Arguments, returns, raises:** as for `refine_factors`; the rows have no `stage`.
+    This is the plain training to compare `refine_factors` with. If `loss` is the divergence from the dense model, it is
+    distillation.
+
+    **Arguments**
+
+    - `model`: with factored layers.
+    - `batches`: repeated as often as the steps need, so a generator is refused. To resume exactly, their order must be the
+      same each time.
+    - `recipe`: by default 200 steps with a peak learning rate of 1e-4.
+    - `loss`: `(model, batch) -> scalar`; by default the model's, else the cross-entropy.
+    - `checkpoint`: folder of saved states. A call after a killed one resumes from it. By default nothing is saved.
+    - `progress`: show a progress bar.
+
+    **Returns** one row per step: `step`, `loss`, `learning_rate`.
+
+    **Raises**
+
+    - `ValueError`: a model without factored layers; no batches, or batches that cannot be repeated.
+    - `FloatingPointError`: a loss that is not finite.
     """
     names = set(factor_names(model, "left")) | set(factor_names(model, "right"))
-    following = endless(batches)
-    with flags_restored(model):
+    recipe, following = recipe or Recipe(steps=200, learning_rate=1e-4), repeat_batches(batches)
+    with restore_flags(model):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.removesuffix(".weight") in names)
-        return fit(
-            model,
-            following,
-            recipe or Recipe(steps=200, learning_rate=1e-4),
-            loss,
-            checkpoint=checkpoint,
-            checkpoint_every=checkpoint_every,
-            progress=progress,
-        )
+        return fit(model, following, recipe, loss, checkpoint=checkpoint, progress=progress)
 
 
 @contextmanager
-def flags_restored(model: nn.Module) -> Iterator[None]:
-    """Which parameters require gradients is after the block as it was before."""
+def restore_flags(model: nn.Module) -> Iterator[None]:
+    """Restore the `requires_grad` flag of every parameter when the block ends."""
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         yield
@@ -154,15 +210,23 @@ def flags_restored(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(before[name])
 
 
-def endless(batches: Iterable[Batch]) -> Callable[[int], Iterator[Batch]]:
-    """`(steps done) -> the batches of the steps that follow`, the same ones gone through again and again.
+def repeat_batches(batches: Iterable[Batch]) -> Callable[[int], Iterator[Batch]]:
+    """Repeat batches without end, for `fit`.
 
-    **Raises:** `ValueError`: batches that are empty or cannot be gone through again.
+    **Arguments**
+
+    - `batches`: a list, a loader or another iterable that can be read again and again.
+
+    **Returns** `(steps done) -> batches of the remaining steps`, one for each step.
+
+    **Raises**
+
+    - `ValueError`: an iterator, at once; no batches, when the first one is asked for.
     """
     if isinstance(batches, Iterator):
-        raise ValueError("`batches` must be gone through more than once: pass a list or a loader, got an iterator.")
+        raise ValueError("`batches` must be iterable more than once: pass a list or a loader, got an iterator.")
 
-    def again() -> Iterator[Batch]:
+    def repeat() -> Iterator[Batch]:
         while True:
             empty = True
             for batch in batches:
@@ -171,4 +235,4 @@ def endless(batches: Iterable[Batch]) -> Callable[[int], Iterator[Batch]]:
             if empty:
                 raise ValueError("`batches` must hold at least one batch, got none.")
 
-    return lambda done: itertools.islice(again(), done, None)
+    return lambda done: itertools.islice(repeat(), done, None)

@@ -1,8 +1,8 @@
-"""How much the orthogonal basis of a weight turns, and how much its mixing changes, while a network trains.
+"""Measure how much the orthogonal basis of a weight rotates, and how much its mixing changes, while a network trains.
 
-A weight, flattened and stood upright, is W = Q P with the orthogonal polar factor Q = U V^T of its SVD and P = V diag(sigma) V^T.
-*Stability* compares Q with that of an earlier time, as published. Two similarities of what mixes the basis are our own
-definitions, for none was published: of P, and of R in W = Q' R (QR with a positive diagonal).
+A weight is flattened to a matrix and transposed if it is wide. Then W = Q P: Q = U V^T is the orthogonal polar factor of its SVD,
+and P = V diag(sigma) V^T. *Stability* compares Q with an earlier Q, as published. For the mixing of the basis, nothing was
+published. Two similarities are our definitions: of P, and of R in W = Q' R (QR with a positive diagonal).
 """
 
 import warnings
@@ -15,18 +15,26 @@ from tqdm import tqdm
 
 from lowrank.factorization.moments import all_finite
 from lowrank.factorization.spectra import effective_rank
+from lowrank.io.checks import require
 from lowrank.nn.targets import find_weights
 
-DEFICIENT = 1e-6  # sigma_min / sigma_max below which float32 rounding alone turns the basis
+DEFICIENT = 1e-6  # sigma_min / sigma_max; below it, float32 rounding alone rotates the basis
 
 
 class RankDeficientWarning(UserWarning):
-    """The basis of a weight is not determined by the weight."""
+    """Warn that a weight does not determine its basis."""
 
 
-class Anatomy(NamedTuple):
-    """The parts of one upright weight, `(m, n)` with m >= n: `basis` Q `(m, n)`; `mixing` R `(n, n)`, upper triangular with a
-    diagonal >= 0; `stretch` P `(n, n)`, symmetric; `sigma` `(n,)`, descending. float64 when made."""
+class WeightParts(NamedTuple):
+    """Hold the parts of a weight W, `(m, n)` with m >= n, in float64 or float32.
+
+    **Arguments**
+
+    - `basis`: Q, `(m, n)`, orthonormal columns.
+    - `mixing`: R, `(n, n)`, upper triangular with a diagonal >= 0.
+    - `stretch`: P, `(n, n)`, symmetric.
+    - `sigma`: singular values, `(n,)`, descending.
+    """
 
     basis: Tensor
     mixing: Tensor
@@ -34,33 +42,45 @@ class Anatomy(NamedTuple):
     sigma: Tensor
 
 
-def anatomy(weight: Tensor) -> Anatomy:
-    """The parts of a weight: a matrix `(out, in)`, or a kernel `(out, in, ...)`, which is flattened to `(out, in * ...)`."""
-    upright = weight.detach().double().flatten(1)
-    upright = upright.T if len(upright) < upright.shape[1] else upright
-    left, sigma, right = torch.linalg.svd(upright, full_matrices=False)
-    mixing = torch.linalg.qr(upright, mode="r").R
+def decompose_weight(weight: Tensor) -> WeightParts:
+    """Decompose a weight into basis, mixing and stretch.
+
+    **Arguments**
+
+    - `weight`: a matrix `(out, in)`, or a kernel `(out, in, ...)`, which is flattened to `(out, in * ...)`.
+
+    **Returns** `WeightParts`, float64, of the matrix or of its transpose, whichever is not wide.
+    """
+    matrix = weight.detach().double().flatten(1)
+    matrix = matrix.T if len(matrix) < matrix.shape[1] else matrix
+    left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+    mixing = torch.linalg.qr(matrix, mode="r").R
     signs = torch.where(mixing.diagonal() < 0, -1.0, 1.0)
-    return Anatomy(left @ right, signs[:, None] * mixing, (right.T * sigma) @ right, sigma)
+    return WeightParts(left @ right, signs[:, None] * mixing, (right.T * sigma) @ right, sigma)
 
 
 def basis_stability(previous: Tensor, current: Tensor) -> float:
-    """Mean cosine between matching columns of the orthogonal bases of two weights, trace(Q_1^T Q_2) / n, in [-1, 1].
+    """Compute the mean cosine between matching columns of the orthogonal bases of two weights.
 
-    1 for equal bases whatever their mixing; independent Gaussian weights have mean 0 and standard deviation 1 / sqrt(m n). It
-    does not depend on the orientation of the weight or on an orthogonal change of its inputs or outputs.
+    The formula is trace(Q_1^T Q_2) / n, in [-1, 1]. Equal bases have 1, whatever their mixing. Independent Gaussian weights have
+    mean 0 and standard deviation 1 / sqrt(m n). The value does not change if both weights are transposed, or if the same
+    orthogonal matrix is applied to the inputs or outputs of both.
 
-    **Arguments:** `previous`, `current`: of one shape, `(out, in)` or a kernel `(out, in, ...)`, any floating dtype; computed in
-    float64.
+    **Arguments**
 
-    **Returns:** NaN where either weight is rank deficient, sigma_min < 1e-6 sigma_max: there Q is not determined.
+    - `previous`: a matrix `(out, in)` or a kernel `(out, in, ...)`, any floating dtype; computed in float64.
+    - `current`: the same shape.
 
-    **Raises:** `ValueError`: shapes that differ, fewer than two dimensions, values that are not finite. **Warns:**
-    `RankDeficientWarning`, where NaN is returned.
+    **Returns** NaN, with a `RankDeficientWarning`, if either weight is rank deficient, sigma_min < 1e-6 sigma_max: Q is not
+    determined then.
 
-    **Reference:** Coquelin et al., Harnessing Orthogonality to Train Low-Rank Neural Networks, arXiv:2401.08505, section 3.
+    **Raises**
+
+    - `ValueError`: shapes that differ; fewer than two dimensions; values that are not finite.
+
+    **Reference** Coquelin et al., Harnessing Orthogonality to Train Low-Rank Neural Networks, arXiv:2401.08505, section 3.
     """
-    before, after = _both(previous, current)
+    before, after = _decompose_both(previous, current)
     if reason := _why_masked(before.sigma, after.sigma):
         warnings.warn(f"the stability is undefined: {reason}.", RankDeficientWarning, stacklevel=2)
         return float("nan")
@@ -68,21 +88,27 @@ def basis_stability(previous: Tensor, current: Tensor) -> float:
 
 
 def mixing_similarity(previous: Tensor, current: Tensor, kind: str = "qr") -> float:
-    """1 - ||M_1 - M_2||_F / (||M_1||_F + ||M_2||_F) of what mixes the bases of two weights, in [0, 1]: our definition.
+    """Compute a similarity of the mixing of the bases of two weights, in [0, 1]: our definition.
 
-    The Euclidean distance, put on a scale on which equal parts have 1. Independent weights do not have 0: square Gaussian ones
-    have about .50 (R) and .62 (P), upright ones of 4 to 1 .75 and .82. To be shown beside every value.
+    The formula is 1 - ||M_1 - M_2||_F / (||M_1||_F + ||M_2||_F): the Euclidean distance on a scale on which equal parts have 1.
+    Independent weights do not have 0. Square Gaussian ones have about .50 (R) and .62 (P), ones with sides of 4 to 1 about .75
+    and .82. Show these values beside every result.
 
-    **Arguments:** `previous`, `current`: as in `basis_stability`. `kind`: 'qr', M = R of the QR decomposition with a positive
-    diagonal, which depends on the order of the columns; 'polar', M = P = (W^T W)^(1/2), which is always unique.
+    **Arguments**
 
-    **Returns:** NaN for 'qr' where either weight is rank deficient.
+    - `previous`: a matrix `(out, in)` or a kernel `(out, in, ...)`, any floating dtype; computed in float64.
+    - `current`: the same shape.
+    - `kind`: 'qr', M = R of the QR decomposition with a positive diagonal, which depends on the order of the columns; or
+      'polar', M = P = (W^T W)^(1/2), which is always unique.
 
-    **Raises:** `ValueError`: as `basis_stability`, or an unknown kind. **Warns:** `RankDeficientWarning`, with NaN.
+    **Returns** NaN for 'qr', with a `RankDeficientWarning`, if either weight is rank deficient.
+
+    **Raises**
+
+    - `ValueError`: an unknown kind; shapes that differ; fewer than two dimensions; values that are not finite.
     """
-    if kind not in ("qr", "polar"):
-        raise ValueError(f"`kind` must be 'qr' or 'polar', got {kind!r}.")
-    before, after = _both(previous, current)
+    require(kind in ("qr", "polar"), "kind", "be 'qr' or 'polar'", kind)
+    before, after = _decompose_both(previous, current)
     if kind == "polar":
         return _similarity(before.stretch, after.stretch)
     if reason := _why_masked(before.sigma, after.sigma):
@@ -92,19 +118,26 @@ def mixing_similarity(previous: Tensor, current: Tensor, kind: str = "qr") -> fl
 
 
 class BasisMonitor:
-    """Follows the bases of a model's weights through its training.
+    """Follow the bases of the weights of a model through its training.
 
-    `step(model)` after every optimiser step looks every `every` steps; `check(model)` looks now. `history` has one row per look
-    and layer, for a DataFrame: `step`; `layer`; `stability`, `r_similarity`, `p_similarity` against the look before;
-    `effective_rank`; `smallest_over_largest` singular value; `masked`, why the first three are NaN, else ''.
+    Call `step(model)` after every step of the optimiser. At every `every`-th step it makes a checkpoint: it compares the bases
+    with those of the checkpoint before. `check(model)` makes one now. `history` has one row per checkpoint and layer, for a
+    DataFrame: `step`; `layer`; `stability`, `r_similarity`, `p_similarity` to the checkpoint before; `effective_rank`;
+    `smallest_over_largest` singular value; `masked`, why the first three are NaN, else ''.
 
-    The bases of the last look stay in host memory in float32. No module is held, so the model may be wrapped in between; its
-    random state is not touched.
+    The bases of the last checkpoint stay in host memory in float32. The monitor keeps no module, so the model may be wrapped in
+    between. It does not use random numbers.
 
-    **Arguments:** `every`: optimiser steps, >= 1. `include`, `exclude`: names or patterns of weights, as `find_weights` takes
-    them. `progress`: a bar over the layers of a look.
+    **Arguments**
 
-    **Raises:** `ValueError`, in a look: no such weight; a weight that is not finite or has another shape than before, by name.
+    - `every`: steps of the optimiser between two checkpoints, >= 1.
+    - `include`: names or patterns of weights, see `lowrank.nn.targets.find_weights`.
+    - `exclude`: names or patterns of weights to leave out.
+    - `progress`: show a progress bar over the layers of a checkpoint.
+
+    **Raises**
+
+    - `ValueError`: `every` out of its range.
     """
 
     def __init__(
@@ -115,38 +148,48 @@ class BasisMonitor:
         *,
         progress: bool = True,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"`every` must be >= 1, got {every}.")
+        require(every >= 1, "every", "be >= 1", every)
         self.every, self.include, self.exclude, self.progress = every, tuple(include), tuple(exclude), progress
         self.steps = 0
         self.history: list[dict[str, Any]] = []
-        self.previous: dict[str, Anatomy] = {}
+        self.previous: dict[str, WeightParts] = {}
 
     def step(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Counts an optimiser step; the rows of the look, none where none is due."""
+        """Count a step of the optimiser, and return the rows of the checkpoint, none if it is not one."""
         self.steps += 1
         return self.check(model) if self.steps % self.every == 0 else []
 
     def check(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Looks now; the rows of the look."""
+        """Compare the bases with the last checkpoint.
+
+        **Arguments**
+
+        - `model`: may be wrapped anew, but has the same weights as before.
+
+        **Returns** one row per layer, as in `history`.
+
+        **Raises**
+
+        - `ValueError`: no such weight; a weight that is not finite or has another shape than before, by name.
+        """
         weights = find_weights(model, self.include, self.exclude)
         for name, weight in weights.items():
             _check_weight(weight, f"`model` must have finite weights: layer {name!r}")
-            known = self.previous.get(name)
-            if known and known.basis.shape != _upright(weight.shape):
+            before = self.previous.get(name)
+            if before and before.basis.shape != _tall(weight.shape):
                 raise ValueError(
                     f"`model` must keep the shapes of its weights: layer {name!r} had a basis of shape "
-                    f"{tuple(known.basis.shape)}, got {_upright(weight.shape)}."
+                    f"{tuple(before.basis.shape)}, got {_tall(weight.shape)}."
                 )
         rows = []
         for name, weight in tqdm(weights.items(), "bases", unit="layer", leave=False, disable=not self.progress):
-            found = anatomy(weight)
-            rows.append({"step": self.steps, "layer": name} | self._compared(name, found))
-            self.previous[name] = Anatomy(*(part.float().cpu().contiguous() for part in found))
+            now = decompose_weight(weight)
+            rows.append({"step": self.steps, "layer": name} | self._compare(name, now))
+            self.previous[name] = WeightParts(*(part.float().cpu().contiguous() for part in now))
         self.history += rows
         return rows
 
-    def _compared(self, name: str, now: Anatomy) -> dict[str, Any]:
+    def _compare(self, name: str, now: WeightParts) -> dict[str, Any]:
         before = self.previous.get(name)
         masked = "nothing to compare with yet" if before is None else _why_masked(before.sigma, now.sigma)
         row: dict[str, Any] = dict.fromkeys(("stability", "r_similarity", "p_similarity"), float("nan"))
@@ -162,24 +205,24 @@ class BasisMonitor:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` goes on from: plain values and tensors."""
+        """Return the state as plain values and tensors."""
         previous = {name: list(parts) for name, parts in self.previous.items()}
         return {"steps": self.steps, "history": self.history, "previous": previous}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken."""
+        """Go on from a state that `state_dict` returned."""
         self.steps, self.history = state["steps"], list(state["history"])
-        self.previous = {name: Anatomy(*parts) for name, parts in state["previous"].items()}
+        self.previous = {name: WeightParts(*parts) for name, parts in state["previous"].items()}
 
 
-def _both(previous: Tensor, current: Tensor) -> tuple[Anatomy, Anatomy]:
+def _decompose_both(previous: Tensor, current: Tensor) -> tuple[WeightParts, WeightParts]:
     if previous.shape != current.shape:
         raise ValueError(
             f"`current` must have the shape of `previous`, {tuple(previous.shape)}, got {tuple(current.shape)}."
         )
     _check_weight(previous, "`previous` must be a finite matrix or kernel")
     _check_weight(current, "`current` must be a finite matrix or kernel")
-    return anatomy(previous), anatomy(current)
+    return decompose_weight(previous), decompose_weight(current)
 
 
 def _check_weight(weight: Tensor, rule: str) -> None:
@@ -189,7 +232,7 @@ def _check_weight(weight: Tensor, rule: str) -> None:
         raise ValueError(f"{rule}, got NaN or infinity.")
 
 
-def _upright(shape: torch.Size) -> tuple[int, int]:
+def _tall(shape: torch.Size) -> tuple[int, int]:
     sides = shape[0], shape[1:].numel()
     return max(sides), min(sides)
 
@@ -199,7 +242,7 @@ def _condition(sigma: Tensor) -> float:
 
 
 def _why_masked(*spectra: Tensor) -> str:
-    """The reason why the bases of weights with these singular values say nothing, '' where they do."""
+    """Return why weights with these singular values do not determine their bases, '' if they do."""
     worst = min(_condition(sigma) for sigma in spectra)
     return f"rank deficient, sigma_min / sigma_max = {worst:.1e} < {DEFICIENT:.0e}" if worst < DEFICIENT else ""
 

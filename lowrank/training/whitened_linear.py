@@ -1,4 +1,4 @@
-"""Linear layers whose weight is a fixed matrix and a trained one in whitened coordinates, W = W0 + D S^-1."""
+"""Linear layers whose weight is a fixed matrix plus a trained one in whitened coordinates, W = W0 + D S^-1."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +12,15 @@ from lowrank.nn.surgery import replace_module
 
 
 class WhitenedLinear(nn.Module):
-    """A linear layer whose weight is W0 + D S^-1, with D, `delta`, `(out, in)`, in at least float32 and zero at first.
+    """Compute a linear layer with weight W0 + D S^-1 and train D.
 
-    `linear` is the layer itself, which `fold` gives back with its weight renewed. `factor`, `inverse`: S and S^-1.
+    D is the parameter `delta`, `(out, in)`, zero at the start, in at least float32.
+
+    **Arguments**
+
+    - `linear`: the layer to replace. `fold` returns it.
+    - `factor`: S, `(in, in)`.
+    - `inverse`: S^-1, `(in, in)`.
     """
 
     inverse: Tensor
@@ -31,66 +37,83 @@ class WhitenedLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
+        """Return the number of inputs."""
         return self.linear.in_features
 
     @property
     def out_features(self) -> int:
+        """Return the number of outputs."""
         return self.linear.out_features
 
     @property
     def bias(self) -> Tensor | None:
+        """Return the bias, `(out,)`, or None."""
         return self.linear.bias
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
-        """W, multiplied anew at each access."""
-        own = self.linear.weight
-        return torch.addmm(own.to(self.delta.dtype), self.delta, self.inverse).to(own.dtype)
+        """Compute W in the dtype of the layer, anew at each access."""
+        fixed = self.linear.weight
+        return torch.addmm(fixed.to(self.delta.dtype), self.delta, self.inverse).to(fixed.dtype)
 
-    def whitened(self) -> Float[Tensor, "out in"]:
-        """W S."""
+    def whitened_weight(self) -> Float[Tensor, "out in"]:
+        """Compute W S."""
         return self.start + self.delta
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """Compute x W^T + b."""
         return nn.functional.linear(x, self.weight, self.linear.bias)
 
     @torch.no_grad()
     def fold(self) -> nn.Linear:
-        """The layer itself with W as its weight; untouched, bit for bit, where D is zero."""
+        """Write W into the original layer and return it; with D = 0 it stays the same bit for bit."""
         if bool(self.delta.any()):
-            own = self.linear.weight
-            own.copy_(own.double() + self.delta.double() @ self.inverse.double())
+            weight = self.linear.weight
+            weight.copy_(weight.double() + self.delta.double() @ self.inverse.double())
         return self.linear
 
 
 @contextmanager
-def whitened_weights(
+def whiten_layers(
     model: nn.Module,
     layers: Mapping[str, nn.Linear],
     statistics: Mapping[str, LayerStatistics],
     shrinkage: float | int,
     others: bool,
 ) -> Iterator[dict[str, WhitenedLinear]]:
-    """The layers as `WhitenedLinear` inside, with D trained, and all else where `others`; folded and flagged as before after."""
+    """Replace layers by `WhitenedLinear` while the block runs, and let only D require gradients.
+
+    On exit, D is folded into the weights and every `requires_grad` flag is restored.
+
+    **Arguments**
+
+    - `model`: changed in place.
+    - `layers`: name -> layer of the model to replace.
+    - `statistics`: name -> second moments of the inputs, for every layer to replace.
+    - `shrinkage`: > 0, added to the eigenvalues of the moments, relative to their mean; bounds S^-1.
+    - `others`: let all other parameters that are not frozen require gradients too.
+
+    **Returns** name -> the layer that replaces it.
+    """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     factors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by the moments, which layers with one input share
-    wrapped: dict[str, WhitenedLinear] = {}
+    whitened: dict[str, WhitenedLinear] = {}
     try:
         for parameter, flag in flags:
             parameter.requires_grad_(flag and others)
         for name, layer in layers.items():
-            found = statistics[name]
-            if id(found.gram) not in factors:
-                values, vectors = second_moment_eigh(found, shrinkage)
+            moments = statistics[name]
+            if id(moments.gram) not in factors:
+                values, vectors = second_moment_eigh(moments, shrinkage)
                 roots = (values / values.mean()).sqrt()  # D in units of the weight, whatever the scale of the inputs
-                factors[id(found.gram)] = found.gram, vectors * roots, (vectors / roots).T.to(layer.weight)
-            _, factor, inverse = factors[id(found.gram)]
+                factors[id(moments.gram)] = moments.gram, vectors * roots, (vectors / roots).T.to(layer.weight)
+            _, factor, inverse = factors[id(moments.gram)]
             layer.weight.requires_grad_(False)
-            wrapped[name] = WhitenedLinear(layer, factor, inverse)
-            replace_module(model, name, wrapped[name])
-        yield wrapped
+            whitened[name] = WhitenedLinear(layer, factor, inverse)
+            replace_module(model, name, whitened[name])
+        yield whitened
     finally:
-        for name, module in wrapped.items():
+        for name, module in whitened.items():
             replace_module(model, name, module.fold())
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lowrank.calibration.collect import FewTokensWarning, collect_statistics
 from lowrank.calibration.hooks import collect_inputs
-from lowrank.calibration.storage import load_statistics, save_statistics
-from lowrank.factorization.moments import LayerStatistics, output_norm, statistics_of_rows, whitening_factor
+from lowrank.calibration.storage import hash_statistics, load_statistics, save_statistics
+from lowrank.factorization.moments import MOMENTS, LayerStatistics, output_norm, whitening_factor
+from lowrank.factorization.running_moments import statistics_of_rows
 
 
 class Block(nn.Module):
@@ -346,7 +347,9 @@ def test_gradient_moments_merge_and_split_like_the_others(mixing, generator) -> 
             assert torch.allclose(merged.row_fisher, whole[name].row_fisher)
         assert close(plain[name], whole[name])  # the loss changes nothing in the moments of the inputs
         assert plain[name].gradient_gram is plain[name].row_fisher is None
-        with pytest.raises(ValueError, match="must hold gradient moments exactly where this one does"):
+        with pytest.raises(
+            ValueError, match="must hold second moments of the output gradients exactly if this one does"
+        ):
             one[name] + plain[name]
 
 
@@ -428,6 +431,30 @@ def test_files_bring_everything_back(model, saved) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["s.safetensors"]
 
 
+def test_files_bring_every_moment_and_its_hash_back(mixing, generator, tmp_path) -> None:
+    statistics = collect_statistics(mixing, token_batches(generator, padded=False), loss=token_loss)
+    save_statistics(tmp_path / "s.safetensors", statistics, mixing, "some data")
+    again = load_statistics(tmp_path / "s.safetensors", mixing)
+    for name, layer in statistics.items():
+        assert again[name].moments().keys() == MOMENTS.keys()
+        assert all(torch.equal(again[name].moments()[field], value) for field, value in layer.moments().items())
+        assert hash_statistics(again[name]) == hash_statistics(layer)
+
+
+def test_the_hash_of_statistics_depends_on_every_field(mixing, generator) -> None:
+    layer = collect_statistics(mixing, token_batches(generator, padded=False), ["head"], loss=token_loss)["head"]
+    changed = [replace(layer, **{field: value * 1.5}) for field, value in layer.moments().items()]
+    absent = [replace(layer, gradient_gram=None), replace(layer, row_fisher=None), replace(layer, tokens=1)]
+    hashes = [hash_statistics(statistics) for statistics in (layer, *changed, *absent)]
+    assert len(set(hashes)) == len(hashes) == 1 + len(MOMENTS) + 3
+
+
+def test_every_field_declares_how_it_merges() -> None:
+    assert [item.name for item in fields(LayerStatistics) if item.name not in MOMENTS] == ["tokens"]
+    assert {name for name, about in MOMENTS.items() if about["merge"] == "mean"} == {"mean", "abs_mean"}
+    assert {name for name, about in MOMENTS.items() if not about["shared"]} == {"gradient_gram", "row_fisher"}
+
+
 def test_files_are_refused_for_another_model_or_data(model, saved) -> None:
     path, _ = saved
     with pytest.raises(ValueError, match=r"`data` must be that of .*'some data'\), got 'other'"):
@@ -446,9 +473,9 @@ def test_damaged_and_foreign_files_are_refused(model, saved, tmp_path) -> None:
         with pytest.raises(ValueError, match="`path` must be a whole safetensors file"):
             load_statistics(path, model)
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ValueError, match="must have format 'lowrank.calibration.collect/2', got None"):
+    with pytest.raises(ValueError, match="must have format 'lowrank.statistics/2', got None"):
         load_statistics(tmp_path / "foreign.safetensors", model)
-    with pytest.raises(FileNotFoundError, match=r"nowhere.safetensors' does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.safetensors.*does not exist"):
         load_statistics(tmp_path / "nowhere.safetensors", model)
 
 

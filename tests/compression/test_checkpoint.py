@@ -15,11 +15,12 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from lowrank.calibration.collect import collect_statistics
-from lowrank.compression.checkpoint import ABOUT, FORMAT, RECORD, TENSORS, load_compressed, save_compressed
-from lowrank.compression.compress import compress, fold
-from lowrank.factorization.rank_allocation import STORAGES
+from lowrank.compression.checkpoint import FORMAT, METADATA, RECORD, TENSORS, load_compressed, save_compressed
+from lowrank.compression.configuration import Configuration
+from lowrank.compression.replace import fold, replace_layers
+from lowrank.factorization.storages import STORAGES
 from lowrank.io.hashing import hash_model
-from lowrank.nn.low_rank import FACTORED
+from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.nn.surgery import split_packed
 from lowrank.nn.targets import find_linears
 
@@ -103,7 +104,7 @@ def test_split_projections_come_back(storage, folder) -> None:
     model, batches, _ = made("vit")
     names = split_packed(model, [r".*\.qkv"])
     ranks = ranks_of(model, 0.5, storage) | {names[4]: 24}  # one part stays dense
-    compress(model, ranks, "whitened", collect_statistics(model, batches), storage)
+    replace_layers(model, ranks, Configuration("whitened", storage), collect_statistics(model, batches))
     about = save_compressed(model, folder, VIT)
     assert about["layers"]["blocks.0.attn.qkv"] == {"kind": "packed", "parts": ["q", "k", "v"]}
     assert about["layers"][names[4]]["kind"] == "linear"
@@ -158,7 +159,7 @@ def test_a_model_that_timm_made_is_rebuilt_by_its_name(folder) -> None:
 
 def test_options_of_a_timm_model_can_be_given(folder) -> None:
     model = timm.create_model("test_vit", num_classes=4, depth=1, embed_dim=32).eval()
-    compress(model, {"blocks.0.mlp.fc1": 5}, "svd")
+    replace_layers(model, {"blocks.0.mlp.fc1": 5}, "svd")
     with pytest.raises(ValueError, match="`base` must fit"):
         save_compressed(model, folder)
     save_compressed(model, folder, {"timm": "test_vit", "options": {"num_classes": 4, "depth": 1, "embed_dim": 32}})
@@ -183,7 +184,7 @@ def test_a_folded_model_comes_back(family, folder) -> None:
     save_compressed(fold(model), folder)
     loaded = load(folder, family)
     assert torch.equal(outputs(loaded, batches), outputs(model, batches))
-    rows = json.loads((folder / ABOUT).read_text())["layers"]
+    rows = json.loads((folder / METADATA).read_text())["layers"]
     assert [name for name, row in rows.items() if row.get("storage", "dense") != "dense"] == []  # none is factored now
 
 
@@ -207,7 +208,7 @@ def test_the_settings_of_generation_are_kept(folder) -> None:
 def test_the_file_holds_what_the_tables_say(family, storage, folder) -> None:
     model, _, statistics = made(family)
     dense = {name: layer.weight.numel() for name, layer in find_linears(model, LAYERS).items()}
-    rows = compress(model, ranks_of(model, 0.6, storage), "whitened", statistics, storage)
+    rows = replace_layers(model, ranks_of(model, 0.6, storage), Configuration("whitened", storage), statistics)
     about = save_compressed(model, folder, BASES[family])
     stored = load_file(folder / TENSORS)
     assert sum(t.numel() for t in stored.values()) == about["parameters"] + about["indices"]
@@ -225,8 +226,8 @@ def test_the_file_holds_what_the_tables_say(family, storage, folder) -> None:
 def test_nothing_else_is_needed(family, folder, tmp_path) -> None:
     model, batches = compressed(family)
     save_compressed(model, folder, BASES[family])
-    allowed = {TENSORS, ABOUT, "config.json", "generation_config.json"}
-    assert {TENSORS, ABOUT} <= contents(folder).keys() <= allowed
+    allowed = {TENSORS, METADATA, "config.json", "generation_config.json"}
+    assert {TENSORS, METADATA} <= contents(folder).keys() <= allowed
     expected = outputs(model, batches)
     del model
     moved = tmp_path / "elsewhere" / "m"
@@ -240,9 +241,9 @@ def test_nothing_else_is_needed(family, folder, tmp_path) -> None:
 def test_the_record_tells_how_every_layer_was_made(storage, folder) -> None:
     model, _, statistics = made("bert")
     before = hash_model(model)
-    rows = compress(model, ranks_of(model, 0.6, storage), "whitened", statistics, storage)
+    rows = replace_layers(model, ranks_of(model, 0.6, storage), Configuration("whitened", storage), statistics)
     about = save_compressed(model, folder)
-    assert json.loads((folder / ABOUT).read_text()) == about
+    assert json.loads((folder / METADATA).read_text()) == about
     assert about["format"] == FORMAT
     assert about["base"] == {"transformers": "BertForSequenceClassification"}
     assert about["model"] == before
@@ -275,7 +276,7 @@ def test_a_compressed_model_is_replaced_as_a_whole(folder) -> None:
     assert (folder / "generation_config.json").exists()
     model, batches = compressed("bert", "pivoted")
     save_compressed(model, folder)
-    assert contents(folder).keys() == {TENSORS, ABOUT, "config.json"}
+    assert contents(folder).keys() == {TENSORS, METADATA, "config.json"}
     assert torch.equal(outputs(load_compressed(folder), batches), outputs(model, batches))
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
@@ -291,7 +292,7 @@ def test_new_and_empty_folders_are_filled(tmp_path) -> None:
 def test_a_folder_with_other_content_is_left_alone(folder) -> None:
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="nothing but a compressed model to replace, got 'thesis.txt'"):
+    with pytest.raises(ValueError, match="contain only a compressed model to replace, got 'thesis.txt'"):
         save_compressed(compressed("bert")[0], folder)
     assert contents(folder) == {"thesis.txt": b"years of work"}
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
@@ -333,7 +334,7 @@ def test_saving_that_fails_leaves_nothing_behind(base, before, folder) -> None:
 def test_truncated_tensors_are_named(saved, share) -> None:
     content = (saved / TENSORS).read_bytes()
     (saved / TENSORS).write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=rf"`folder` must hold a whole {TENSORS}, got .*compressed'"):
+    with pytest.raises(ValueError, match=rf"`folder` must be a whole safetensors file, got .*compressed/{TENSORS}'"):
         load_compressed(saved)
 
 
@@ -343,7 +344,7 @@ def test_a_single_flipped_bit_is_found(saved, place) -> None:
     start = 8 + int.from_bytes(content[:8], "little")
     content[start + int(place * (len(content) - start))] ^= 1
     (saved / TENSORS).write_bytes(content)
-    with pytest.raises(ValueError, match=f"`folder` must hold the tensors that {ABOUT} was written for"):
+    with pytest.raises(ValueError, match=f"`folder` must contain the tensors that {METADATA} was written for"):
         load_compressed(saved)
 
 
@@ -353,7 +354,7 @@ def test_tensors_of_another_model_of_these_shapes_are_found(saved, tmp_path) -> 
         other.classifier.bias += 1e-3
     save_compressed(other, tmp_path / "other")
     shutil.copy(tmp_path / "other" / TENSORS, saved / TENSORS)
-    with pytest.raises(ValueError, match=f"`folder` must hold the tensors that {ABOUT} was written for"):
+    with pytest.raises(ValueError, match=f"`folder` must contain the tensors that {METADATA} was written for"):
         load_compressed(saved)
 
 
@@ -387,9 +388,9 @@ def test_tensors_that_do_not_fit_are_named(saved, change, words) -> None:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    about = json.loads((folder / ABOUT).read_text())
+    about = json.loads((folder / METADATA).read_text())
     change(about)
-    (folder / ABOUT).write_text(json.dumps(about))
+    (folder / METADATA).write_text(json.dumps(about))
 
 
 def test_a_tied_tensor_that_is_missing_is_named(folder) -> None:
@@ -404,9 +405,9 @@ def test_a_tied_tensor_that_is_missing_is_named(folder) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", f"a whole {ABOUT}"),
-        ('{"format": "lowr', f"a whole {ABOUT}"),
-        (b"\xff\xfe\x00", f"a whole {ABOUT}"),
+        ("", f"a whole {METADATA}"),
+        ('{"format": "lowr', f"a whole {METADATA}"),
+        (b"\xff\xfe\x00", f"a whole {METADATA}"),
         ("[1, 2]", rf"format '{FORMAT}', got \[1, 2\]"),
         ("null", f"format '{FORMAT}', got None"),
         ("{}", f"format '{FORMAT}', got None"),
@@ -414,7 +415,7 @@ def test_a_tied_tensor_that_is_missing_is_named(folder) -> None:
     ],
 )
 def test_a_damaged_record_is_named(saved, content, words) -> None:
-    (saved / ABOUT).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (saved / METADATA).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=f"`folder` must .*{words}"):
         load_compressed(saved)
 
@@ -438,7 +439,7 @@ def test_a_layer_that_the_base_lacks_is_named(saved) -> None:
         load_compressed(saved)
 
 
-@pytest.mark.parametrize("name", [ABOUT, TENSORS, "config.json"])
+@pytest.mark.parametrize("name", [METADATA, TENSORS, "config.json"])
 def test_missing_files_are_named(saved, name) -> None:
     (saved / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
@@ -446,7 +447,7 @@ def test_missing_files_are_named(saved, name) -> None:
 
 
 def test_a_missing_folder_is_named(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"`folder` must hold a model .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"`folder` must contain a model .*nowhere"):
         load_compressed(tmp_path / "nowhere")
 
 
@@ -512,13 +513,13 @@ def test_the_random_state_is_left_alone(saved) -> None:
 def test_a_loaded_model_is_compressed_further_and_trained(folder) -> None:
     model, batches, statistics = made("bert")
     names = list(find_linears(model))
-    compress(model, {names[0]: 5}, "whitened", statistics)
+    replace_layers(model, {names[0]: 5}, "whitened", statistics)
     save_compressed(model, folder)
     loaded = load_compressed(folder)
-    rows = compress(loaded, {names[1]: 5}, "whitened", statistics)
+    rows = replace_layers(loaded, {names[1]: 5}, "whitened", statistics)
     assert list(getattr(loaded, RECORD)["layers"]) == [names[0], names[1]]
     assert getattr(loaded, RECORD)["model"] == hash_model(made("bert")[0])
-    assert isinstance(loaded.get_submodule(rows[0]["layer"]), tuple(FACTORED.values()))
+    assert isinstance(loaded.get_submodule(rows[0]["layer"]), tuple(FACTORED_LAYERS.values()))
     loaded(**batches[0]).logits.sum().backward()
     assert loaded.get_submodule(names[0]).left.weight.grad.norm() > 0
     assert bert().state_dict().keys() != loaded.state_dict().keys()

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lowrank.calibration.collect import collect_statistics
 from lowrank.calibration.on_demand import OnDemand
-from lowrank.compression.pruning import METHODS, magnitude, pattern_mask, prune, pruning_mask, wanda
-from lowrank.factorization.moments import LayerStatistics, centred, output_norm, statistics_of_rows
+from lowrank.compression.pruning import PRUNING_METHODS, magnitude, pattern_mask, prune, pruning_mask, wanda
+from lowrank.factorization.moments import LayerStatistics, centre_moments, output_norm
+from lowrank.factorization.running_moments import statistics_of_rows
 from lowrank.nn.targets import find_linears
 
 RATIOS = [0, 1e-9, 0.001, 0.01, 0.1, 1 / 3, 0.29, 0.5, 0.5005, 0.7, 0.99, 0.999]
@@ -73,10 +74,10 @@ def test_counts_are_exact(shape, ratio, per, generator) -> None:
 
 
 @pytest.mark.parametrize("per", ["row", "matrix"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRUNING_METHODS)
 def test_masks_equal_their_definition(shape, method, per, generator) -> None:
     weight, rows = problem(shape, generator)
-    scores = METHODS[method](weight, statistics_of_rows(rows))
+    scores = PRUNING_METHODS[method](weight, statistics_of_rows(rows))
     by_hand = scores_by_hand(weight, rows if method == "wanda" else None)
     for ratio in (0.05, 0.31, 0.5, 0.777, 0.95):
         assert torch.equal(pruning_mask(scores, ratio, per), mask_by_hand(by_hand, ratio, per))
@@ -98,11 +99,11 @@ def test_masks_are_nested_in_the_ratio(shape, per, generator) -> None:
 
 
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRUNING_METHODS)
 def test_a_pattern_takes_the_lowest_of_every_group(shape, method, pattern, generator) -> None:
     weight, rows = problem(shape, generator)
     n, m = pattern
-    scores = METHODS[method](weight, statistics_of_rows(rows))
+    scores = PRUNING_METHODS[method](weight, statistics_of_rows(rows))
     mask = pattern_mask(scores, pattern)
     for i in range(shape[0]):
         for start in range(0, shape[1], m):
@@ -115,7 +116,7 @@ def test_scores_and_masks_leave_their_arguments_alone(shape, generator) -> None:
     weight, rows = problem(shape, generator)
     statistics = statistics_of_rows(rows)
     before = weight.clone(), statistics.gram.clone()
-    for method in METHODS.values():
+    for method in PRUNING_METHODS.values():
         scores = method(weight, statistics)
         held = scores.clone()
         pruning_mask(scores, 0.4)
@@ -192,7 +193,7 @@ def test_dead_inputs_go_first(shape, generator) -> None:
 def test_moments_that_rounding_left_below_zero_count_as_zero(generator) -> None:
     weight, rows = problem((6, 4), generator)
     rows[:, :3] = 0.1  # constant: centred moments are zero, or rounding on either side of it
-    statistics = centred(statistics_of_rows(rows))
+    statistics = centre_moments(statistics_of_rows(rows))
     statistics.gram.diagonal()[0] = -1e-18
     scores = wanda(weight, statistics)
     assert bool(torch.isfinite(scores).all())
@@ -209,7 +210,7 @@ def test_wanda_loses_less_of_the_output_where_scales_differ(shape, ratio, per, g
     statistics = statistics_of_rows(rows)
     error = {
         name: (rows @ (weight * pruning_mask(method(weight, statistics), ratio, per)).T).norm().item()
-        for name, method in METHODS.items()
+        for name, method in PRUNING_METHODS.items()
     }
     assert error["wanda"] < 0.7 * error["magnitude"]
 
@@ -275,7 +276,7 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], int]] = {
 
 
 @pytest.mark.parametrize("per", ["row", "matrix"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRUNING_METHODS)
 @pytest.mark.parametrize("name", MODELS)
 def test_real_models_lose_what_the_masks_say_and_nothing_else(name, method, per) -> None:
     build, layers = MODELS[name]
@@ -288,7 +289,7 @@ def test_real_models_lose_what_the_masks_say_and_nothing_else(name, method, per)
     assert len(rows) == layers
     for row in rows:
         old = before[f"{row['layer']}.weight"]
-        mask = pruning_mask(METHODS[method](old, statistics[row["layer"]]), 0.43, per)
+        mask = pruning_mask(PRUNING_METHODS[method](old, statistics[row["layer"]]), 0.43, per)
         expected = torch.where(mask, torch.zeros_like(old), old)
         assert torch.equal(linears[row["layer"]].weight, expected)
         assert row.keys() == ROWS
@@ -302,7 +303,7 @@ def test_real_models_lose_what_the_masks_say_and_nothing_else(name, method, per)
     assert bool(torch.isfinite(output).all())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRUNING_METHODS)
 @pytest.mark.parametrize("name", MODELS)
 def test_real_models_take_two_to_four(name, method) -> None:
     model, batch = MODELS[name][0]()
@@ -313,7 +314,7 @@ def test_real_models_take_two_to_four(name, method) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRUNING_METHODS)
 def test_every_dtype_keeps_its_weights_bit_for_bit(method, dtype, generator) -> None:
     model = small().to(dtype)
     layer = model[0].up
@@ -323,7 +324,7 @@ def test_every_dtype_keeps_its_weights_bit_for_bit(method, dtype, generator) -> 
     rows = torch.randn(200, 12, generator=generator) * torch.logspace(-5, 4, 12)  # squares would overflow in float16
     statistics = {"0.up": statistics_of_rows(rows)}
     prune(model, {"0.up": 0.5}, method, statistics)
-    mask = pruning_mask(METHODS[method](before.double(), statistics["0.up"]), 0.5)
+    mask = pruning_mask(PRUNING_METHODS[method](before.double(), statistics["0.up"]), 0.5)
     assert layer.weight.dtype == dtype
     assert layer.weight.requires_grad
     assert torch.equal(layer.weight[~mask], before[~mask])
@@ -334,7 +335,7 @@ def test_every_dtype_keeps_its_weights_bit_for_bit(method, dtype, generator) -> 
 def test_masks_on_cuda_are_those_on_the_cpu(shape, generator) -> None:
     weight, rows = problem(shape, generator)
     statistics = statistics_of_rows(rows)
-    for method in METHODS.values():
+    for method in PRUNING_METHODS.values():
         for values in (weight.float(), weight.mul(4).round().bfloat16()):  # the second with ties
             here, there = method(values, statistics), method(values.cuda(), statistics)
             for per in ("row", "matrix"):
@@ -420,10 +421,10 @@ def infinite(statistics: dict[str, LayerStatistics]) -> dict[str, LayerStatistic
         (lambda m: prune(m, {"0.up": 0.5, "1": 0.5}, "magnitude"), r"nn.Linear modules of the model, got '1'; it has"),
         (lambda m: prune(m, {"0.up": 0.5, "0..*": 0.5}, "magnitude"), r"whole names, not so '0\.\.\*'"),
         (lambda m: prune(m, {"0.up": 0.5}, "magnitude", layers=[".*up"]), r"whole names, not so '1\.up'"),
-        (lambda m: prune(m, {}, "magnitude"), "`ratios` must be for at least one layer, got none"),
+        (lambda m: prune(m, {}, "magnitude"), "`ratios` must name at least one layer, got none"),
         (
             lambda m: prune(m, method="magnitude"),
-            "`ratios` must be given or `pattern`, and not both, got None and None",
+            "`ratios` or `pattern` must be passed, and not both, got None and None",
         ),
         (lambda m: prune(m, 0.5, "magnitude", pattern=(2, 4)), r"and not both, got 0.5 and \(2, 4\)"),
         (lambda m: prune(m, 0.5, "sparsegpt"), r"`method` must be one of \['magnitude', 'wanda'\], got 'sparsegpt'\."),
@@ -431,13 +432,16 @@ def infinite(statistics: dict[str, LayerStatistics]) -> dict[str, LayerStatistic
             lambda m: prune(m, 0.5, "magnitude", per="column"),
             r"`per` must be one of \('row', 'matrix'\), got 'column'\.",
         ),
-        (lambda m: prune(m, 0.5), "`statistics` must hold every layer for method 'wanda', got none for layer '0.up'"),
+        (lambda m: prune(m, 0.5), "`statistics` must have every layer for method 'wanda', got none for layer '0.up'"),
         (lambda m: prune(m, 0.5, "wanda", without(statistics_of(m), "1.down")), "got none for layer '1.down'"),
         (
             lambda m: prune(m, 0.5, "wanda", statistics_of(m) | statistics_of(m[1:], 12)),
             r"moments of 8 inputs for a weight of shape \(12, 8\), got 12\. \(layer '1.down'\)",
         ),
-        (lambda m: prune(m, 0.5, "wanda", infinite(statistics_of(m))), r"gram` must be finite.* \(layer '1.down'\)"),
+        (
+            lambda m: prune(m, 0.5, "wanda", infinite(statistics_of(m))),
+            r"`statistics` must be finite.* \(layer '1.down'\)",
+        ),
         (lambda m: prune(spoiled(m, float("nan")), 0.5, "magnitude"), r"`weight` must be finite.* \(layer '1.down'\)"),
         (lambda m: prune(spoiled(m, float("inf")), 0.5, "wanda", statistics_of(m)), r"be finite.* \(layer '1.down'\)"),
         (lambda m: prune(m, method="magnitude", pattern=(0, 4)), r"`pattern` must be .* 1 <= n < m, got \(0, 4\)"),

@@ -7,9 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank.factorization.alternatives import RECIPES
-from lowrank.factorization.methods import ALPHA, METHODS, NORMS, RIDGE, asvd, fwsvd, svd, two_sided, whitened
-from lowrank.factorization.moments import LayerStatistics, centred, output_norm, statistics_of_rows, whitening_factor
+from lowrank.factorization.alternatives import ALTERNATIVES
+from lowrank.factorization.factorize import Factors, Weighting, factorize, weighted_norm
+from lowrank.factorization.methods import ALPHA, METHODS, RIDGE, needs_gradients
+from lowrank.factorization.moments import LayerStatistics, centre_moments, output_norm, whitening_factor
+from lowrank.factorization.running_moments import statistics_of_rows
+
+
+def truncate(method: str, weight: Tensor, rank: int, statistics: LayerStatistics | None = None) -> Factors:
+    return factorize(weight, rank, METHODS[method](statistics, weight))
 
 
 def anisotropic(tokens: int, inputs: int, condition: float, generator: torch.Generator) -> Tensor:
@@ -71,7 +77,7 @@ def test_discarded_singular_values_are_the_output_error(shape, condition, genera
     weight, rows = problem(shape, condition, generator)
     statistics = statistics_of_rows(rows)
     for rank in (1, 4, min(shape) // 3, min(shape) // 2):
-        factors = whitened(weight, rank, statistics)
+        factors = truncate("whitened", weight, rank, statistics)
         error = measured(weight, factors.left @ factors.right, rows)
         output = (weight @ rows.T).norm().item()
         # G carries cond(X)^2: what lies below 1e-16 of ||WX||^2 is rounding
@@ -82,10 +88,10 @@ def test_discarded_singular_values_are_the_output_error(shape, condition, genera
 def test_it_is_the_optimum(shape, generator) -> None:
     weight, rows = problem(shape, 100.0, generator)
     statistics, rank = statistics_of_rows(rows), 6
-    best = whitened(weight, rank, statistics).error
+    best = truncate("whitened", weight, rank, statistics).error
     left = torch.linalg.svd(weight @ rows.T, full_matrices=False).U[:, :rank]  # a second method, on the data itself
     assert best == pytest.approx(measured(weight, left @ left.T @ weight, rows), rel=1e-9)
-    assert best <= measured(weight, svd(weight, rank).dense(), rows)
+    assert best <= measured(weight, truncate("svd", weight, rank).dense(), rows)
     for _ in range(100):
         basis = torch.linalg.qr(left + 0.1 * torch.randn(left.shape, generator=generator, dtype=torch.float64)).Q
         assert best <= measured(weight, basis @ basis.T @ weight, rows)
@@ -94,16 +100,16 @@ def test_it_is_the_optimum(shape, generator) -> None:
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 1e2, 1e4])
 def test_scale_of_the_activations_does_not_matter(shape, scale, generator) -> None:
     weight, rows = problem(shape, 1e4, generator)
-    before = whitened(weight, 8, statistics_of_rows(rows)).dense()
-    after = whitened(weight, 8, statistics_of_rows(rows * scale)).dense()
+    before = truncate("whitened", weight, 8, statistics_of_rows(rows)).dense()
+    after = truncate("whitened", weight, 8, statistics_of_rows(rows * scale)).dense()
     assert torch.allclose(before, after, rtol=0, atol=1e-8 * weight.norm().item())
 
 
 def test_a_rotation_of_the_inputs_rotates_the_factors(shape, generator) -> None:
     weight, rows = problem(shape, 50.0, generator)
     q = torch.linalg.qr(torch.randn(shape[1], shape[1], generator=generator, dtype=torch.float64)).Q
-    plain = whitened(weight, 7, statistics_of_rows(rows)).dense()
-    rotated = whitened(weight @ q.T, 7, statistics_of_rows(rows @ q.T)).dense()
+    plain = truncate("whitened", weight, 7, statistics_of_rows(rows)).dense()
+    rotated = truncate("whitened", weight @ q.T, 7, statistics_of_rows(rows @ q.T)).dense()
     assert torch.allclose(plain, rotated @ q, atol=1e-9)
 
 
@@ -113,7 +119,7 @@ def test_every_factor_of_the_moment_gives_the_same_weight(shape, generator) -> N
     second = statistics.gram / statistics.tokens
     values, vectors = torch.linalg.eigh(second)
     roots = [torch.linalg.cholesky(second), vectors * values.sqrt() @ vectors.T, whitening_factor(statistics)]
-    expected = whitened(weight, 9, statistics).dense()
+    expected = truncate("whitened", weight, 9, statistics).dense()
     for root in roots:
         u, s, vt = torch.linalg.svd(weight @ root, full_matrices=False)
         classical = (u[:, :9] * s[:9]) @ vt[:9] @ torch.linalg.inv(root)
@@ -125,7 +131,7 @@ def test_full_rank_returns_the_weight(shape, method, generator) -> None:
     weight, rows = problem(shape, 10.0, generator)
     for tokens in (400, 5):  # 5: a singular moment
         statistics = statistics_with_gradients(rows[:tokens], shape[0], generator)
-        factors = METHODS[method](weight, min(shape), statistics)
+        factors = truncate(method, weight, min(shape), statistics)
         assert torch.allclose(factors.dense(), weight, atol=1e-12)
         assert factors.error == 0
 
@@ -133,7 +139,7 @@ def test_full_rank_returns_the_weight(shape, method, generator) -> None:
 def test_unseen_directions_are_filled_by_plain_svd(shape, generator) -> None:
     weight, rows = problem(shape, 1.0, generator)
     few = statistics_of_rows(rows[:5])
-    filled = whitened(weight, 12, few)
+    filled = truncate("whitened", weight, 12, few)
     assert measured(weight, filled.dense(), rows[:5]) <= 1e-7 * (weight @ rows[:5].T).norm()
     rest = weight - filled.left[:, :5] @ filled.left[:, :5].T @ weight
     residual = (weight - filled.dense()).norm().item()
@@ -144,10 +150,10 @@ def test_unseen_directions_are_filled_by_plain_svd(shape, generator) -> None:
 def test_factors_are_nested_and_the_error_falls(shape, method, generator) -> None:
     weight, rows = problem(shape, 1e3, generator)
     statistics = statistics_with_gradients(rows, shape[0], generator)
-    full = METHODS[method](weight, min(shape), statistics)
+    full = truncate(method, weight, min(shape), statistics)
     errors = []
     for rank in range(1, min(shape) + 1):
-        direct, cut = METHODS[method](weight, rank, statistics), full.truncate(rank)
+        direct, cut = truncate(method, weight, rank, statistics), full.truncate(rank)
         assert torch.allclose(direct.dense(), cut.dense(), atol=1e-9)
         assert direct.error == pytest.approx(cut.error)
         assert torch.allclose(direct.spectrum, full.spectrum, rtol=1e-9, atol=1e-12 * full.spectrum[0].item())
@@ -176,7 +182,7 @@ def test_hard_inputs_stay_finite(shape, case, dtype, generator) -> None:
     rows = HARD[case](rows / rows.abs().max()).to(dtype)
     statistics = statistics_of_rows(rows)
     for rank in (1, 8, min(shape)):
-        factors = whitened(weight.to(dtype), rank, statistics)
+        factors = truncate("whitened", weight.to(dtype), rank, statistics)
         assert factors.left.dtype == dtype
         assert bool(torch.isfinite(factors.left).all() & torch.isfinite(factors.right).all())
         assert factors.error == factors.error < float("inf")
@@ -190,8 +196,8 @@ def test_half_precision_activations_do_not_overflow() -> None:
 def test_recipes_agree_where_the_moment_is_well_conditioned(shape, generator) -> None:
     weight, rows = problem(shape, 10.0, generator)
     statistics = statistics_of_rows(rows)
-    best = whitened(weight, 6, statistics)
-    for recipe in RECIPES.values():
+    best = truncate("whitened", weight, 6, statistics)
+    for recipe in ALTERNATIVES.values():
         factors = recipe(weight, 6, statistics)
         error = output_norm(weight - factors.left @ factors.right, statistics)
         assert error == pytest.approx(best.error, rel=1e-5)
@@ -200,7 +206,7 @@ def test_recipes_agree_where_the_moment_is_well_conditioned(shape, generator) ->
 
 def test_svd_error_is_the_frobenius_norm(shape, generator) -> None:
     weight, _ = problem(shape, 1.0, generator)
-    factors = svd(weight, 5)
+    factors = truncate("svd", weight, 5)
     assert factors.error == pytest.approx((weight - factors.dense()).norm().item(), rel=1e-12)
 
 
@@ -211,17 +217,20 @@ def test_svd_error_is_the_frobenius_norm(shape, generator) -> None:
 def test_every_method_is_the_optimum_of_its_own_norm(shape, method, generator) -> None:
     weight, rows = problem(shape, 100.0, generator)
     statistics, rank = statistics_with_gradients(rows, shape[0], generator), 6
-    norm = NORMS[method]
-    factors = METHODS[method](weight, rank, statistics)
-    assert norm(weight - factors.dense(), statistics) == pytest.approx(factors.error, rel=1e-9)
-    for other in METHODS.values():
-        assert factors.error <= norm(weight - other(weight, rank, statistics).dense(), statistics) * (1 + 1e-12)
+    factors = truncate(method, weight, rank, statistics)
+
+    def norm(difference: Tensor) -> float:
+        return weighted_norm(difference, METHODS[method](statistics, weight))
+
+    assert norm(weight - factors.dense()) == pytest.approx(factors.error, rel=1e-9)
+    for other in METHODS:
+        assert factors.error <= norm(weight - truncate(other, weight, rank, statistics).dense()) * (1 + 1e-12)
     for step in torch.logspace(-4, 0, 50).tolist():
         left, right = (
             side + step * side.abs().mean() * torch.randn(side.shape, generator=generator, dtype=torch.float64)
             for side in (factors.left, factors.right)
         )
-        assert factors.error < norm(weight - left @ right, statistics)
+        assert factors.error < norm(weight - left @ right)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -230,11 +239,11 @@ def test_the_spectrum_and_the_norm_are_those_of_both_sides_formed_in_full(shape,
     statistics = statistics_with_gradients(rows, shape[0], generator)
     outer, inner = SIDES[method](statistics)
     spectrum = torch.linalg.svdvals(outer @ weight @ inner)
-    found = METHODS[method](weight, 3, statistics).spectrum
+    found = truncate(method, weight, 3, statistics).spectrum
     assert torch.allclose(found, spectrum, rtol=1e-9, atol=1e-9 * spectrum[0].item())
     difference = torch.randn(shape, generator=generator, dtype=torch.float64)
     expected = (outer @ difference @ inner).norm().item()
-    assert NORMS[method](difference, statistics) == pytest.approx(expected, rel=1e-12)
+    assert weighted_norm(difference, METHODS[method](statistics, weight)) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -246,7 +255,7 @@ def test_every_method_equals_its_classical_form_with_inverses(shape, method, gen
     for rank in (1, 7, min(shape) - 1):
         truncated = (u[:, :rank] * s[:rank]) @ vt[:rank]
         classical = torch.linalg.inv(outer) @ truncated @ torch.linalg.inv(inner)  # H^-1 [H W S]_r S^-1
-        assert torch.allclose(METHODS[method](weight, rank, statistics).dense(), classical, atol=1e-8)
+        assert torch.allclose(truncate(method, weight, rank, statistics).dense(), classical, atol=1e-8)
 
 
 @pytest.mark.parametrize("size", [1e-8, 1.0, 1e8])
@@ -254,7 +263,7 @@ def test_two_sided_is_whitened_where_all_outputs_count_alike(shape, size, genera
     weight, rows = problem(shape, 30.0, generator)
     plain = statistics_of_rows(rows)
     alike = replace(plain, gradient_gram=size * plain.tokens * torch.eye(shape[0], dtype=torch.float64))
-    one, two = whitened(weight, 9, plain), two_sided(weight, 9, alike)
+    one, two = truncate("whitened", weight, 9, plain), truncate("two_sided", weight, 9, alike)
     assert torch.allclose(one.dense(), two.dense(), atol=1e-10)
     assert two.error == pytest.approx(one.error * (size * (1 + RIDGE)) ** 0.5, rel=1e-10)
 
@@ -264,8 +273,8 @@ def test_without_any_gradient_only_the_other_side_counts(shape, method, generato
     weight, rows = problem(shape, 30.0, generator)
     plain, out = statistics_of_rows(rows), shape[0]
     none = replace(plain, gradient_gram=torch.zeros(out, out).double(), row_fisher=torch.zeros(out).double())
-    expected = {"fwsvd": svd, "two_sided": whitened}[method](weight, 5, plain)
-    assert torch.allclose(METHODS[method](weight, 5, none).dense(), expected.dense(), atol=1e-9)
+    expected = truncate({"fwsvd": "svd", "two_sided": "whitened"}[method], weight, 5, plain)
+    assert torch.allclose(truncate(method, weight, 5, none).dense(), expected.dense(), atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-2, 1e3, 1e8])
@@ -277,16 +286,16 @@ def test_scales_of_activations_and_of_gradients_do_not_matter(shape, method, sca
     losses = replace(
         before, gradient_gram=before.gradient_gram * scale**2, row_fisher=before.row_fisher * scale**2
     )  # a loss times `scale`
-    expected = METHODS[method](weight, 8, before).dense()
+    expected = truncate(method, weight, 8, before).dense()
     for after in (activations, losses):
-        assert torch.allclose(METHODS[method](weight, 8, after).dense(), expected, rtol=0, atol=1e-9 * weight.norm())
+        assert torch.allclose(truncate(method, weight, 8, after).dense(), expected, rtol=0, atol=1e-9 * weight.norm())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_scale_of_the_weight_scales_the_factors(shape, method, generator) -> None:
     weight, rows = problem(shape, 100.0, generator)
     statistics = statistics_with_gradients(rows, shape[0], generator)
-    one, two = (METHODS[method](weight * scale, 8, statistics) for scale in (1.0, -3e3))
+    one, two = (truncate(method, weight * scale, 8, statistics) for scale in (1.0, -3e3))
     assert torch.allclose(two.dense(), -3e3 * one.dense(), rtol=1e-9, atol=1e-7)
     assert two.error == pytest.approx(3e3 * one.error)
 
@@ -319,14 +328,80 @@ def test_dead_inputs_and_outputs_stay_finite_and_full_rank_returns_the_weight(sh
     weight, rows = problem(shape, 10.0, generator)
     statistics = DEFECTS[defect](statistics_with_gradients(rows, shape[0], generator))
     for rank in (1, 8, min(shape)):
-        factors = METHODS[method](weight, rank, statistics)
+        factors = truncate(method, weight, rank, statistics)
         assert bool(torch.isfinite(factors.left).all() & torch.isfinite(factors.right).all())
         assert bool(torch.isfinite(factors.spectrum).all() & (factors.spectrum >= 0).all())
-        measured_error = NORMS[method](weight - factors.dense(), statistics)
-        whole = NORMS[method](weight, statistics)
+        measured_error = weighted_norm(weight - factors.dense(), METHODS[method](statistics, weight))
+        whole = weighted_norm(weight, METHODS[method](statistics, weight))
         assert measured_error == pytest.approx(factors.error, rel=1e-7, abs=1e-7 * whole)
     assert torch.allclose(factors.dense(), weight, atol=1e-11)
     assert factors.error == 0
+
+
+# Weightings that no method uses, by (outputs, inputs): the number of dimensions of each side, 0 for None.
+OTHER_SIDES = [(1, 1), (1, 2), (2, 0), (2, 1)]
+
+
+def side(size: int, dimensions: int, generator: torch.Generator) -> Tensor | None:
+    if dimensions == 0:
+        return None
+    if dimensions == 1:
+        return torch.rand(size, generator=generator, dtype=torch.float64) + 0.1
+    rows = torch.randn(2 * size, size, generator=generator, dtype=torch.float64)
+    return rows.T @ rows
+
+
+@pytest.mark.parametrize("dimensions", OTHER_SIDES)
+def test_every_combination_of_sides_is_the_optimum_of_its_norm(shape, dimensions, generator) -> None:
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    weighting = Weighting(*(side(size, count, generator) for size, count in zip(shape, dimensions, strict=True)))
+    outer, inner = (
+        torch.eye(size, dtype=torch.float64) if part is None else root(torch.diag(part) if part.dim() == 1 else part)
+        for size, part in zip(shape, weighting, strict=True)
+    )
+    u, sigma, vt = torch.linalg.svd(outer @ weight @ inner, full_matrices=False)
+    for rank in (1, 6, min(shape)):
+        factors = factorize(weight, rank, weighting)
+        best = torch.linalg.inv(outer) @ (u[:, :rank] * sigma[:rank]) @ vt[:rank] @ torch.linalg.inv(inner)
+        assert torch.allclose(factors.dense(), best, atol=1e-8)
+        assert torch.allclose(factors.spectrum, sigma, rtol=1e-8, atol=1e-10)
+        error = (outer @ (weight - factors.dense()) @ inner).norm().item()
+        measured_error = weighted_norm(weight - factors.dense(), weighting)
+        assert measured_error == pytest.approx(error, rel=1e-8, abs=1e-6 * sigma.norm().item())
+        assert factors.error == pytest.approx(error, rel=1e-7, abs=1e-6 * sigma.norm().item())
+
+
+def test_inputs_that_do_not_count_need_no_care_and_outputs_that_do_not_count_are_refused(generator) -> None:
+    weight, zeros = torch.randn(6, 9, generator=generator, dtype=torch.float64), torch.ones(9, dtype=torch.float64)
+    zeros[::2] = 0
+    one = Weighting(torch.ones(6, dtype=torch.float64), zeros)
+    assert torch.allclose(factorize(weight, 6, one).dense(), weight)
+    with pytest.raises(ValueError, match=r"`weighting.outputs` must be > 0 if inputs are weighted too"):
+        factorize(weight, 2, Weighting(zeros[:6], zeros))
+    with pytest.raises(ValueError, match=r"`weighting.outputs` must be positive definite"):
+        factorize(weight, 2, Weighting(torch.diag(zeros[:6]), None))
+    for wrong in (Weighting(inputs=torch.ones(6)), Weighting(torch.ones(9, 9))):
+        with pytest.raises(ValueError, match=r"`weighting.(inputs|outputs)` must be of size"):
+            factorize(weight, 2, wrong)
+        with pytest.raises(ValueError, match=r"`weighting.(inputs|outputs)` must be of size"):
+            weighted_norm(weight, wrong)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_says_what_it_needs(method, generator) -> None:
+    weight, rows = problem((6, 4), 10.0, generator)
+    plain = statistics_of_rows(rows)
+    if method == "svd":
+        assert METHODS[method](None, weight) == (None, None)
+    else:
+        with pytest.raises(ValueError, match="`statistics` must hold .*, got None: see collect_statistics"):
+            METHODS[method](None, weight)
+    if needs_gradients(method):
+        with pytest.raises(ValueError, match="pass `loss` to collect_statistics"):
+            METHODS[method](plain, weight)
+    else:
+        METHODS[method](plain, weight)
+    METHODS[method](statistics_with_gradients(rows, 6, generator), weight)
 
 
 def test_rows_with_gradient_come_first_and_the_others_are_filled_by_plain_svd(generator) -> None:
@@ -335,7 +410,7 @@ def test_rows_with_gradient_come_first_and_the_others_are_filled_by_plain_svd(ge
     fisher = torch.zeros(shape[0], dtype=torch.float64)
     fisher[:live] = torch.rand(live, generator=generator, dtype=torch.float64) + 0.1
     statistics = replace(statistics_of_rows(rows), row_fisher=fisher)
-    kept = fwsvd(weight, live + 5, statistics)
+    kept = truncate("fwsvd", weight, live + 5, statistics)
     assert kept.error == 0
     assert torch.allclose(kept.dense()[:live], weight[:live], atol=1e-12)
     rows_left = torch.linalg.qr(weight[:live].T).Q
@@ -347,8 +422,8 @@ def test_rows_with_gradient_come_first_and_the_others_are_filled_by_plain_svd(ge
 def test_channels_without_magnitude_do_not_enter_asvd(shape, generator) -> None:
     weight, rows = problem(shape, 10.0, generator)
     rows[:, ::2] = 0
-    live = asvd(weight[:, 1::2].contiguous(), 5, statistics_of_rows(rows[:, 1::2]))
-    factors = asvd(weight, 5, statistics_of_rows(rows))
+    live = truncate("asvd", weight[:, 1::2].contiguous(), 5, statistics_of_rows(rows[:, 1::2]))
+    factors = truncate("asvd", weight, 5, statistics_of_rows(rows))
     assert factors.error == pytest.approx(live.error, rel=1e-12)
     assert torch.allclose(factors.dense()[:, 1::2], live.dense(), atol=1e-10)
 
@@ -367,8 +442,8 @@ def test_centred_statistics_are_those_of_centred_rows(shape, offset, generator) 
     statistics = statistics_of_rows(rows)
     explicit = statistics_of_rows(rows - rows.mean(0))
     scale = statistics.gram.norm().item()
-    assert torch.allclose(centred(statistics).gram, explicit.gram, rtol=0, atol=1e-13 * scale)
-    one, two = whitened(weight, 7, centred(statistics)), whitened(weight, 7, explicit)
+    assert torch.allclose(centre_moments(statistics).gram, explicit.gram, rtol=0, atol=1e-13 * scale)
+    one, two = truncate("whitened", weight, 7, centre_moments(statistics)), truncate("whitened", weight, 7, explicit)
     assert torch.allclose(one.dense(), two.dense(), atol=1e-8)
     assert one.error == pytest.approx(two.error, rel=1e-8)
 
@@ -380,7 +455,10 @@ def test_centring_with_the_bias_restored_is_never_worse_and_keeps_the_mean_outpu
     statistics = statistics_of_rows(rows)
     wanted = rows @ weight.T + bias
     for rank in (1, 5, min(shape) // 2):
-        plain, factors = whitened(weight, rank, statistics), whitened(weight, rank, centred(statistics))
+        plain, factors = (
+            truncate("whitened", weight, rank, statistics),
+            truncate("whitened", weight, rank, centre_moments(statistics)),
+        )
         replaced = factors.dense()
         outputs = rows @ replaced.T + bias + (weight - replaced) @ statistics.mean
         assert (outputs.mean(0) - wanted.mean(0)).abs().max() <= 1e-10 * max(1.0, wanted.abs().max().item())
@@ -394,7 +472,7 @@ def test_centring_with_the_bias_restored_is_never_worse_and_keeps_the_mean_outpu
 def test_centring_changes_nothing_but_the_second_moment(generator) -> None:
     _, rows = off_centre((6, 4), 2.0, generator)
     statistics = statistics_with_gradients(rows, 6, generator)
-    after = centred(statistics)
+    after = centre_moments(statistics)
     assert (after.tokens, after.mean, after.abs_mean) == (statistics.tokens, statistics.mean, statistics.abs_mean)
     assert (after.gradient_gram, after.row_fisher) == (statistics.gradient_gram, statistics.row_fisher)
 
@@ -410,35 +488,53 @@ def empty(inputs: int) -> LayerStatistics:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda w, s: whitened(w, 9, s), r"`rank` must be in \[1, 4\] for a weight of shape \(6, 4\), got 9"),
-        (lambda w, s: whitened(w, 0, s), r"got 0"),
-        (lambda w, s: whitened(w * float("nan"), 1, s), "`weight` must be finite"),
         (
-            lambda w, s: whitened(w, 1, statistics_of_rows(torch.ones(3, 5))),
+            lambda w, s: truncate("whitened", w, 9, s),
+            r"`rank` must be in \[1, 4\] for a weight of shape \(6, 4\), got 9",
+        ),
+        (lambda w, s: truncate("whitened", w, 0, s), r"got 0"),
+        (lambda w, s: truncate("whitened", w * float("nan"), 1, s), "`weight` must be finite"),
+        (
+            lambda w, s: truncate("whitened", w, 1, statistics_of_rows(torch.ones(3, 5))),
             r"`statistics` must have second moments of the inputs of size 4 for a weight of shape \(6, 4\), got 5\.",
         ),
-        (lambda w, s: asvd(w, 1, statistics_of_rows(torch.ones(3, 5))), r"mean \|x\| of size 4 .* got 5"),
-        (lambda w, s: asvd(w, 1, statistics_of_rows(torch.ones(3, 4) * float("nan"))), r"NaN or infinity in the mean"),
-        (lambda w, s: fwsvd(w, 1, s), r"must hold row Fisher information: pass `loss` to collect_statistics"),
-        (lambda w, s: two_sided(w, 1, s), r"must hold second moments of the output gradients: pass `loss`"),
-        (lambda w, s: fwsvd(w, 1, replace(s, row_fisher=torch.ones(5))), r"row Fisher information of size 6 .* got 5"),
+        (lambda w, s: truncate("asvd", w, 1, statistics_of_rows(torch.ones(3, 5))), r"mean \|x\| of size 4 .* got 5"),
         (
-            lambda w, s: two_sided(w, 1, replace(s, gradient_gram=torch.eye(4))),
+            lambda w, s: truncate("asvd", w, 1, statistics_of_rows(torch.ones(3, 4) * float("nan"))),
+            r"NaN or infinity in the mean",
+        ),
+        (
+            lambda w, s: truncate("fwsvd", w, 1, s),
+            r"must hold row Fisher information: pass `loss` to collect_statistics",
+        ),
+        (lambda w, s: truncate("two_sided", w, 1, s), r"must hold second moments of the output gradients: pass `loss`"),
+        (
+            lambda w, s: truncate("fwsvd", w, 1, replace(s, row_fisher=torch.ones(5))),
+            r"row Fisher information of size 6 .* got 5",
+        ),
+        (
+            lambda w, s: truncate("two_sided", w, 1, replace(s, gradient_gram=torch.eye(4))),
             r"second moments of the output gradients of size 6 for a weight of shape \(6, 4\), got 4\.",
         ),
         (
-            lambda w, s: fwsvd(w, 1, replace(s, row_fisher=torch.full((6,), float("inf")))),
+            lambda w, s: truncate("fwsvd", w, 1, replace(s, row_fisher=torch.full((6,), float("inf")))),
             "must be finite, got NaN or infinity in the row Fisher information",
         ),
         (
-            lambda w, s: two_sided(w, 1, replace(s, gradient_gram=torch.full((6, 6), float("nan")))),
+            lambda w, s: truncate("two_sided", w, 1, replace(s, gradient_gram=torch.full((6, 6), float("nan")))),
             "must be finite, got NaN or infinity in the second moments of the output gradients",
         ),
-        (lambda w, s: two_sided(w, 1, replace(empty(4), gradient_gram=torch.eye(6))), "at least one token, got 0"),
-        (lambda w, s: whitened(w, 1, empty(4)), "at least one token, got 0"),
-        (lambda w, s: whitened(w, 1, statistics_of_rows(torch.ones(3, 4) * float("nan"))), "gram` must be finite"),
+        (
+            lambda w, s: truncate("two_sided", w, 1, replace(empty(4), gradient_gram=torch.eye(6))),
+            "at least one token, got 0",
+        ),
+        (lambda w, s: truncate("whitened", w, 1, empty(4)), "at least one token, got 0"),
+        (
+            lambda w, s: truncate("whitened", w, 1, statistics_of_rows(torch.ones(3, 4) * float("nan"))),
+            "NaN or infinity in the second moments of the inputs",
+        ),
         (lambda w, s: whitening_factor(s, -0.1), "`shrinkage` must be >= 0, got -0.1"),
-        (lambda w, s: whitened(w, 2, s).truncate(3), r"in \[1, 2\], got 3"),
+        (lambda w, s: truncate("whitened", w, 2, s).truncate(3), r"in \[1, 2\], got 3"),
     ],
 )
 def test_bad_input_is_named(call, words: str) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from lowrank.factorization.rank_allocation import STORAGES, Shape, allocate_ranks, kept_parameters, rank_for_keep
+from lowrank.factorization.rank_allocation import Shape, allocate_ranks, kept_parameters, rank_for_keep
+from lowrank.factorization.storages import STORAGES
 
 SMALL = [(1, 1), (1, 9), (9, 1), (2, 2), (5, 5), (7, 3), (3, 7), (16, 16), (24, 40), (40, 24), (32, 32), (96, 24)]
 KEEPS = [0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 0.95]

@@ -56,7 +56,7 @@ def train(folder, kill=False):
         return loss(model, batch)
     batches = [make_batches()[state.process_index] for _ in range(10)]
     checkpoint = Path({folder!r}, folder)
-    fit(model, lambda done: batches[done:], Recipe(steps=10), step_loss, checkpoint=checkpoint, checkpoint_every=5)
+    fit(model, lambda done: batches[done:], Recipe(steps=10, checkpoint_every=5), step_loss, checkpoint=checkpoint)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 whole = train("whole")
 try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HOME = Path(os.environ.get("LOWRANK_TEST_HF", ROOT.parent / "shared" / "hf"))
 pytestmark = pytest.mark.skipif(not HOME.exists(), reason=f"no Hugging Face cache at {HOME}")
 

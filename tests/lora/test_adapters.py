@@ -78,8 +78,8 @@ def exact(spectra: dict[str, Any]) -> RankConfig:
 def test_starts_begin_where_they_should(case: Any) -> None:
     kind, base, tuned, spectra = case
     head = ["classifier"] if kind.__name__.startswith("Bert") else None
-    wanted = {folder: outputs(load_model(folder, kind)) for folder in (base, tuned)}
-    assert not torch.allclose(wanted[base], wanted[tuned], atol=1e-2)
+    expected = {folder: outputs(load_model(folder, kind)) for folder in (base, tuned)}
+    assert not torch.allclose(expected[base], expected[tuned], atol=1e-2)
     for start, folder in (("zero", base), ("pissa", base), ("eva", base), ("warm", tuned)):
         model = add_adapter(
             load_model(base, kind),
@@ -91,7 +91,7 @@ def test_starts_begin_where_they_should(case: Any) -> None:
             scaling=0.5,
             modules_to_save=head,
         )
-        torch.testing.assert_close(outputs(model), wanted[folder], atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(outputs(model), expected[folder], atol=2e-4, rtol=1e-3)
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         assert trained
         assert all("lora_" in name or "classifier" in name for name in trained)
@@ -105,13 +105,13 @@ def test_an_adapter_comes_back_and_others_take_its_place(case: Any, tmp_path: Pa
             spectra, uniform_ranks({n: s.shape for n, s in spectra.items()}, 600), {"rule": "uniform"}
         ),
     }
-    wanted = {}
+    expected = {}
     for name, config in configs.items():
         model = add_adapter(load_model(base, kind), config, start="warm", base=base, tuned=tuned)
         assert model.get_nb_trainable_parameters()[0] == config.parameters
         model.save_pretrained(tmp_path / name)
-        wanted[name] = outputs(model)
-    assert not torch.allclose(wanted["exact"], wanted["uniform"])
+        expected[name] = outputs(model)
+    assert not torch.allclose(expected["exact"], expected["uniform"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = load_adapter(load_model(base, kind), tmp_path / "exact", "exact")
@@ -120,23 +120,23 @@ def test_an_adapter_comes_back_and_others_take_its_place(case: Any, tmp_path: Pa
         load_adapter(load_model(base, kind), base)
     for name in ("exact", "uniform", "exact"):
         model.set_adapter(name)
-        torch.testing.assert_close(outputs(model), wanted[name])
+        torch.testing.assert_close(outputs(model), expected[name])
 
 
 def test_files_with_other_names_than_the_modules_are_matched(tmp_path: Path) -> None:
     model = vision_language()
     model.save_pretrained(tmp_path)
     spectra = delta_spectra(tmp_path, doubled(tmp_path), progress=False)
-    located = exact(spectra).located(model)
-    assert located["model.layers.1.mlp.up_proj"] == "model.language_model.layers.1.mlp.up_proj"
-    assert located["visual.blocks.0.mlp.up_proj"] == "model.visual.blocks.0.mlp.up_proj"
-    assert len(set(located.values())) == len(located) == len(spectra)
+    names = exact(spectra).find_modules(model)
+    assert names["model.layers.1.mlp.up_proj"] == "model.language_model.layers.1.mlp.up_proj"
+    assert names["visual.blocks.0.mlp.up_proj"] == "model.visual.blocks.0.mlp.up_proj"
+    assert len(set(names.values())) == len(names) == len(spectra)
     twins = nn.ModuleDict({"a": model.model.language_model, "b": copy.deepcopy(model.model.language_model)})
     one = RankConfig.from_ranks(spectra, {"model.layers.1.mlp.up_proj": 2}, {"rule": "by hand"})
     with pytest.raises(ValueError, match=r"should be \(24, 16\), got 'a.layers.1.mlp.up_proj' and 'b.layers"):
-        one.located(twins)
+        one.find_modules(twins)
     with pytest.raises(ValueError, match=r"'model.layers.1.mlp.up_proj' should be \(24, 16\), got none"):
-        one.located(bert())
+        one.find_modules(bert())
 
 
 def doubled(folder: Path) -> Path:
@@ -149,17 +149,18 @@ def doubled(folder: Path) -> Path:
 
 def test_checkpointing_changes_no_gradient(case: Any) -> None:
     kind, base, _, spectra = case
-    found = []
-    for again in (False, True):
-        model = add_adapter(load_model(base, kind, gradient_checkpointing=again), exact(spectra), start="pissa").train()
+    gradients = []
+    for checkpointing in (False, True):
+        frozen = load_model(base, kind, gradient_checkpointing=checkpointing)
+        model = add_adapter(frozen, exact(spectra), start="pissa").train()
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         model(input_ids=BATCH).logits.square().mean().backward()
-        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys() != set()
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, msg=name)
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() != set()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
 def test_refusals(case: Any, tmp_path: Path) -> None:
@@ -169,12 +170,12 @@ def test_refusals(case: Any, tmp_path: Path) -> None:
         add_adapter(model, config, start="cold")
     with pytest.raises(ValueError, match="`base` and `tuned` must name the two checkpoints for `start` 'warm'"):
         add_adapter(model, config, start="warm", base=base)
-    with pytest.raises(ValueError, match="`batches` must hold inputs for `start` 'eva', got none"):
+    with pytest.raises(ValueError, match="`batches` must have inputs for `start` 'eva', got none"):
         add_adapter(model, config, start="eva")
     mixed = RankConfig.from_ranks(spectra, {n: 2 + i % 2 for i, n in enumerate(spectra)}, {"rule": "by hand"})
     with pytest.raises(ValueError, match=r"`config` must have one rank for all modules .* got \[2, 3\]"):
         add_adapter(model, mixed, start="eva", batches=[{"input_ids": BATCH}])
-    with pytest.raises(ValueError, match="`scaling` must be left out where `lora_alpha` is given, got 1 and 16"):
+    with pytest.raises(ValueError, match="`scaling` must be left out if `lora_alpha` is set, got 1 and 16"):
         add_adapter(model, config, scaling=1, lora_alpha=16)
     assert not any("lora" in name for name, _ in model.named_modules())
     with pytest.raises(ValueError, match=r"`quantised` must be '' or one of \['4bit', '8bit'\], got '3bit'"):

@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lowrank.calibration.collect import collect_statistics
-from lowrank.compression.compress import compress
-from lowrank.factorization.methods import METHODS, Factors, svd, whitened
-from lowrank.factorization.moments import LayerStatistics, statistics_of_rows
+from lowrank.compression.replace import replace_layers
+from lowrank.factorization.factorize import Factors, factorize
+from lowrank.factorization.methods import METHODS, whitened
+from lowrank.factorization.moments import LayerStatistics
+from lowrank.factorization.running_moments import statistics_of_rows
 from lowrank.io.hashing import hash_model
-from lowrank.nn.low_rank import FACTORED, LARGEST, LowRankLinear, PivotedLinear
+from lowrank.nn.low_rank import FACTORED_LAYERS, LowRankLinear, PivotedLinear
+from lowrank.nn.pivots import MAX_COEFFICIENT
 from lowrank.nn.surgery import PackedLinear, split_packed, unify_linears
 from lowrank.nn.targets import find_linears
 
-KINDS = list(FACTORED.values())
+KINDS = list(FACTORED_LAYERS.values())
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
@@ -45,7 +48,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def test_a_layer_computes_what_its_factors_say(shape, kind, method, with_bias, dtype, generator) -> None:
     weight, statistics, bias = problem(shape, generator)
     for rank in (1, min(shape) // 3, min(shape) - 1):
-        factors = METHODS[method](weight, rank, statistics)
+        factors = factorize(weight, rank, METHODS[method](statistics, weight))
         layer = kind.from_factors(factors, bias.to(dtype) if with_bias else None, dtype)
         expected = factors.dense()
         assert relative(layer.dense(), expected) <= DTYPES[dtype]
@@ -67,7 +70,7 @@ def test_sizes_are_those_of_the_formulas(shape, with_bias, generator) -> None:
     weight, _, bias = problem(shape, generator)
     out, inputs = shape
     for rank in (1, 7, min(shape) - 1):
-        factors, extra = svd(weight, rank), out if with_bias else 0
+        factors, extra = factorize(weight, rank), out if with_bias else 0
         plain, pivoted = (kind.from_factors(factors, bias if with_bias else None, torch.float64) for kind in KINDS)
         assert sum(p.numel() for p in plain.parameters()) == rank * (out + inputs) + extra
         assert sum(p.numel() for p in pivoted.parameters()) == rank * (out + inputs) - rank**2 + extra
@@ -83,9 +86,9 @@ def test_full_rank_keeps_the_weight(shape, kind, generator) -> None:
         with pytest.raises(
             ValueError, match=f"`factors` must have a rank below the {shape[0]} outputs, got {shape[0]}"
         ):
-            kind.from_factors(svd(weight, min(shape)), bias, torch.float64)
+            kind.from_factors(factorize(weight, min(shape)), bias, torch.float64)
         return
-    layer = kind.from_factors(svd(weight, min(shape)), bias, torch.float64)
+    layer = kind.from_factors(factorize(weight, min(shape)), bias, torch.float64)
     x = torch.randn(4, shape[1], generator=generator, dtype=torch.float64)
     assert relative(layer.dense(), weight) <= 1e-12
     assert relative(layer(x), nn.functional.linear(x, weight, bias)) <= 1e-12
@@ -95,11 +98,11 @@ def test_full_rank_keeps_the_weight(shape, kind, generator) -> None:
 def test_pivots_are_distinct_rows_of_the_weight_and_the_others_lean_on_them_lightly(shape, method, generator) -> None:
     weight, statistics, _ = problem(shape, generator)
     for rank in (1, 5, min(shape) // 2, min(shape) - 1):
-        factors = METHODS[method](weight, rank, statistics)
+        factors = factorize(weight, rank, METHODS[method](statistics, weight))
         layer = PivotedLinear.from_factors(factors, None, torch.float64)
         assert layer.pivots.dtype == torch.int64
         assert len(set(layer.pivots.tolist())) == rank
-        assert layer.left.weight.abs().max().item() <= LARGEST * (1 + 1e-9)
+        assert layer.left.weight.abs().max().item() <= MAX_COEFFICIENT * (1 + 1e-9)
         assert relative(layer.right.weight, factors.dense()[layer.pivots]) <= 1e-12
 
 
@@ -110,7 +113,7 @@ def test_pivots_are_light_where_partial_pivoting_alone_is_not(generator) -> None
     left = torch.cat([hard, torch.randn(20, size, generator=generator, dtype=torch.float64) * 3])
     right = torch.randn(size, 30, generator=generator, dtype=torch.float64)
     layer = PivotedLinear.from_factors(Factors(left, right, torch.zeros(30, dtype=torch.float64)), None, torch.float64)
-    assert layer.left.weight.abs().max().item() <= LARGEST * (1 + 1e-9)
+    assert layer.left.weight.abs().max().item() <= MAX_COEFFICIENT * (1 + 1e-9)
     assert relative(layer.dense(), left @ right) <= 1e-12
 
 
@@ -118,7 +121,7 @@ def test_pivots_are_light_where_partial_pivoting_alone_is_not(generator) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_ill_scaled_factors_stay_exact(shape, kind, compensated, generator) -> None:
     weight, _, _ = problem(shape, generator)
-    factors = svd(weight, 8)
+    factors = factorize(weight, 8)
     scales = torch.logspace(-8, 8, 8, dtype=torch.float64)[torch.randperm(8, generator=generator)]
     right = factors.right / scales[:, None] if compensated else factors.right
     scaled = Factors(factors.left * scales, right, factors.spectrum)
@@ -136,10 +139,10 @@ def test_weights_of_less_rank_than_asked_stay_exact(shape, kind, method, content
     if content == "zero":
         weight = weight * 0
     elif content == "rank 3":
-        weight = svd(weight, 3).dense()
+        weight = factorize(weight, 3).dense()
     else:
         weight[1:] = 0
-    layer = kind.from_factors(METHODS[method](weight, 6, statistics), bias, torch.float64)
+    layer = kind.from_factors(factorize(weight, 6, METHODS[method](statistics, weight)), bias, torch.float64)
     assert torch.allclose(layer.dense(), weight, rtol=0, atol=1e-10)
     assert all(bool(torch.isfinite(p).all()) for p in layer.parameters())
 
@@ -149,7 +152,7 @@ def test_weights_of_less_rank_than_asked_stay_exact(shape, kind, method, content
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_finite_and_close(shape, kind, method, dtype, generator) -> None:
     weight, statistics, bias = problem(shape, generator)
-    factors = METHODS[method](weight, 8, statistics)
+    factors = factorize(weight, 8, METHODS[method](statistics, weight))
     layer = kind.from_factors(factors, bias.to(dtype), dtype)
     y = layer(torch.randn(6, shape[1], generator=generator).to(dtype))
     assert y.dtype == dtype
@@ -159,7 +162,7 @@ def test_half_precision_is_finite_and_close(shape, kind, method, dtype, generato
 
 def test_terms_weigh_the_same_on_both_sides(shape, generator) -> None:
     weight, statistics, _ = problem(shape, generator)
-    layer = LowRankLinear.from_factors(whitened(weight, 8, statistics), None, torch.float64)
+    layer = LowRankLinear.from_factors(factorize(weight, 8, whitened(statistics, weight)), None, torch.float64)
     assert torch.allclose(layer.left.weight.norm(dim=0), layer.right.weight.norm(dim=1), rtol=1e-12)
 
 
@@ -170,7 +173,7 @@ def test_terms_weigh_the_same_on_both_sides(shape, generator) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_fills_a_new_layer(shape, kind, assign, generator) -> None:
     weight, _, bias = problem(shape, generator)
-    layer = kind.from_factors(svd(weight, 7), bias, torch.float64)
+    layer = kind.from_factors(factorize(weight, 7), bias, torch.float64)
     state = layer.state_dict()
     assert "others" not in state
     if assign:
@@ -188,11 +191,11 @@ def test_state_fills_a_new_layer(shape, kind, assign, generator) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_is_apart(shape, kind, generator) -> None:
     weight, _, bias = problem(shape, generator)
-    layer = kind.from_factors(svd(weight, 7), bias, torch.float64)
+    layer = kind.from_factors(factorize(weight, 7), bias, torch.float64)
     x = torch.randn(3, shape[1], generator=generator, dtype=torch.float64)
     twin, before = copy.deepcopy(layer), layer(x)
     assert torch.equal(twin(x), before)
-    other = kind.from_factors(svd(weight.flip(0), 7), bias, torch.float64)
+    other = kind.from_factors(factorize(weight.flip(0), 7), bias, torch.float64)
     twin.load_state_dict(other.state_dict())  # the hook that follows must be the copy's own
     assert torch.equal(twin(x), other(x))
     assert torch.equal(layer(x), before)
@@ -201,7 +204,7 @@ def test_a_copy_is_apart(shape, kind, generator) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_can_be_sent_to_another_process(shape, kind, generator) -> None:
     weight, _, bias = problem(shape, generator)
-    layer = kind.from_factors(svd(weight, 7), bias, torch.float64)
+    layer = kind.from_factors(factorize(weight, 7), bias, torch.float64)
     x = torch.randn(3, shape[1], generator=generator, dtype=torch.float64)
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
@@ -209,7 +212,7 @@ def test_a_layer_can_be_sent_to_another_process(shape, kind, generator) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_cast_keeps_the_indices(shape, dtype, generator) -> None:
     weight, _, bias = problem(shape, generator)
-    layer = PivotedLinear.from_factors(svd(weight, 7), bias, torch.float64)
+    layer = PivotedLinear.from_factors(factorize(weight, 7), bias, torch.float64)
     pivots, others = layer.pivots.clone(), layer.others.clone()
     layer.to(dtype)
     assert layer.pivots.dtype == layer.others.dtype == torch.int64
@@ -264,9 +267,12 @@ def test_one_shared_moment_truncates_as_three_matrices(generator) -> None:
     names = split_packed(model, ["blocks.0.attn.qkv"])
     found = collect_statistics(model, [batch], names)
     assert len({found[name].gram.data_ptr() for name in names}) == 1
-    compress(model, dict(zip(names, (3, 5, 7), strict=True)), "whitened", found)
+    replace_layers(model, dict(zip(names, (3, 5, 7), strict=True)), "whitened", found)
     for name, weight, rank in zip(names, weights, (3, 5, 7), strict=True):
-        assert relative(model.get_submodule(name).dense(), whitened(weight, rank, packed).dense()) <= 1e-6
+        assert (
+            relative(model.get_submodule(name).dense(), factorize(weight, rank, whitened(packed, weight)).dense())
+            <= 1e-6
+        )
 
 
 def test_parts_have_the_names_given(generator) -> None:
@@ -312,7 +318,7 @@ def test_unified_layers_compute_the_same_and_compress(generator) -> None:
     assert relative(model(**batch).logits, before) <= 1e-6
     assert list(find_linears(model)) == names
     statistics = collect_statistics(model, [batch])
-    rows = compress(model, dict.fromkeys(names, 6), "whitened", statistics)
+    rows = replace_layers(model, dict.fromkeys(names, 6), "whitened", statistics)
     assert [row["layer"] for row in rows] == names
     assert all(row["storage"] == "factors" and 0 < row["measured_error"] < 1 for row in rows)
     assert bool(torch.isfinite(model(**batch).logits).all())

@@ -4,16 +4,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank.compression.compress import compress
+from lowrank.compression.configuration import Configuration
+from lowrank.compression.replace import replace_layers
 from lowrank.factorization.rank_allocation import kept_parameters
 from lowrank.nn.profiling import (
+    build_training_step,
     count_flops,
     generate_in_turns,
     peak_bytes,
     synchronize,
     time_in_turns,
     top_operators,
-    training_step,
     weight_bytes,
 )
 
@@ -41,7 +42,7 @@ def test_a_factored_layer_takes_two_operations_per_stored_parameter_and_token(sh
     x = torch.randn(TOKENS, shape[1], generator=generator)
     for rank in (1, 6, 11):
         model = linear(shape)
-        compress(model, {"0": rank}, "svd", storage=storage)
+        replace_layers(model, {"0": rank}, Configuration("svd", storage))
         assert count_flops(lambda model=model: model(x)) == 2 * kept_parameters(shape, rank, storage) * TOKENS
 
 
@@ -74,7 +75,7 @@ def test_a_training_step_trains_what_is_trainable_and_moves_nothing(generator) -
         calls.append(own.training)
         return own(x).square().mean()
 
-    step, held = training_step(model, loss)
+    step, held = build_training_step(model, loss)
     with torch.no_grad():  # as peak_bytes calls it
         step()
     assert calls == [True, True]
@@ -112,7 +113,7 @@ def test_shared_tensors_are_counted_once() -> None:
 def test_a_compressed_model_takes_fewer_bytes_by_what_was_saved(shape, storage) -> None:
     model = linear(shape)
     before = weight_bytes(model)
-    compress(model, {"0": 5}, "svd", storage=storage)
+    replace_layers(model, {"0": 5}, Configuration("svd", storage))
     indices = 8 * shape[0] if storage == "pivoted" else 0  # the pivots, and the other rows
     saved = 4 * (shape[0] * shape[1] - kept_parameters(shape, 5, storage))
     assert weight_bytes(model) == before - saved + indices

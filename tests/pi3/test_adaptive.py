@@ -8,10 +8,19 @@ import torch
 from pi3_models import images, model
 from torch import Tensor
 
-from lowrank.compression.compress import compress
+from lowrank.compression.configuration import Configuration
+from lowrank.compression.replace import replace_layers
 from lowrank.nn.low_rank import LowRankLinear
 from lowrank.nn.profiling import count_flops
-from lowrank.pi3.adaptive import STEPS, AdaptiveRank, EntropyScale, InOrder, image_entropy, sliced, sliced_ranks
+from lowrank.pi3.adaptive import (
+    KEEP_STEPS,
+    AdaptiveRank,
+    EntropyScale,
+    FixedRegimes,
+    image_entropy,
+    slice_factors,
+    slice_ranks,
+)
 from lowrank.pi3.flops import pi3_macs
 from lowrank.pi3.model import Pi3
 from lowrank.pi3.speed import published_ranks
@@ -24,7 +33,7 @@ def factored(base: float = BASE, targets: str = "decoder") -> tuple[Pi3, Pi3]:
     """A model compressed at a base, and as it was before."""
     dense = model()
     made = copy.deepcopy(dense)
-    compress(made, published_ranks(made, targets, base), "svd")
+    replace_layers(made, published_ranks(made, targets, base), "svd")
     return made, dense
 
 
@@ -110,7 +119,7 @@ def test_values_that_are_no_image_are_refused(value: float) -> None:
 
 def test_a_quarter_of_calibration_images_is_low_and_a_quarter_high() -> None:
     entropies = 5 + 1.5 * torch.randn(400, generator=torch.Generator().manual_seed(0))
-    regimes = EntropyScale.of(entropies).regime(entropies)
+    regimes = EntropyScale.fit(entropies).find_regimes(entropies)
     assert torch.bincount(regimes, minlength=3).tolist() == [100, 200, 100]
     order = entropies.argsort()
     assert torch.equal(regimes[order], regimes.sort().values)  # never a lower regime for more entropy
@@ -118,25 +127,30 @@ def test_a_quarter_of_calibration_images_is_low_and_a_quarter_high() -> None:
 
 def test_the_scale_by_hand() -> None:
     """Of 0 ... 100: percentiles 5 and 95, quartiles 25 and 75 of what lies between, stretched."""
-    scale = EntropyScale.of(torch.arange(101.0))
+    scale = EntropyScale.fit(torch.arange(101.0))
     assert (scale.least, scale.most) == pytest.approx((5, 95))
     assert (scale.low, scale.high) == pytest.approx((20 / 90, 70 / 90))
-    found = scale.regime(torch.tensor([[-5.0, 24.9, 25.1], [74.9, 75.1, 500.0]]))
+    found = scale.find_regimes(torch.tensor([[-5.0, 24.9, 25.1], [74.9, 75.1, 500.0]]))
     assert found.tolist() == [[0, 0, 1], [1, 2, 2]]
-    assert BITS.regime(torch.tensor([0.0, 2.0, 6.0, 8.0])).tolist() == [0, 1, 2, 2]  # borders belong to what is above
+    assert BITS.find_regimes(torch.tensor([0.0, 2.0, 6.0, 8.0])).tolist() == [
+        0,
+        1,
+        2,
+        2,
+    ]  # borders belong to what is above
 
 
 def test_the_published_scale() -> None:
     scale = EntropyScale(0.65978, 5.53399, 0.27932, 0.73236)
     borders = (0.65978 + share * (5.53399 - 0.65978) for share in (0.27932, 0.73236))
     near = [border + step for border in borders for step in (-1e-4, 1e-4)]
-    assert scale.regime(torch.tensor(near)).tolist() == [0, 1, 1, 2]
+    assert scale.find_regimes(torch.tensor(near)).tolist() == [0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("entropies", [torch.full((9,), 3.0), torch.tensor([4.0]), torch.tensor([1.0, float("nan")])])
 def test_entropies_that_have_no_scale_are_refused(entropies: Tensor) -> None:
     with pytest.raises(ValueError, match="`entropies` must differ, got percentiles"):
-        EntropyScale.of(entropies)
+        EntropyScale.fit(entropies)
 
 
 # --- slices -----------------------------------------------------------------------------------------------------------
@@ -146,11 +160,11 @@ def test_entropies_that_have_no_scale_are_refused(entropies: Tensor) -> None:
 @pytest.mark.parametrize("keep", [0.1, 0.3, 0.5, BASE])
 def test_a_slice_is_what_compressing_at_its_rank_gives(keep: float, targets: str) -> None:
     made, dense = factored(targets=targets)
-    ranks, shots = sliced_ranks(made, keep, BASE), images(1, 2, 3, 16, 24)
+    ranks, shots = slice_ranks(made, keep, BASE), images(1, 2, 3, 16, 24)
     before = {name: value.clone() for name, value in made.state_dict().items()}
     with torch.no_grad():
-        found = torch.func.functional_call(made, sliced(made, ranks), (shots,))
-        compress(dense, ranks, "svd")
+        found = torch.func.functional_call(made, slice_factors(made, ranks), (shots,))
+        replace_layers(dense, ranks, "svd")
         wanted = dense(shots)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
@@ -161,14 +175,14 @@ def test_ranks_are_rounded_shares_of_the_stored_ones() -> None:
     made, _ = factored()
     stored = {name: layer.rank for name, layer in made.named_modules() if isinstance(layer, LowRankLinear)}
     assert len(stored) == 16
-    assert sliced_ranks(made, BASE, BASE) == stored
-    assert sliced_ranks(made, 0.2, BASE) == {name: round(rank / 3) for name, rank in stored.items()}
-    assert set(sliced_ranks(made, 1e-6, BASE).values()) == {1}
+    assert slice_ranks(made, BASE, BASE) == stored
+    assert slice_ranks(made, 0.2, BASE) == {name: round(rank / 3) for name, rank in stored.items()}
+    assert set(slice_ranks(made, 1e-6, BASE).values()) == {1}
 
 
 def test_slices_are_views_of_what_is_stored() -> None:
     made, _ = factored()
-    parts = sliced(made, sliced_ranks(made, 0.3, BASE))
+    parts = slice_factors(made, slice_ranks(made, 0.3, BASE))
     stored = dict(made.named_parameters())
     assert len(parts) == 2 * 16
     for name, part in parts.items():
@@ -181,13 +195,13 @@ def test_slices_are_views_of_what_is_stored() -> None:
 @pytest.mark.parametrize("keep", [0.0, -0.1, 0.61, float("nan")])
 def test_a_share_beyond_the_stored_one_is_refused(keep: float) -> None:
     with pytest.raises(ValueError, match=r"`keep` must be in \(0, 0.6\], the share that the model is factored at, got"):
-        sliced_ranks(factored()[0], keep, BASE)
+        slice_ranks(factored()[0], keep, BASE)
 
 
 def test_a_model_without_ordered_factors_is_refused() -> None:
-    words = "`model` must have layers of two factors, as lowrank.compression.compress.compress makes them, got none"
+    words = "`model` must have layers of two factors, as lowrank.compress makes them, got none"
     pivoted = model()
-    compress(pivoted, published_ranks(pivoted, "decoder", 0.5), "svd", storage="pivoted")
+    replace_layers(pivoted, published_ranks(pivoted, "decoder", 0.5), Configuration("svd", "pivoted"))
     for made in (model(), pivoted):
         with pytest.raises(ValueError, match=words):
             AdaptiveRank(made, BASE, BITS)
@@ -200,13 +214,13 @@ def test_scenes_of_a_batch_get_their_own_regimes_and_keep_their_order() -> None:
     adaptive = AdaptiveRank(factored()[0], BASE, BITS)
     with torch.no_grad():
         found = adaptive(mixed())
-        assert adaptive.spent == [2, 1, 2]
+        assert adaptive.regime_counts == [2, 1, 2]
         for scene, regime in enumerate([0, 2, 1, 2, 0]):
-            alone, other = (adaptive.at(at, mixed()[scene : scene + 1]) for at in (regime, (regime + 1) % 3))
+            alone, other = (adaptive.run_regime(at, mixed()[scene : scene + 1]) for at in (regime, (regime + 1) % 3))
             for name, value in found.items():
                 torch.testing.assert_close(value[scene], alone[name][0], atol=1e-5, rtol=1e-4)
             assert (found["local_points"][scene] - other["local_points"][0]).abs().max() > 1e-3
-        assert adaptive.spent == [2, 1, 2]  # `at` is no forward pass of a scene
+        assert adaptive.regime_counts == [2, 1, 2]  # `run_regime` is no forward pass of a scene
 
 
 def test_the_mean_entropy_of_its_views_decides() -> None:
@@ -214,14 +228,14 @@ def test_the_mean_entropy_of_its_views_decides() -> None:
     views = torch.stack([torch.stack([levels(1), levels(128)]), torch.stack([levels(128), levels(128)])])
     with torch.no_grad():
         adaptive(views)  # 3.5 and 7 bits
-    assert adaptive.spent == [0, 1, 1]
+    assert adaptive.regime_counts == [0, 1, 1]
 
 
 @pytest.mark.parametrize("base", [0.4, 0.5, 0.6, 1.0])
 def test_regimes_are_the_published_steps_below_the_base(base: float) -> None:
     made = factored()[0]  # at another share, which does not matter for the shares of its ranks
     adaptive = AdaptiveRank(made, base, BITS)
-    assert adaptive.ranks == [sliced_ranks(made, base - step, base) for step in (0.3, 0.2, 0.1)]
+    assert adaptive.ranks == [slice_ranks(made, base - step, base) for step in (0.3, 0.2, 0.1)]
     ranks = [own["decoder.0.mlp.fc1"] for own in adaptive.ranks]
     assert ranks == sorted(ranks)
 
@@ -234,42 +248,47 @@ def test_a_base_that_leaves_nothing_is_refused(base: float) -> None:
 
 def test_what_was_spent_is_told() -> None:
     adaptive = AdaptiveRank(factored()[0], BASE, BITS)
-    assert adaptive.realised([1, 2, 3]) == {"keep_stored": BASE, "keep_computed": 0, "macs": 0, "scenes": [0, 0, 0]}
+    assert adaptive.summarise_costs([1, 2, 3]) == {
+        "keep_stored": BASE,
+        "keep_computed": 0,
+        "macs": 0,
+        "scenes": [0, 0, 0],
+    }
     with torch.no_grad():
         adaptive(mixed())
         adaptive(mixed()[:1])
-    found = adaptive.realised(iter([10.0, 20.0, 40.0]))
+    found = adaptive.summarise_costs(iter([10.0, 20.0, 40.0]))
     assert found["scenes"] == [3, 1, 2]
     assert found["keep_stored"] == BASE
     assert found["keep_computed"] == pytest.approx((3 * 0.3 + 1 * 0.4 + 2 * 0.5) / 6)
     assert found["macs"] == pytest.approx((3 * 10 + 20 + 2 * 40) / 6)
 
 
-@pytest.mark.parametrize("regime", range(len(STEPS)))
+@pytest.mark.parametrize("regime", range(len(KEEP_STEPS)))
 def test_a_regime_computes_less_by_what_it_saves(regime: int) -> None:
     made, dense = factored()
     adaptive, shots = AdaptiveRank(made, BASE, BITS), images(1, 2, 3, 16, 24)
     config = dense.config
     saved = sum(pi3_macs(config, 2, 16, 24).values()) - sum(
-        pi3_macs(config, 2, 16, 24, saved=adaptive.saved(dense, regime)).values()
+        pi3_macs(config, 2, 16, 24, saved=adaptive.count_saved(dense, regime)).values()
     )
     assert saved > 0
-    assert count_flops(lambda: dense(shots)) - count_flops(lambda: adaptive.at(regime, shots)) == 2 * saved
+    assert count_flops(lambda: dense(shots)) - count_flops(lambda: adaptive.run_regime(regime, shots)) == 2 * saved
 
 
 def test_an_order_of_ones_own_gives_each_scene_the_slice_that_it_names() -> None:
     adaptive, shots = AdaptiveRank(factored()[0], BASE, BITS), mixed()
-    ordered = InOrder(adaptive, iter([1, 0, 2, 0, 1]))
+    ordered = FixedRegimes(adaptive, iter([1, 0, 2, 0, 1]))
     with torch.no_grad():
         found = [ordered(shots[:3]), ordered(shots[3:])]
         for scene, regime in enumerate([1, 0, 2, 0, 1]):
-            alone = adaptive.at(regime, shots[scene : scene + 1])
+            alone = adaptive.run_regime(regime, shots[scene : scene + 1])
             for name, value in alone.items():
                 torch.testing.assert_close(torch.cat([part[name] for part in found])[scene], value[0])
-    assert adaptive.spent == [0, 0, 0]
+    assert adaptive.regime_counts == [0, 0, 0]
 
 
 def test_an_order_that_ends_too_early() -> None:
     adaptive = AdaptiveRank(factored()[0], BASE, BITS)
     with pytest.raises(ValueError, match="`regimes` must be one for each scene, got none for the last 2"):
-        InOrder(adaptive, [0, 1, 2])(mixed())
+        FixedRegimes(adaptive, [0, 1, 2])(mixed())

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank.compression.checkpoint import load_compressed, save_compressed
-from lowrank.compression.compress import compress
-from lowrank.pi3.checkpoint import ABOUT, OFFICIAL, PRETRAINED, WEIGHTS, load_pi3
+from lowrank.compression.configuration import Configuration
+from lowrank.compression.replace import replace_layers
+from lowrank.pi3.checkpoint import METADATA_FILE, OFFICIAL, PRETRAINED, WEIGHTS_FILE, load_pi3
 from lowrank.pi3.model import Pi3, Pi3Config
 from lowrank.pi3.speed import published_ranks
 
@@ -43,7 +44,7 @@ def assert_same(made: torch.nn.Module, other: torch.nn.Module) -> None:
 @pytest.mark.parametrize("form", ["file", "folder", "text"])
 def test_a_model_comes_back_from_a_file_and_from_a_folder(form: str, tmp_path: Path) -> None:
     made = model()
-    path = written(made, tmp_path / WEIGHTS)
+    path = written(made, tmp_path / WEIGHTS_FILE)
     loaded = load_pi3({"file": path, "folder": tmp_path, "text": str(path)}[form], CONFIG)
     assert loaded.config == CONFIG
     assert not any(module.training for module in loaded.modules())
@@ -63,7 +64,7 @@ def test_weights_of_any_precision_become_single(dtype: torch.dtype, tmp_path: Pa
 
 
 def test_a_loaded_model_does_not_change_with_its_file(tmp_path: Path) -> None:
-    path = written(model(0), tmp_path / WEIGHTS)
+    path = written(model(0), tmp_path / WEIGHTS_FILE)
     other = written(model(1), tmp_path / "other.safetensors").read_bytes()
     loaded = load_pi3(path, CONFIG)
     with path.open("r+b") as file:  # in place, as a copy over it would
@@ -73,28 +74,28 @@ def test_a_loaded_model_does_not_change_with_its_file(tmp_path: Path) -> None:
 
 
 def test_sizes_are_read_beside_the_weights(tmp_path: Path) -> None:
-    written(model(), tmp_path / WEIGHTS)
+    written(model(), tmp_path / WEIGHTS_FILE)
     with pytest.raises(ValueError, match="`source` must hold the tensors of this configuration"):
         load_pi3(tmp_path)  # the published sizes
-    (tmp_path / ABOUT).write_text(json.dumps({"config": asdict(CONFIG)}), encoding="utf8")
+    (tmp_path / METADATA_FILE).write_text(json.dumps({"config": asdict(CONFIG)}), encoding="utf8")
     assert load_pi3(tmp_path).config == CONFIG
     with pytest.raises(ValueError, match="`source` must hold the tensors of this configuration"):
         load_pi3(tmp_path, Pi3Config())  # what is given goes first
 
 
 def test_the_small_model_is_the_one_that_comes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written(model(), tmp_path / WEIGHTS)
-    (tmp_path / ABOUT).write_text(json.dumps({"config": asdict(CONFIG)}), encoding="utf8")
+    written(model(), tmp_path / WEIGHTS_FILE)
+    (tmp_path / METADATA_FILE).write_text(json.dumps({"config": asdict(CONFIG)}), encoding="utf8")
     monkeypatch.setattr("lowrank.pi3.checkpoint.PRETRAINED", tmp_path)
     assert_same(load_pi3("small"), model())
 
 
 @pytest.mark.skipif(
-    not (PRETRAINED / WEIGHTS).exists(), reason="python -m lowrank.pi3.pretrain has not written its weights"
+    not (PRETRAINED / WEIGHTS_FILE).exists(), reason="python -m lowrank.pi3.pretrain has not written its weights"
 )
 def test_the_small_model_loads_as_it_was_trained() -> None:
     loaded = load_pi3("small")
-    assert asdict(loaded.config) == json.loads((PRETRAINED / ABOUT).read_text(encoding="utf8"))["config"]
+    assert asdict(loaded.config) == json.loads((PRETRAINED / METADATA_FILE).read_text(encoding="utf8"))["config"]
     side = 2 * loaded.config.patch_size
     with torch.no_grad():
         found = loaded(images(1, 2, 3, side, side))
@@ -113,7 +114,7 @@ def test_a_name_of_the_hub_is_looked_up_there(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_file_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for source, name in ((tmp_path / "none.safetensors", "none.safetensors"), (tmp_path, WEIGHTS)):
+    for source, name in ((tmp_path / "none.safetensors", "none.safetensors"), (tmp_path, WEIGHTS_FILE)):
         with pytest.raises(
             FileNotFoundError, match=rf"`source` must be a checkpoint, got .*{name}, which does not exist"
         ):
@@ -144,7 +145,7 @@ def test_a_file_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_damaged_file_is_named(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     path = written(model(), tmp_path / "own.safetensors")
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"`source` must be a whole safetensors file, got .*own\.safetensors: "):
+    with pytest.raises(ValueError, match=r"`source` must be a whole safetensors file, got '.*own\.safetensors': "):
         load_pi3(path, CONFIG)
 
 
@@ -181,13 +182,13 @@ def without_buffer(tensors: dict[str, Tensor]) -> None:
 def test_a_tensor_that_does_not_fit_is_named(change: Callable[..., None], words: str, tmp_path: Path) -> None:
     tensors = dict(model().state_dict())
     change(tensors)
-    save_file(tensors, tmp_path / WEIGHTS)
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
     with pytest.raises(ValueError, match=re.escape(f"`source` must hold the tensors of this configuration: {words}")):
         load_pi3(tmp_path, CONFIG)
 
 
 def test_weights_of_other_sizes_are_refused(tmp_path: Path) -> None:
-    path = written(model(), tmp_path / WEIGHTS)
+    path = written(model(), tmp_path / WEIGHTS_FILE)
     with pytest.raises(ValueError, match=r"decoder\.4\.attn\.k_norm\.bias must be \(16,\), got none"):
         load_pi3(path, Pi3Config(**TINY | {"decoder_depth": 6}))
     with pytest.raises(ValueError, match=r"decoder\.2\.attn\.k_norm\.bias must be absent, got \(16,\)"):
@@ -201,7 +202,7 @@ def test_weights_of_other_sizes_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("targets", ["decoder", "all linears"])
 def test_a_compressed_model_comes_back_as_it_was(targets: str, storage: str, tmp_path: Path) -> None:
     made = model()
-    compress(made, published_ranks(made, targets, 0.5, storage), "svd", storage=storage)
+    replace_layers(made, published_ranks(made, targets, 0.5, storage), Configuration("svd", storage))
     about = save_compressed(made, tmp_path / "compressed")
     assert about["parameters"] < sum(tensor.numel() for tensor in model().state_dict().values())
     loaded = load_compressed(tmp_path / "compressed", architecture=model(1))  # whose weights do not matter
@@ -213,7 +214,7 @@ def test_a_compressed_model_comes_back_as_it_was(targets: str, storage: str, tmp
 def test_a_compressed_model_of_loaded_weights_comes_back_too(tmp_path: Path) -> None:
     """Down to the file: weights are loaded, compressed, stored and loaded, with no dense weight at hand."""
     made = load_pi3(written(model(), tmp_path / "dense.safetensors"), CONFIG)
-    compress(made, published_ranks(made, "decoder", 0.3), "svd")
+    replace_layers(made, published_ranks(made, "decoder", 0.3), "svd")
     save_compressed(made, tmp_path / "compressed")
     (tmp_path / "dense.safetensors").unlink()
     with torch.device("meta"):

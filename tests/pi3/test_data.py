@@ -13,8 +13,9 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from lowrank.pi3.data import load_scenes, rendered_scenes
-from lowrank.pi3.layouts import LAYOUTS, read_sintel_camera, read_sintel_depth
-from lowrank.pi3.scenes import Views, looking, render_scene
+from lowrank.pi3.layouts import LAYOUTS
+from lowrank.pi3.scenes import Views, look_at, render_scene
+from lowrank.pi3.sintel import read_sintel_camera, read_sintel_depth
 
 HEIGHT, WIDTH = 28, 42
 NUMBERS = (0, 2, 10)  # of views: in another order by name than by number
@@ -473,7 +474,7 @@ def test_truth_of_another_width_lies_on_the_same_plane(height: int, normal: tupl
     rays = np.stack([(x - centre[0]) / focal[0], (y - centre[1]) / focal[1], np.ones_like(x)], -1)
     depth = 2 / (rays @ normal)
     assert depth.min() > 0
-    pose = looking(np.array([1.0, 0.3, -2.0]), np.zeros(3), 0.4)
+    pose = look_at(np.array([1.0, 0.3, -2.0]), np.zeros(3), 0.4)
     intrinsics = np.array([[focal[0], 0, centre[0]], [0, focal[1], centre[1]], [0, 0, 1]])
     training = tmp_path / "training"
     (training / "final/plane").mkdir(parents=True)

@@ -11,18 +11,16 @@ from torch import Tensor, nn
 
 from lowrank.pi3.data import Scene, rendered_scenes
 from lowrank.pi3.evaluation import (
-    CHUNK,
+    GEOMETRY_TASKS,
+    IMAGES_PER_PASS,
     PROTOCOLS,
-    TASKS,
     Protocol,
     evaluate_pi3,
-    mono_depth,
-    points_at,
-    predict,
-    resized,
+    mono_depth_rows,
 )
 from lowrank.pi3.metrics.depth import ALIGNMENTS, depth_metrics
 from lowrank.pi3.metrics.poses import angle_summary, pair_angles, pose_distance
+from lowrank.pi3.predictions import predict, resize_depth, resize_points
 from lowrank.pi3.scenes import Views, render_scene
 
 MEDIAN = Protocol(mono="median", video="median")
@@ -85,8 +83,8 @@ def noisy(poses: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_the_truth_is_perfect_in_any_frame_and_unit() -> None:
     found = evaluate_pi3(Oracle(shots()), scenes(), MEDIAN)
-    assert list(found) == list(TASKS)
-    assert {task: rows["sequences"] for task, rows in found.items()} == dict.fromkeys(TASKS, 2)
+    assert list(found) == list(GEOMETRY_TASKS)
+    assert {task: rows["sequences"] for task, rows in found.items()} == dict.fromkeys(GEOMETRY_TASKS, 2)
     for task in ("mono_depth", "video_depth"):
         assert found[task]["abs_rel"] == pytest.approx(0, abs=1e-6)
         assert found[task]["delta_1"] == 1
@@ -270,10 +268,10 @@ def test_a_sequence_passes_once_and_only_where_it_is_needed() -> None:
 
 def test_single_images_pass_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, oracle = Oracle(shots(1), noisy), Oracle(shots(1), noisy)
-    at_once = mono_depth(whole, scenes(1)[0], MEDIAN)
-    monkeypatch.setattr("lowrank.pi3.evaluation.CHUNK", 2)
-    assert mono_depth(oracle, scenes(1)[0], MEDIAN) == at_once
-    assert CHUNK >= 3
+    at_once = mono_depth_rows(whole, scenes(1)[0], MEDIAN)
+    monkeypatch.setattr("lowrank.pi3.evaluation.IMAGES_PER_PASS", 2)
+    assert mono_depth_rows(oracle, scenes(1)[0], MEDIAN) == at_once
+    assert IMAGES_PER_PASS >= 3
     assert [shape[:2] for shape in whole.seen] == [(3, 1)]
     assert [shape[:2] for shape in oracle.seen] == [(2, 1), (1, 1)]
 
@@ -323,9 +321,11 @@ def cubic(values: list[float], size: int, a: float = -0.75) -> list[float]:
 def test_depth_is_resized_by_the_cubic_kernel(size: int) -> None:
     row = [1.0, 4.0, 2.0, 8.0, 5.0, 7.0]
     wide = torch.tensor(row).expand(2, 5, 6)
-    torch.testing.assert_close(resized(wide, (5, size)), torch.tensor(cubic(row, size)).expand(2, 5, size))
+    torch.testing.assert_close(resize_depth(wide, (5, size)), torch.tensor(cubic(row, size)).expand(2, 5, size))
     tall = torch.tensor(row)[:, None].expand(1, 6, 5)
-    torch.testing.assert_close(resized(tall, (size, 5)), torch.tensor(cubic(row, size))[:, None].expand(1, size, 5))
+    torch.testing.assert_close(
+        resize_depth(tall, (size, 5)), torch.tensor(cubic(row, size))[:, None].expand(1, size, 5)
+    )
     assert not torch.allclose(torch.tensor(cubic(row, size)), torch.tensor(cubic(row, size, a=-0.5)))
 
 
@@ -333,15 +333,15 @@ def test_points_are_averaged_over_what_a_smaller_pixel_covers() -> None:
     """By a triangle as wide as the step between pixels to either side: 1, 3, 3, 1 of 8 at half the size."""
     row = torch.tensor([0.0, 0, 0, 8, 0, 0, 0, 0, 0, 0])
     points = row[:, None].expand(1, 2, 10, 3)
-    found = points_at(points, (2, 5))
+    found = resize_points(points, (2, 5))
     torch.testing.assert_close(found, torch.tensor([0.0, 3, 1, 0, 0])[:, None].expand(1, 2, 5, 3))
-    torch.testing.assert_close(points_at(points.transpose(1, 2), (5, 2)), found.transpose(1, 2))
+    torch.testing.assert_close(resize_points(points.transpose(1, 2), (5, 2)), found.transpose(1, 2))
 
 
 def test_what_has_the_size_stays_as_it_is() -> None:
     depth, points = torch.rand(2, 5, 6), torch.rand(2, 5, 6, 3)
-    assert resized(depth, (5, 6)) is depth
-    assert points_at(points, (5, 6)) is points
+    assert resize_depth(depth, (5, 6)) is depth
+    assert resize_points(points, (5, 6)) is points
 
 
 def slope(height: int, width: int) -> Tensor:
@@ -353,15 +353,15 @@ def slope(height: int, width: int) -> Tensor:
 @pytest.mark.parametrize("size", [(8, 12), (7, 9), (32, 40)])
 def test_a_plane_stays_that_plane(size: tuple[int, int]) -> None:
     level = torch.full((2, 16, 24), 2.5)
-    torch.testing.assert_close(resized(level, size), torch.full((2, *size), 2.5))
-    found, wanted = resized(slope(16, 24)[None], size)[0], slope(*size)
+    torch.testing.assert_close(resize_depth(level, size), torch.full((2, *size), 2.5))
+    found, wanted = resize_depth(slope(16, 24)[None], size)[0], slope(*size)
     inner = (slice(2, -2), slice(2, -2)) if size[0] < 16 else (slice(4, -4), slice(4, -4))
     exact = size == (8, 12)  # where the kernel is read at halves; elsewhere it is off by up to 0.05 of a pixel's slope
     torch.testing.assert_close(
         found[inner], wanted[inner], atol=1e-6 if exact else 0.05 * (0.5 / 24 + 1.5 / 16), rtol=0
     )
     torch.testing.assert_close(
-        points_at(slope(16, 24)[None, :, :, None], (8, 12))[0, 1:-1, 1:-1, 0], slope(8, 12)[1:-1, 1:-1]
+        resize_points(slope(16, 24)[None, :, :, None], (8, 12))[0, 1:-1, 1:-1, 0], slope(8, 12)[1:-1, 1:-1]
     )
 
 
@@ -431,7 +431,7 @@ def test_predictions_are_in_the_precision_asked_for_and_of_a_model_in_evaluation
 def test_a_model_of_random_weights_is_evaluated_in_all_tasks(precision: str) -> None:
     own = scenes(1, 2)
     found = evaluate_pi3(model(), own, PROTOCOLS["scenes"], precision=precision)
-    assert list(found) == list(TASKS)
+    assert list(found) == list(GEOMETRY_TASKS)
     assert all(np.isfinite(value) for rows in found.values() for value in rows.values())
     outputs = predict(model(), own[0].images, precision)
     assert own[0].depth is not None

@@ -6,10 +6,11 @@ import pytest
 import torch
 from pi3_models import images, model
 
-from lowrank.compression.compress import compress
+from lowrank.compression.configuration import Configuration
+from lowrank.compression.replace import replace_layers
 from lowrank.nn.profiling import count_flops
 from lowrank.nn.targets import find_linears
-from lowrank.pi3.flops import ATTENTION, LINEAR, part_of, pi3_macs, saved_parameters
+from lowrank.pi3.flops import ATTENTION_PARTS, LINEAR_PARTS, find_part, pi3_macs, saved_parameters
 from lowrank.pi3.model import Pi3, Pi3Config
 from lowrank.pi3.speed import TARGETS, published_ranks, random_pi3
 
@@ -43,7 +44,7 @@ def rotations(scenes: int, views: int) -> int:
 @pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: ",".join(changes) or "tiny")
 def test_the_formula_counts_what_is_computed(changes: dict[str, Any], shape: tuple[int, int, int, int]) -> None:
     made, (scenes, views, height, width) = model(**changes), shape
-    total = sum(pi3_macs(made.config, views, height, width, scenes=scenes).values())
+    total = scenes * sum(pi3_macs(made.config, views, height, width).values())
     found = counted(made, *shape)
     assert total == pytest.approx(found, rel=1e-2)
     assert found - total == rotations(*shape[:2])
@@ -54,15 +55,15 @@ def test_the_formula_counts_what_is_computed(changes: dict[str, Any], shape: tup
 @pytest.mark.parametrize("targets", TARGETS)
 def test_a_compressed_model_computes_less_by_what_it_saves(targets: str, keep: float, storage: str) -> None:
     made, shape = model(encoder_registers=5), (2, 2, 16, 12)
-    saved = saved_parameters(compress(made, published_ranks(made, targets, keep), "svd", storage=storage))
+    saved = saved_parameters(replace_layers(made, published_ranks(made, targets, keep), Configuration("svd", storage)))
     assert sum(saved.values()) > 0
-    total = sum(pi3_macs(made.config, 2, 16, 12, scenes=2, saved=saved).values())
+    total = 2 * sum(pi3_macs(made.config, 2, 16, 12, saved=saved).values())
     assert counted(made, *shape) - total == rotations(*shape[:2])
 
 
 def test_layers_that_stay_dense_save_nothing() -> None:
     made = model()
-    rows = compress(made, {"decoder.0.attn.proj": 32, "decoder.1.attn.proj": 5}, "svd")
+    rows = replace_layers(made, {"decoder.0.attn.proj": 32, "decoder.1.attn.proj": 5}, "svd")
     assert saved_parameters(rows) == {"decoder.0.attn.proj": 0, "decoder.1.attn.proj": 32 * 32 - 5 * 64}
 
 
@@ -73,14 +74,16 @@ def test_savings_count_in_the_part_of_their_layer_for_each_of_its_tokens() -> No
     for layer, index in layers.items():
         less = pi3_macs(config, 2, 8, 12, saved={layer: 100})
         tokens = 2 * (6 + (1 + config.encoder_registers if index == 0 else config.decoder_registers))
-        assert dense[LINEAR[index]] - less[LINEAR[index]] == 100 * tokens
-        assert {name for name in dense if dense[name] != less[name]} == {LINEAR[index]}
+        assert dense[LINEAR_PARTS[index]] - less[LINEAR_PARTS[index]] == 100 * tokens
+        assert {name for name in dense if dense[name] != less[name]} == {LINEAR_PARTS[index]}
 
 
 @pytest.mark.parametrize("index", range(3))
 def test_each_group_of_layers_adds_one_part(index: int) -> None:
     names = find_linears(model(), list(TARGETS.values())[index])
-    assert {part_of(name) for name in names} == set(("decoder linears", "encoder linears", LINEAR[2])[: index + 1])
+    assert {find_part(name) for name in names} == set(
+        ("decoder linears", "encoder linears", LINEAR_PARTS[2])[: index + 1]
+    )
 
 
 # --- the published size -----------------------------------------------------------------------------------------------
@@ -104,7 +107,7 @@ def test_parts_of_a_video_at_the_published_size() -> None:
         abs=0.1,
     )
     assert sum(parts.values()) == pytest.approx(23373, abs=1)
-    assert sum(parts[name] for name in ATTENTION) / sum(parts.values()) == pytest.approx(0.415, abs=1e-3)
+    assert sum(parts[name] for name in ATTENTION_PARTS) / sum(parts.values()) == pytest.approx(0.415, abs=1e-3)
 
 
 # views, height, width, 10^12 operations, ceilings of decoder / and encoder / all linears at 0.2, 0.5, 0.8
@@ -126,7 +129,11 @@ def test_totals_and_ceilings_of_the_published_size(
     parts = pi3_macs(Pi3Config(), views, height, width)
     total = sum(parts.values())
     assert 2 * total / TERA == pytest.approx(operations, abs=0.005, rel=4e-4)
-    groups = ("decoder linears",), ("decoder linears", "encoder linears"), (*LINEAR, "heads")  # published: all of them
+    groups = (
+        ("decoder linears",),
+        ("decoder linears", "encoder linears"),
+        (*LINEAR_PARTS, "heads"),
+    )  # published: all of them
     for group, row in zip(groups, ceilings, strict=True):
         for keep, ceiling in zip((0.2, 0.5, 0.8), row, strict=True):
             left = total - (1 - keep) * sum(parts[name] for name in group)
@@ -159,8 +166,7 @@ def test_ranks_parameters_and_costs_of_the_published_compressed_models(keep: flo
     assert sum(parameter.numel() for parameter in made.parameters()) == PARAMETERS[keep]
     assert sum(parameter.numel() for parameter in dense.parameters()) - sum(saved.values()) == PARAMETERS[keep]
     parts = pi3_macs(Pi3Config(), 1, 224, 224, saved=saved)
-    print(sum(macs for name, macs in parts.items() if name not in ATTENTION) / GIGA)
-    assert sum(macs for name, macs in parts.items() if name not in ATTENTION) / GIGA == pytest.approx(
+    assert sum(macs for name, macs in parts.items() if name not in ATTENTION_PARTS) / GIGA == pytest.approx(
         MACS[keep], abs=0.006
     )
 
@@ -176,7 +182,6 @@ def test_ranks_parameters_and_costs_of_the_published_compressed_models(keep: flo
         ({"width": 6}, "`width` must be a multiple of 4, got 6"),
         ({"width": -4}, "`width` must be a multiple of 4, got -4"),
         ({"views": 0}, "`views` must be >= 1, got 0"),
-        ({"scenes": 0}, "`scenes` must be >= 1, got 0"),
         ({"saved": {"point_head.proj": 5}}, "`layer` must be of one of .*, got 'point_head.proj'"),
         ({"saved": {"register_token": 5}}, "`layer` must be of one of .*, got 'register_token'"),
     ],

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lowrank.pi3.frames import load_images, load_views, size_within, sized_by_width
+from lowrank.pi3.frames import fit_size, load_images, load_views, resize_to_width
 
 SMALL = 4 * 14**2  # pixels of a small view: 28 x 28
 
@@ -50,7 +50,7 @@ def film(path: Path, frames: int, width: int = 64, height: int = 32) -> Path:
     ],
 )
 def test_sizes_are_the_published_ones(size: tuple[int, int], found: tuple[int, int]) -> None:
-    assert size_within(*size) == found
+    assert fit_size(*size) == found
     assert load_images([Image.new("RGB", size)]).shape == (1, 3, found[1], found[0])
 
 
@@ -60,18 +60,18 @@ def test_sizes_are_whole_patches_within_the_limit() -> None:
         width, height = np.exp(generator.uniform(0, 9, 2)).astype(int).tolist()
         patch = int(generator.integers(1, 20))
         pixels = int(patch**2 * np.exp(generator.uniform(0, 8)))
-        columns, rows = size_within(width, height, patch, pixels)
+        columns, rows = fit_size(width, height, patch, pixels)
         assert columns % patch == rows % patch == 0
         assert min(columns, rows) > 0
         assert columns * rows <= pixels
-    assert size_within(17, 1, pixels=SMALL) == (56, 14)
-    assert size_within(1, 17, pixels=SMALL) == (14, 56)
+    assert fit_size(17, 1, pixels=SMALL) == (56, 14)
+    assert fit_size(1, 17, pixels=SMALL) == (14, 56)
 
 
 def test_sizes_keep_the_shape_and_use_the_pixels() -> None:
     generator = np.random.default_rng(1)
     for width, height in generator.integers(300, 3000, (500, 2)).tolist():
-        columns, rows = size_within(width, height)
+        columns, rows = fit_size(width, height)
         step = 1.5 * 14  # half a patch of rounding, and one that is taken off
         share = (255_000 / (width * height)) ** 0.5
         assert abs(columns - share * width) <= step
@@ -79,9 +79,9 @@ def test_sizes_keep_the_shape_and_use_the_pixels() -> None:
 
 
 def test_less_than_a_patch_is_refused() -> None:
-    assert size_within(640, 480, pixels=196) == (14, 14)
-    with pytest.raises(ValueError, match="`pixels` must be at least those of one patch, 196, got 195"):
-        size_within(640, 480, pixels=195)
+    assert fit_size(640, 480, pixels=196) == (14, 14)
+    with pytest.raises(ValueError, match="`pixels` must be at least the pixels of one patch, 196, got 195"):
+        fit_size(640, 480, pixels=195)
 
 
 @pytest.mark.parametrize(
@@ -94,17 +94,17 @@ def test_less_than_a_patch_is_refused() -> None:
     ],
 )
 def test_sizes_by_width(size: tuple[int, int], width: int, shape: tuple[int, int, int]) -> None:
-    assert sized_by_width(Image.new("RGB", size), width).shape == shape
+    assert resize_to_width(Image.new("RGB", size), width).shape == shape
 
 
 @pytest.mark.parametrize("width", [42, 50])
 def test_resized_values_stay_within_bounds_and_a_constant_stays(width: int) -> None:
     noise = np.random.default_rng(0).integers(0, 2, (40, 60, 3)).astype(np.uint8) * 255
-    found = sized_by_width(Image.fromarray(noise), width)
+    found = resize_to_width(Image.fromarray(noise), width)
     assert 0 <= found.min() < 0.3
     assert 0.7 < found.max() <= 1
     colour = Image.new("RGB", (60, 40), (10, 100, 250))
-    for views in (sized_by_width(colour, width), load_images([colour], pixels=SMALL)[0]):
+    for views in (resize_to_width(colour, width), load_images([colour], pixels=SMALL)[0]):
         constant = torch.tensor([10, 100, 250])[:, None, None] / 255
         torch.testing.assert_close(views, constant.expand_as(views), atol=1e-6, rtol=0)
 
@@ -113,15 +113,15 @@ def test_images_are_resized_as_published() -> None:
     """By Lanczos; where that leaves a part of a patch, then bilinearly and antialiased, as Pillow does too."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8))
     expected = torch.from_numpy(np.array(image.resize((42, 28), Image.Resampling.LANCZOS))).permute(2, 0, 1) / 255
-    assert torch.equal(sized_by_width(image, 42), expected)
+    assert torch.equal(resize_to_width(image, 42), expected)
     assert torch.equal(load_images([image], pixels=28 * 42)[0], expected)
     twice = image.resize((54, 42), Image.Resampling.LANCZOS).resize((42, 42), Image.Resampling.BILINEAR)
-    assert (255 * sized_by_width(image, 54) - torch.from_numpy(np.array(twice)).permute(2, 0, 1)).abs().max() <= 1.1
+    assert (255 * resize_to_width(image, 54) - torch.from_numpy(np.array(twice)).permute(2, 0, 1)).abs().max() <= 1.1
 
 
 def test_an_image_in_its_own_size_comes_back_upright() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (28, 42, 3)).astype(np.uint8)
-    found = sized_by_width(Image.fromarray(pixels), 42)
+    found = resize_to_width(Image.fromarray(pixels), 42)
     assert found.dtype == torch.float32
     assert torch.equal(found, torch.from_numpy(pixels).permute(2, 0, 1) / 255)
     assert torch.equal(load_images([Image.fromarray(pixels)], pixels=28 * 42)[0], found)
@@ -151,7 +151,7 @@ def test_images_are_brought_to_the_size_of_the_first(tmp_path: Path) -> None:
     assert views.shape == (3, 3, 28, 56)
     assert levels(views) == [90, 90, 90]
     assert load_views(tmp_path, pixels=2 * SMALL, patch=4).shape[2:] == (28, 56)
-    assert load_views(tmp_path).shape[2:] == tuple(reversed(size_within(60, 30)))
+    assert load_views(tmp_path).shape[2:] == tuple(reversed(fit_size(60, 30)))
 
 
 @pytest.mark.parametrize(("every", "kept"), [(None, [0, 100, 200]), (1, range(0, 250, 10)), (4, range(0, 250, 40))])

@@ -13,10 +13,17 @@ from torch.nn import functional
 
 from lowrank.calibration.collect import collect_statistics
 from lowrank.pi3.checkpoint import load_pi3
-from lowrank.pi3.loss import CONFIDENCE, absolute_scale, distillation, geometry_loss, relative_poses, sampled_loss
+from lowrank.pi3.loss import (
+    CONFIDENCE_WEIGHT,
+    absolute_scale,
+    distillation_loss,
+    geometry_loss,
+    relative_poses,
+    sampled_loss,
+)
 from lowrank.pi3.pretrain import main
 from lowrank.pi3.scenes import render_scene
-from lowrank.pi3.small import RECIPE, SMALL, training_batches
+from lowrank.pi3.small import SMALL_CONFIG, SMALL_RECIPE, scene_batches
 from lowrank.training.loop import Recipe
 
 
@@ -72,7 +79,7 @@ def test_relative_poses_are_of_one_camera_in_the_frame_of_another() -> None:
 
 def test_batches_hold_new_scenes_in_every_step_and_are_the_same_again() -> None:
     recipe = Recipe(steps=3, batch_size=8)
-    one, again = list(training_batches(0, recipe)), list(training_batches(1, recipe))
+    one, again = list(scene_batches(0, recipe)), list(scene_batches(1, recipe))
     assert len(one) == 3
     assert all(batch[0].shape[0] * batch[0].shape[1] <= 8 for batch in one)
     assert torch.equal(one[1][0], again[0][0])
@@ -80,12 +87,12 @@ def test_batches_hold_new_scenes_in_every_step_and_are_the_same_again() -> None:
 
 
 def test_the_command_trains_and_what_it_wrote_is_read(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowrank.pi3.pretrain.RECIPE", replace(RECIPE, steps=2, batch_size=4))
+    monkeypatch.setattr("lowrank.pi3.pretrain.SMALL_RECIPE", replace(SMALL_RECIPE, steps=2, batch_size=4))
     assert main(["--folder", str(tmp_path)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "run.json"]
     about = json.loads((tmp_path / "run.json").read_text())
     assert about["recipe"]["steps"] == 2
-    assert load_pi3(tmp_path).config == SMALL
+    assert load_pi3(tmp_path).config == SMALL_CONFIG
 
 
 # --- a teacher --------------------------------------------------------------------------------------------------------
@@ -94,14 +101,14 @@ def test_the_command_trains_and_what_it_wrote_is_read(tmp_path, monkeypatch: pyt
 def test_a_model_that_is_its_teacher_has_no_loss_but_that_of_doubt() -> None:
     made, shots = model(), images(2, 3, 3, 8, 12)
     with torch.no_grad():
-        found = distillation(copy.deepcopy(made))(made, shots)
-        doubt = CONFIDENCE * functional.softplus(-made(shots)["conf"]).mean()  # all is right, and to be trusted
+        found = distillation_loss(copy.deepcopy(made))(made, shots)
+        doubt = CONFIDENCE_WEIGHT * functional.softplus(-made(shots)["conf"]).mean()  # all is right, and to be trusted
     assert found - doubt == pytest.approx(0, abs=1e-5)
 
 
 def test_a_student_is_told_by_the_teacher_alone_whatever_the_batch_holds() -> None:
     student, teacher, shots = model(1), model(0), images(2, 2, 3, 8, 8)
-    loss = distillation(teacher)
+    loss = distillation_loss(teacher)
     found = loss(student, shots)
     with torch.no_grad():
         wanted = teacher(shots)
@@ -123,7 +130,7 @@ def test_steps_against_the_gradient_bring_a_student_nearer() -> None:
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    loss, optimizer = distillation(teacher), torch.optim.Adam(student.parameters(), lr=1e-3)
+    loss, optimizer = distillation_loss(teacher), torch.optim.Adam(student.parameters(), lr=1e-3)
     losses = []
     for _ in range(20):
         value = loss(student, shots)

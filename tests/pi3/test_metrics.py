@@ -9,10 +9,10 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from lowrank.pi3.metrics.alignment import similarity
+from lowrank.pi3.metrics.alignment import fit_similarity
 from lowrank.pi3.metrics.depth import ALIGNMENTS, depth_metrics
-from lowrank.pi3.metrics.points import closest_points, normals, point_metrics
-from lowrank.pi3.metrics.poses import angle_summary, pair_angles, pose_angles, pose_distance
+from lowrank.pi3.metrics.points import align_by_icp, estimate_normals, point_metrics
+from lowrank.pi3.metrics.poses import angle_summary, pair_angles, pose_distance
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_a_moved_and_scaled_trajectory_is_perfect(generator) -> None:
 
 def test_similarity_is_the_least_squares_one(generator) -> None:
     source, target = generator.normal(size=(30, 3)), generator.normal(size=(30, 3))
-    scale, rotation, shift = similarity(source, target)
+    scale, rotation, shift = fit_similarity(source, target)
     assert np.linalg.det(rotation) == pytest.approx(1)
 
     def error(scale: float, rotation: np.ndarray, shift: np.ndarray) -> float:
@@ -187,7 +187,7 @@ def test_thresholds_and_area_by_definition() -> None:
         shares = [(worst < k).mean() for k in range(1, top)] + [(worst <= top).mean()]
         assert found[f"auc@{top}"] == pytest.approx(100 * np.mean(shares))
     same = np.tile(np.eye(4), (3, 1, 1))
-    assert set(pose_angles(same, same).values()) == {100.0}
+    assert set(angle_summary(*pair_angles(same, same)).values()) == {100.0}
 
 
 def plane(side: int = 24) -> np.ndarray:
@@ -216,28 +216,30 @@ def test_distances_and_normals_against_a_naive_search(generator) -> None:
     gt = plane(12)
     pred = gt + 0.02 * generator.normal(size=gt.shape)
     found = point_metrics(pred, gt, np.ones((12, 12), dtype=bool), distance=1e-9)  # nothing is near enough for ICP
-    scale, rotation, shift = similarity(pred.reshape(-1, 3), gt.reshape(-1, 3))
+    scale, rotation, shift = fit_similarity(pred.reshape(-1, 3), gt.reshape(-1, 3))
     p, g = scale * pred.reshape(-1, 3) @ rotation.T + shift, gt.reshape(-1, 3)
     between = np.linalg.norm(p[:, None] - g[None], axis=-1)
     assert found["acc_mean"] == pytest.approx(between.min(1).mean(), rel=1e-9)
     assert found["comp_median"] == pytest.approx(np.median(between.min(0)), rel=1e-9)
     near = g[np.argsort(np.linalg.norm(g - g[5], axis=1), kind="stable")[:30]]
     direction = np.linalg.svd(near - near.mean(0))[2][2]
-    assert abs(normals(g)[5] @ direction) == pytest.approx(1, abs=1e-3)  # ties of the grid may pick another neighbour
+    assert abs(estimate_normals(g)[5] @ direction) == pytest.approx(
+        1, abs=1e-3
+    )  # ties of the grid may pick another neighbour
 
 
 def test_a_shifted_plane_gives_its_distance() -> None:
     flat = plane() * np.array([1, 1, 0])
     shifted = flat + np.array([0, 0, 0.05])
     np.testing.assert_allclose(
-        closest_points(shifted.reshape(-1, 3), flat.reshape(-1, 3), 0.1), flat.reshape(-1, 3), atol=1e-9
+        align_by_icp(shifted.reshape(-1, 3), flat.reshape(-1, 3), 0.1), flat.reshape(-1, 3), atol=1e-9
     )
     two = np.concatenate([flat, flat + np.array([0, 0, 5])])
     one_off = np.concatenate([flat, flat + np.array([0, 0, 5.04])])  # a gap that no similarity closes wholly
     found = point_metrics(one_off, two, np.ones(two.shape[:2], dtype=bool), distance=1e-9)
     assert 0 < found["acc_mean"] < 0.04
     np.testing.assert_array_equal(
-        closest_points(shifted.reshape(-1, 3), flat.reshape(-1, 3), 0.01), shifted.reshape(-1, 3)
+        align_by_icp(shifted.reshape(-1, 3), flat.reshape(-1, 3), 0.01), shifted.reshape(-1, 3)
     )
 
 

@@ -9,9 +9,10 @@ from pi3_models import TINY, images, model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowrank.compression.compress import compress
+from lowrank.compression.configuration import Configuration
+from lowrank.compression.replace import replace_layers
 from lowrank.nn.targets import find_linears
-from lowrank.pi3.blocks import rotary_table, rotated
+from lowrank.pi3.blocks import build_rotary_table, rotate
 from lowrank.pi3.heads import nearest_rotation
 from lowrank.pi3.model import Pi3, Pi3Config
 
@@ -41,7 +42,7 @@ def test_reference_outputs() -> None:
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, tensors[f"output.{name}"], atol=5e-5, rtol=0)
     rows, columns = (side // 14 for side in tensors["input.imgs"].shape[-2:])
-    assert torch.equal(made.positions(rows, columns), tensors["inter.pos"][0])
+    assert torch.equal(made.token_positions(rows, columns), tensors["inter.pos"][0])
 
 
 def test_the_published_size_has_the_official_tensors() -> None:
@@ -125,7 +126,7 @@ def test_rotary_positions_see_differences_alone() -> None:
     q, k = (torch.randn(1, 1, 1, 16, generator=generator) for _ in range(2))
 
     def product(one: tuple[int, int], two: tuple[int, int]) -> float:
-        turned = (rotated(x, rotary_table(torch.tensor([at]), 16, 100)) for x, at in ((q, one), (k, two)))
+        turned = (rotate(x, build_rotary_table(torch.tensor([at]), 16, 100)) for x, at in ((q, one), (k, two)))
         return float((next(turned) * next(turned)).sum())
 
     assert product((3, 5), (4, 2)) == pytest.approx(product((10, 9), (11, 6)), rel=1e-5)
@@ -135,8 +136,8 @@ def test_rotary_positions_see_differences_alone() -> None:
 
 def test_the_grid_of_positions_is_used_as_it_is_where_it_fits() -> None:
     made = model()
-    assert torch.equal(made.encoder.positions(3, 3), made.encoder.pos_embed[:, 1:])
-    assert made.encoder.positions(2, 5).shape == (1, 10, 32)
+    assert torch.equal(made.encoder.resize_positions(3, 3), made.encoder.pos_embed[:, 1:])
+    assert made.encoder.resize_positions(2, 5).shape == (1, 10, 32)
 
 
 def test_the_nearest_rotation_is_one() -> None:
@@ -179,7 +180,7 @@ def test_factors_of_the_whole_rank_change_nothing(storage: str) -> None:
             u, sigma, v = torch.linalg.svd(layer.weight, full_matrices=False)
             layer.weight.copy_(u[:, :8] * sigma[:8] @ v[:8])
         before = made(shots)
-        rows = compress(made, dict.fromkeys(linears, 8), "svd", storage=storage)
+        rows = replace_layers(made, dict.fromkeys(linears, 8), Configuration("svd", storage))
         after = made(shots)
     assert {row["storage"] for row in rows} == {storage}
     for name, value in before.items():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.pi3.scenes import ball_hits, box_hits, looking, rays, render_scene
+from lowrank.pi3.scenes import look_at, pixel_rays, render_scene
+from lowrank.pi3.solids import ball_hits, box_hits
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -54,12 +55,12 @@ def test_hits_by_hand() -> None:
 
 
 def test_rays_and_cameras() -> None:
-    directions = rays(4, 6, focal=3.0)
+    directions = pixel_rays(4, 6, focal=3.0)
     np.testing.assert_allclose(directions.mean((0, 1)), [0, 0, 1], atol=1e-12)
     assert directions[0, 1, 0] - directions[0, 0, 0] == pytest.approx(1 / 3)
-    pose = looking(np.array([0.0, 0.0, -2.0]), np.zeros(3))
+    pose = look_at(np.array([0.0, 0.0, -2.0]), np.zeros(3))
     np.testing.assert_allclose(pose[:3, :3], np.eye(3), atol=1e-12)
-    assert np.linalg.det(looking(np.array([1.0, 0.3, -2.0]), np.zeros(3), 0.4)[:3, :3]) == pytest.approx(1)
+    assert np.linalg.det(look_at(np.array([1.0, 0.3, -2.0]), np.zeros(3), 0.4)[:3, :3]) == pytest.approx(1)
 
 
 def test_refusals() -> None:

@@ -104,5 +104,7 @@ def test_a_damaged_cache_is_named_and_gives_the_same_tables(house: Path, undistu
     (house / "whole-cache").rename(house / "again-cache")
     assert report(house, "again").wait(timeout=400) == 0, (house / "again.log").read_text()[-3000:]
     log = (house / "again" / "logs" / "small" / "01_whitening.log").read_text()
-    assert all(f"{path.parent.name} is damaged ({path.name} is not as it was built)" in log for path in entries)
+    assert all(
+        f"{path.parent.name} is damaged ({path.name} differs from the file that was built)" in log for path in entries
+    )
     assert differences(house / "again", house / "whole")[1] == []

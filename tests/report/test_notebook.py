@@ -10,20 +10,22 @@ import pytest
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
+from lowrank.io.dependencies import ROOT
+from lowrank.report.folders import outputs_folder
 from lowrank.report.notebook import Report
-from lowrank.report.parameters import defaults
+from lowrank.report.parameters import read_defaults
 
 TABLE = pd.DataFrame({"rank": [1, 2], "error": [0.1234567891, 1e-12]})
 
 
 @pytest.fixture
 def report(outputs: Path) -> Report:
-    return Report("01_whitening", defaults("01_whitening") | {"unrelated": 1})
+    return Report("01_whitening", read_defaults("01_whitening") | {"unrelated": 1})
 
 
 def test_a_figure_and_its_table_share_a_name(report: Report) -> None:
     figure, _ = plt.subplots()
-    with pytest.raises(ValueError, match="must be that of a table written before the figure, got 'error_by_rank'"):
+    with pytest.raises(ValueError, match="must be the name of a table written before the figure, got 'error_by_rank'"):
         report.figure(figure, "error_by_rank")
     report.table(TABLE, "error_by_rank")
     report.figure(figure, "error_by_rank")
@@ -59,7 +61,7 @@ def test_provenance_says_what_went_in(report: Report) -> None:
     report.record(model="abc", dtype="float32")
     report.finish()
     about = json.loads((report.folder / "run.json").read_text())
-    assert about["parameters"] == defaults("01_whitening")  # and nothing else of the namespace
+    assert about["parameters"] == read_defaults("01_whitening")  # and nothing else of the namespace
     assert about["inputs"] == {"model": "abc", "dtype": "float32"}
     assert about["stages_s"].keys() == {"training"}
     assert about["versions"]["torch"]
@@ -74,10 +76,9 @@ def test_results_of_a_former_run_do_not_stay(report: Report) -> None:
 
 
 def test_without_a_runner_results_are_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowrank.report.notebook import outputs_folder  # noqa: PLC0415
-
     monkeypatch.delenv("LOWRANK_OUTPUTS", raising=False)
-    assert outputs_folder().parts[-2:] == ("outputs", "draft")
+    assert outputs_folder(draft=True) == ROOT / "outputs" / "draft"
+    assert outputs_folder() == ROOT / "outputs"
 
 
 def test_what_rests_on_times_is_said_in_run_json(report: Report) -> None:

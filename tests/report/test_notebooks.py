@@ -9,7 +9,7 @@ import jupytext
 import nbformat
 import pytest
 
-from lowrank.report.parameters import NOTEBOOKS, defaults, notebook_names
+from lowrank.report.parameters import NOTEBOOKS, notebook_names, read_defaults
 from lowrank.report.run import read_notebook
 
 LONGEST_CELL, LARGEST = 40, 400_000
@@ -46,7 +46,7 @@ class TestPair:
         assert len(opening.split()) <= 150
         assert ending.startswith("## What this shows")
         assert "report.finish()" in notebook.cells[-1].source
-        assert "set_name" in defaults(name)
+        assert "set_name" in read_defaults(name)
         for cell in notebook.cells:
             assert cell.source.count("\n") < LONGEST_CELL
             assert not re.search(r"sys\.path|%pip|autoreload", cell.source)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowrank.pi3.calibration import RENDERED
+from lowrank.pi3.calibration import RENDERED_LAYOUT
 from lowrank.pi3.data import load_scenes, rendered_scenes
-from lowrank.pi3.evaluation import PROTOCOLS
-from lowrank.pi3.evaluation import TASKS as EVALUATED
-from lowrank.report.parameters import ParameterError, defaults, jobs, notebook_names, parameters, read_set, set_names
-from lowrank.report.parameters import parameters as module
+from lowrank.pi3.evaluation import GEOMETRY_TASKS, PROTOCOLS
+from lowrank.report import parameters as module
+from lowrank.report.errors import ParameterError
+from lowrank.report.parameters import jobs, notebook_names, read_defaults, read_parameters, read_set, set_names
 from lowrank.tasks.registry import TASKS
 from lowrank.training.loop import Recipe
 
@@ -25,15 +25,15 @@ def test_every_set_fits_every_notebook_it_names(name: str) -> None:
     found = jobs([name])
     assert found
     for _, notebook in found:
-        values = parameters(name, notebook)
+        values = read_parameters(name, notebook)
         assert values["set_name"] == name
         if "task" not in values:  # of notebook 07, which is no task of training
             sources = [values["calibration"], values["swept"], *chain.from_iterable(values["evaluation"].values())]
             for source in sources:
-                load = rendered_scenes if source["layout"] == RENDERED else load_scenes
+                load = rendered_scenes if source["layout"] == RENDERED_LAYOUT else load_scenes
                 assert set(source) - {"layout"} <= set(inspect.signature(load).parameters)
                 assert source["layout"] in PROTOCOLS
-            assert set(values["evaluation"]) <= set(EVALUATED)
+            assert set(values["evaluation"]) <= set(GEOMETRY_TASKS)
             continue
         options = inspect.signature(importlib.import_module(TASKS[values["task"]]).load).parameters
         assert set(values["task_options"]) <= set(options)
@@ -48,7 +48,7 @@ def test_every_set_fits_every_notebook_it_names(name: str) -> None:
 @pytest.mark.parametrize("notebook", notebook_names())
 def test_defaults_are_the_first_embedded_set(notebook: str) -> None:
     first = next(name for name in EMBEDDED if name in set_names() and notebook in read_set(name))
-    assert parameters(first, notebook) == defaults(notebook)
+    assert read_parameters(first, notebook) == read_defaults(notebook)
 
 
 def test_the_sets_of_the_plan_exist() -> None:
@@ -77,7 +77,7 @@ def write(house: Path, content: object) -> None:
 def test_defaults_then_common_then_own(house: Path) -> None:
     write(house, {"common": {"width": 5, "rate": 1}, "01_small": {"width": 7}})
     expected = {"set_name": "a", "width": 7, "rate": 1, "fast": True, "sizes": [1, 2], "more": {}}
-    assert parameters("a", "01_small") == expected
+    assert read_parameters("a", "01_small") == expected
 
 
 @pytest.mark.parametrize(
@@ -101,30 +101,41 @@ def test_defaults_then_common_then_own(house: Path) -> None:
         ("just words", "must map notebook names to parameters, got str"),
         ("", "must map notebook names to parameters, got NoneType"),
         ("a: [1, 2", "must be YAML: while parsing a flow sequence"),
+        (
+            "01_small: {width: 4}\n01_small: {}",
+            "set file .*a.yaml must have each key once, got '01_small' twice, again in line 2",
+        ),
+        ("01_small:\n  width: 4\n  rate: 1\n  width: 5", "must have each key once, got 'width' twice, again in line 4"),
+        ("01_small: {more: {deep: [{a: 1, a: 2}]}}", "must have each key once, got 'a' twice, again in line 1"),
         ("a: !!python/object/apply:os.system ['true']", "must be YAML: could not determine a constructor"),
     ],
 )
 def test_bad_sets_are_named(house: Path, content: object, words: str) -> None:
     write(house, content)
     with pytest.raises(ParameterError, match=words):
-        parameters("a", "01_small")
+        read_parameters("a", "01_small")
+
+
+def test_a_merged_mapping_may_be_overridden(house: Path) -> None:
+    write(house, "common: &all {width: 5, rate: 1}\n01_small: {<<: *all, width: 7}")
+    assert read_parameters("a", "01_small") == read_defaults("01_small") | {"width": 7, "rate": 1}
 
 
 def test_unknown_sets_and_notebooks_are_named(house: Path) -> None:
     write(house, {"01_small": {}})
     with pytest.raises(ParameterError, match=r"`set` must be one of \['a'\], got 'b'"):
-        parameters("b", "01_small")
+        read_parameters("b", "01_small")
     with pytest.raises(ParameterError, match=r"`notebook` must be one of \['01_small'\], got '02_none'"):
-        parameters("a", "02_none")
+        read_parameters("a", "02_none")
 
 
 def test_a_parameters_cell_holds_literals_only(house: Path) -> None:
     (house / "01_small.py").write_text('# %% tags=["parameters"]\nset_name = "a"\nimport os\n')
     with pytest.raises(ParameterError, match="assignments of literals only"):
-        defaults("01_small")
+        read_defaults("01_small")
     (house / "01_small.py").write_text("# %%\nwidth = 3\n")
     with pytest.raises(ParameterError, match="must have a cell tagged 'parameters'"):
-        defaults("01_small")
+        read_defaults("01_small")
 
 
 def test_a_variant_is_the_set_with_one_parameter_changed(house: Path) -> None:
@@ -139,7 +150,7 @@ def test_a_variant_is_the_set_with_one_parameter_changed(house: Path) -> None:
     }.items():
         name = f"a@{change}"
         assert jobs([name]) == [(name, "01_small")]
-        assert parameters(name, "01_small") == parameters("a", "01_small") | expected | {"set_name": name}
+        assert read_parameters(name, "01_small") == read_parameters("a", "01_small") | expected | {"set_name": name}
 
 
 @pytest.mark.parametrize(
@@ -158,10 +169,10 @@ def test_a_variant_is_the_set_with_one_parameter_changed(house: Path) -> None:
 def test_bad_variants_are_named(house: Path, name: str, words: str) -> None:
     write(house, {"01_small": {}})
     with pytest.raises(ParameterError, match=words):
-        [parameters(*job) for job in jobs([name])]
+        [read_parameters(*job) for job in jobs([name])]
 
 
 def test_a_variant_has_the_notebooks_that_have_what_it_changes() -> None:
     found = [notebook for _, notebook in jobs(["digits-vit@seeds=3"])]
     assert found
-    assert found == [n for n in notebook_names() if "seeds" in defaults(n) and n in read_set("digits-vit")]
+    assert found == [n for n in notebook_names() if "seeds" in read_defaults(n) and n in read_set("digits-vit")]

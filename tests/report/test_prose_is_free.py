@@ -23,20 +23,24 @@ import json
 import os
 from pathlib import Path
 
-from lowrank.factorization.moments import BLOCK_TOKENS
+from lowrank.report.notebook import SIGNIFICANT_DIGITS
 
 folder = Path(os.environ["LOWRANK_OUTPUTS"], set_name, "01_small")
 folder.mkdir(parents=True)
 (folder / "run.json").write_text(json.dumps(number))
 """
 WORDS = {
-    "a docstring of a module": ("lowrank/moments.py", "Second moments", "Moments of the second order"),
-    "a comment of the library": ("lowrank/moments.py", "BLOCK_TOKENS = ", "# Why so many.\nBLOCK_TOKENS = "),
+    "a docstring of a module": ("lowrank/report/notebook.py", '"""', '"""More words. '),
+    "a comment of the library": (
+        "lowrank/report/notebook.py",
+        "SIGNIFICANT_DIGITS = ",
+        "# Why so many.\nSIGNIFICANT_DIGITS = ",
+    ),
     "a sentence of a notebook": ("notebooks/01_small.py", "a sentence", "another sentence"),
     "a comment of a notebook": ("notebooks/01_small.py", "# how many", "# how few"),
 }
 CODE = {
-    "a constant of the library": ("lowrank/moments.py", "BLOCK_TOKENS = ", "BLOCK_TOKENS = 1 + "),
+    "a constant of the library": ("lowrank/report/notebook.py", "SIGNIFICANT_DIGITS = ", "SIGNIFICANT_DIGITS = 1 + "),
     "a value of a notebook": ("notebooks/01_small.py", "number = 3", "number = 4"),
     "a line of a notebook": ("notebooks/01_small.py", "dumps(number)", "dumps(number + 1)"),
 }
@@ -93,7 +97,7 @@ def test_words_run_nothing_again_and_code_does(house: Path, change: str) -> None
 def test_the_hash_of_code_sees_code_alone(tmp_path: Path, change: str) -> None:
     name, *_ = what = (WORDS | CODE)[change]
     path = tmp_path / name
-    path.parent.mkdir()
+    path.parent.mkdir(parents=True)
     if name.startswith("lowrank"):
         shutil.copy(PACKAGE.parent / name, path)
     else:
@@ -108,4 +112,4 @@ def test_the_hash_of_code_sees_names_and_order(tmp_path: Path) -> None:
     one.write_text("x = 1\n")
     two.write_text("x = 1\n")
     assert len({hash_code(paths) for paths in ([one], [two], [one, two], [two, one])}) == 4
-    assert hash_code(sources(PACKAGE / "moments.py")) == hash_code(sources(PACKAGE / "moments.py"))
+    assert hash_code(sources(PACKAGE / "report/notebook.py")) == hash_code(sources(PACKAGE / "report/notebook.py"))

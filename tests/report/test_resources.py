@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from lowrank.io.dependencies import ROOT
-from lowrank.report.parameters import ParameterError, jobs, set_names
-from lowrank.report.parameters import parameters as module
-from lowrank.report.resources import DEFAULTS, resources
+from lowrank.report import parameters as module
+from lowrank.report.errors import ParameterError
+from lowrank.report.parameters import jobs, set_names
+from lowrank.report.resources import DEFAULTS, read_resources
 
 RUNS = sorted((ROOT / "outputs").glob("[a-z]*/[0-9]*/run.json"))
 
@@ -17,15 +18,15 @@ RUNS = sorted((ROOT / "outputs").glob("[a-z]*/[0-9]*/run.json"))
 @pytest.mark.parametrize("name", set_names())
 def test_every_set_asks_for_something_that_exists(name: str) -> None:
     for job in jobs([name]):
-        assert resources(*job).keys() == DEFAULTS.keys()
+        assert read_resources(*job).keys() == DEFAULTS.keys()
     first_lines = (ROOT / "params" / f"{name}.yaml").read_text(encoding="utf8").split("common:")[0]
-    assert (resources(*jobs([name])[0])["gpus"] > 0) == ("GPU" in first_lines and "CPU" not in first_lines)
+    assert (read_resources(*jobs([name])[0])["gpus"] > 0) == ("GPU" in first_lines and "CPU" not in first_lines)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.parent.name}-{path.parent.name}")
 def test_it_is_as_much_as_the_committed_run_took(path: Path) -> None:
     about = json.loads(path.read_text(encoding="utf8"))
-    asked = resources(about["set"], about["notebook"])
+    asked = read_resources(about["set"], about["notebook"])
     assert about["peak_memory_mb"]["host"] < asked["memory_mb"]
     assert about["wall_s"] < 60 * asked["minutes"]
 
@@ -46,11 +47,11 @@ def write(house: Path, asked: object) -> None:
 
 def test_defaults_then_those_of_the_set_then_own(house: Path) -> None:
     write(house, {"gpus": 1, "minutes": 5, "02_large": {"minutes": 600}})
-    assert resources("a", "01_small") == DEFAULTS | {"gpus": 1, "minutes": 5}
-    assert resources("a", "02_large") == DEFAULTS | {"gpus": 1, "minutes": 600}
-    assert resources("a@seed=3", "02_large") == resources("a", "02_large")
+    assert read_resources("a", "01_small") == DEFAULTS | {"gpus": 1, "minutes": 5}
+    assert read_resources("a", "02_large") == DEFAULTS | {"gpus": 1, "minutes": 600}
+    assert read_resources("a@seed=3", "02_large") == read_resources("a", "02_large")
     write(house, {})
-    assert resources("a", "01_small") == DEFAULTS
+    assert read_resources("a", "01_small") == DEFAULTS
 
 
 @pytest.mark.parametrize(
@@ -73,4 +74,4 @@ def test_defaults_then_those_of_the_set_then_own(house: Path) -> None:
 def test_bad_resources_are_named(house: Path, asked: object, words: str) -> None:
     write(house, asked)
     with pytest.raises(ParameterError, match=words):
-        resources("a", "01_small")
+        read_resources("a", "01_small")

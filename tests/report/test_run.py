@@ -12,9 +12,9 @@ import pytest
 from processes import run_mounted
 
 from lowrank.io.dependencies import ROOT
-from lowrank.report.parameters import parameters as module
+from lowrank.report import parameters as module
+from lowrank.report.__main__ import main
 from lowrank.report.parameters import set_names
-from lowrank.report.run import main
 
 NOTEBOOK = """# %% tags=["parameters"]
 set_name = "quick"
@@ -27,6 +27,7 @@ from pathlib import Path
 folder = Path(os.environ["LOWRANK_OUTPUTS"]) / set_name / "01_small"
 folder.mkdir(parents=True)
 (folder / "run.json").write_text(str(number))
+print(Path(os.environ["LOWRANK_OUTPUTS"]))
 
 # %%
 assert number != 13, "unlucky"
@@ -50,7 +51,7 @@ def files(folder: Path) -> set[str]:
 
 
 def test_results_take_their_place_whole_and_failures_leave_them(house, outputs, capsys) -> None:
-    assert main(["quick", "01_small"]) == 0
+    assert main(["run", "quick", "01_small"]) == 0
     results = {"quick/01_small/run.json", "quick/01_small/01_small.ipynb", "logs/quick/01_small.log"}
     assert files(outputs) == results
     notebook = nbformat.read(outputs / "quick/01_small/01_small.ipynb", 4)
@@ -58,8 +59,12 @@ def test_results_take_their_place_whole_and_failures_leave_them(house, outputs, 
         f"01_small-{i:03d}" for i in range(3)
     ]
 
+    assert notebook.metadata.papermill.input_path == "notebooks/01_small.py"
+    assert notebook.metadata.papermill.output_path == "quick/01_small/01_small.ipynb"
+    assert str(house) not in (outputs / "quick/01_small/01_small.ipynb").read_text()
+
     (house / "quick.yaml").write_text("01_small: {number: 13}\n")
-    assert main(["quick", "01_small"]) == 1
+    assert main(["run", "quick", "01_small"]) == 1
     error = capsys.readouterr().err
     assert "error: quick/01_small failed: AssertionError: unlucky (see " in error
     failed = outputs / "logs/quick/01_small.ipynb"
@@ -68,7 +73,7 @@ def test_results_take_their_place_whole_and_failures_leave_them(house, outputs, 
     assert (outputs / "quick/01_small/run.json").read_text() == "3"  # the former result, whole
 
     (house / "quick.yaml").write_text("01_small: {number: 4}\n")
-    assert main(["quick", "01_small"]) == 0
+    assert main(["run", "quick", "01_small"]) == 0
     assert (outputs / "quick/01_small/run.json").read_text() == "4"
     assert files(outputs) == results
 
@@ -90,7 +95,7 @@ def test_results_take_their_place_whole_and_failures_leave_them(house, outputs, 
 def test_bad_input_is_named_and_writes_nothing(house, outputs, capsys, arguments, set_file, words) -> None:
     if set_file:
         (house / "quick.yaml").write_text(set_file)
-    assert main(arguments) == 2
+    assert main(["run", *arguments]) == 2
     assert words in capsys.readouterr().err
     assert not outputs.exists()
 
@@ -102,13 +107,13 @@ def test_outputs_that_cannot_be_written_are_named(house, monkeypatch, capsys, wh
     elif not Path("/proc").is_dir():
         pytest.skip("no /proc, which no one can write to, on this system")
     monkeypatch.setenv("LOWRANK_OUTPUTS", where)
-    assert main(["quick", "01_small"]) == 2
-    assert "error: `LOWRANK_OUTPUTS` must be a folder that can be written: " in capsys.readouterr().err
+    assert main(["run", "quick", "01_small"]) == 2
+    assert "error: `LOWRANK_OUTPUTS` must be a writable folder: " in capsys.readouterr().err
 
 
 def test_the_command_line_itself(tmp_path: Path) -> None:
     def call(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "lowrank.report.run", *words]
+        command = [sys.executable, "-m", "lowrank.report", "run", *words]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert call().returncode == 2
@@ -161,8 +166,8 @@ def test_an_unknown_profile_is_named() -> None:
 
 
 def test_a_variant_has_a_folder_of_its_own(house, outputs) -> None:
-    assert main(["quick", "01_small"]) == 0
-    assert main(["quick@number=4", "01_small"]) == 0
+    assert main(["run", "quick", "01_small"]) == 0
+    assert main(["run", "quick@number=4", "01_small"]) == 0
     assert (outputs / "quick/01_small/run.json").read_text() == "3"
     assert (outputs / "quick@number=4/01_small/run.json").read_text() == "4"
 
@@ -187,10 +192,10 @@ COMMAND = """
 import sys
 from pathlib import Path
 from lowrank.report import parameters
-from lowrank.report.run import main
+from lowrank.report.__main__ import main
 
 parameters.NOTEBOOKS = parameters.SETS = Path(sys.argv[1])
-sys.exit(main(["quick", "01_small"]))
+sys.exit(main(["run", "quick", "01_small"]))
 """
 LARGE = 'number == 3 or (folder / "large.csv").write_text("0" * 400_000)'
 

@@ -15,11 +15,12 @@ import yaml
 from bs4 import BeautifulSoup
 
 from lowrank.io.dependencies import ROOT
-from lowrank.report.pages import escaped, notebook_page, read_claims, verdicts
-from lowrank.report.parameters import jobs, notebook_names, parameters
-from lowrank.report.parameters import parameters as parameters_module
+from lowrank.report import parameters as parameters_module
+from lowrank.report.__main__ import main
+from lowrank.report.pages import escape, format_verdicts, notebook_page, read_claims
+from lowrank.report.parameters import jobs, notebook_names, read_parameters
 from lowrank.report.reference import public_modules
-from lowrank.report.site import FIGURES, SiteError, build, main
+from lowrank.report.site import FIGURES, SiteError, build_site
 
 SETS = re.search(r"^SETS +\?= (.*)$", (ROOT / "Makefile").read_text(encoding="utf8"), flags=re.MULTILINE)[1].split()
 OUTPUTS = ROOT / "outputs"
@@ -29,7 +30,7 @@ OUTPUTS = ROOT / "outputs"
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site of the embedded sets."""
     folder = tmp_path_factory.mktemp("site") / "site"
-    build(SETS, OUTPUTS, folder)
+    build_site(SETS, OUTPUTS, folder)
     return folder
 
 
@@ -175,7 +176,7 @@ def test_formulas_and_figures_are_those_of_the_notebooks(site: Path, pages) -> N
 
 
 def failing(capsys: pytest.CaptureFixture[str], *sets: str) -> str:
-    assert main([*sets]) == 2
+    assert main(["site", *sets]) == 2
     return capsys.readouterr().err
 
 
@@ -203,7 +204,7 @@ def test_what_sphinx_warns_of_leaves_the_former_site(tmp_path: Path, capfd) -> N
     target.mkdir()
     (target / "index.html").write_text("the former one")
     with pytest.raises(SiteError, match="Sphinx failed or warned"):
-        build(["scenes-pi3"], outputs, target)
+        build_site(["scenes-pi3"], outputs, target)
     assert "nowhere.md" in capfd.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"site", "outputs"}
     assert [path.name for path in target.iterdir()] == ["index.html"]
@@ -226,12 +227,16 @@ def test_no_mark_of_a_filled_block_is_shown(pages) -> None:
 
 def test_numbers_beside_a_claim_are_shown(tmp_path: Path) -> None:
     (tmp_path / "claims.csv").write_text("claim,holds,number\nfirst,True,0.123\nsecond,False,2 of 3\nthird,True,\n")
-    assert verdicts(read_claims(tmp_path)) == ["[holds, 0.123]{.holds}", "[fails, 2 of 3]{.fails}", "[holds]{.holds}"]
-    assert verdicts(read_claims(tmp_path), "a.md")[1] == "[fails, 2 of 3](a.md){.fails}"
+    assert format_verdicts(read_claims(tmp_path)) == [
+        "[holds, 0.123]{.holds}",
+        "[fails, 2 of 3]{.fails}",
+        "[holds]{.holds}",
+    ]
+    assert format_verdicts(read_claims(tmp_path), "a.md")[1] == "[fails, 2 of 3](a.md){.fails}"
 
 
 def test_text_is_shown_unchanged() -> None:
-    assert escaped("||W||_F <= 1 | $x$ `y` [z]{.a} *b*") == (r"\|\|W\|\|\_F \<= 1 \| \$x\$ \`y\` \[z\]\{.a\} \*b\*")
+    assert escape("||W||_F <= 1 | $x$ `y` [z]{.a} *b*") == (r"\|\|W\|\|\_F \<= 1 \| \$x\$ \`y\` \[z\]\{.a\} \*b\*")
 
 
 @pytest.mark.parametrize("page", ["own-data", "gpu-set"])
@@ -243,4 +248,4 @@ def test_the_sets_of_how_tos_fit_the_notebooks(page: str, tmp_path: Path, monkey
     found = jobs(["own"])
     assert found
     for _, notebook in found:
-        assert parameters("own", notebook)["set_name"] == "own"
+        assert read_parameters("own", notebook)["set_name"] == "own"

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowrank.selection.assignment import Assignment, assign_layers, total_value, window_program
+from lowrank.selection.assignment import Assignment, assign_layers, total_value
+from lowrank.selection.integer_program import solve_integer_program
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "layer_selection" / "mvbcs.json"
 
 
-def instance(generator: np.random.Generator, layers: int = 7, verifiers: int = 3) -> tuple[list, list, list]:
-    count, several = int(generator.integers(1, layers + 1)), int(generator.integers(1, verifiers + 1))
+def instance(generator: np.random.Generator, layers: int = 7, devices: int = 3) -> tuple[list, list, list]:
+    count, several = int(generator.integers(1, layers + 1)), int(generator.integers(1, devices + 1))
     costs = generator.integers(1, 20, count)
     values = generator.integers(0, 12, count)
     return values.tolist(), costs.tolist(), generator.integers(0, 1 + costs.sum(), several).tolist()
@@ -25,10 +26,10 @@ def instance(generator: np.random.Generator, layers: int = 7, verifiers: int = 3
 def exhaustive(values: Sequence[int], costs: Sequence[int], budgets: Sequence[int], order: str) -> int:
     """The best over all choices of runs, by definition."""
     spans = [(a, b) for a in range(len(values)) for b in range(a, len(values))]
-    options = [[None, *[s for s in spans if sum(costs[s[0] : s[1] + 1]) <= fund]] for fund in budgets]
+    options = [[None, *[s for s in spans if sum(costs[s[0] : s[1] + 1]) <= budget]] for budget in budgets]
     best = 0
-    for chosen in itertools.product(*options):
-        taken = [run for run in chosen if run]
+    for selection in itertools.product(*options):
+        taken = [run for run in selection if run]
         if order == "free":
             taken = sorted(taken)
         if all(one[1] < two[0] for one, two in itertools.pairwise(taken)):
@@ -36,12 +37,12 @@ def exhaustive(values: Sequence[int], costs: Sequence[int], budgets: Sequence[in
     return best
 
 
-def is_valid(found: Assignment, values: Any, costs: Any, budgets: Any, order: str) -> bool:
-    runs = [run for run in found.intervals if run]
+def is_valid(assignment: Assignment, values: Any, costs: Any, budgets: Any, order: str) -> bool:
+    runs = [run for run in assignment.intervals if run]
     layers = [i for a, b in runs for i in range(a, b + 1)]
     paid = all(
-        run is None or sum(costs[run[0] : run[1] + 1]) <= fund
-        for run, fund in zip(found.intervals, budgets, strict=True)
+        run is None or sum(costs[run[0] : run[1] + 1]) <= budget
+        for run, budget in zip(assignment.intervals, budgets, strict=True)
     )
     in_order = order == "free" or runs == sorted(runs)
     ends = all(values[a] > 0 and values[b] > 0 for a, b in runs)
@@ -50,7 +51,7 @@ def is_valid(found: Assignment, values: Any, costs: Any, budgets: Any, order: st
         and in_order
         and ends
         and len(layers) == len(set(layers))
-        and found.total == total_value(values, found.intervals)
+        and assignment.total == total_value(values, assignment.intervals)
     )
 
 
@@ -59,27 +60,27 @@ def test_500_small_instances_equal_exhaustive_search(order: str) -> None:
     generator = np.random.default_rng(0)
     for _ in range(500):
         values, costs, budgets = instance(generator)
-        found = assign_layers(values, costs, budgets, order)
-        assert found.total == exhaustive(values, costs, budgets, order), (values, costs, budgets)
-        assert found.optimal
-        assert found.gap == 0
-        assert is_valid(found, values, costs, budgets, order)
+        assignment = assign_layers(values, costs, budgets, order)
+        assert assignment.total == exhaustive(values, costs, budgets, order), (values, costs, budgets)
+        assert assignment.optimal
+        assert assignment.gap == 0
+        assert is_valid(assignment, values, costs, budgets, order)
 
 
 def test_reference_instances() -> None:
     for case in json.loads(GOLDEN.read_text())["instances"]:
         for order in ("free", "ordered"):
-            found = assign_layers(
+            assignment = assign_layers(
                 case["values"], case["costs"], case["budgets"], "fixed" if order == "ordered" else order
             )
-            assert found.total == case[f"{order}_optimum"], case["name"]
-            assert is_valid(found, case["values"], case["costs"], case["budgets"], order), case["name"]
+            assert assignment.total == case[f"{order}_optimum"], case["name"]
+            assert is_valid(assignment, case["values"], case["costs"], case["budgets"], order), case["name"]
 
 
-def large(seed: int, layers: int = 60, verifiers: int = 5) -> tuple[list, list, list]:
+def large(seed: int, layers: int = 60, devices: int = 5) -> tuple[list, list, list]:
     generator = np.random.default_rng(seed)
     costs = generator.integers(1, 50, layers)
-    budgets = (generator.uniform(0.05, 0.2, verifiers) * costs.sum()).astype(int)
+    budgets = (generator.uniform(0.05, 0.2, devices) * costs.sum()).astype(int)
     return generator.random(layers).tolist(), costs.tolist(), budgets.tolist()
 
 
@@ -94,10 +95,10 @@ def test_what_must_not_change_the_answer() -> None:
         for scale in (1e-10, 1e10, 2.0**-900):
             scaled = assign_layers([scale * value for value in values], costs, budgets)
             assert scaled.intervals == best.intervals
-        same = assign_layers(values, [7 * cost for cost in costs], [7 * fund + 6 for fund in budgets])
+        same = assign_layers(values, [7 * cost for cost in costs], [7 * budget + 6 for budget in budgets])
         assert same.intervals == best.intervals
         fixed = assign_layers(values, costs, budgets, "fixed")
-        singles = [assign_layers(values, costs, [fund]).total for fund in budgets]
+        singles = [assign_layers(values, costs, [budget]).total for budget in budgets]
         assert best.total >= fixed.total >= max(singles)
         more = (
             assign_layers(values, costs, [*budgets, 30]),
@@ -111,9 +112,9 @@ def test_every_order_of_equal_budgets_is_the_same() -> None:
         values, costs, budgets = large(seed)
         grouped = [budgets[0], budgets[1], budgets[0], budgets[1], budgets[0]]
         best = max(assign_layers(values, costs, turn, "fixed").total for turn in set(itertools.permutations(grouped)))
-        found = assign_layers(values, costs, grouped)
-        assert found.total == pytest.approx(best, rel=1e-12)
-        starts = [run[0] for run in found.intervals[::2] if run]
+        assignment = assign_layers(values, costs, grouped)
+        assert assignment.total == pytest.approx(best, rel=1e-12)
+        starts = [run[0] for run in assignment.intervals[::2] if run]
         assert starts == sorted(starts)
 
 
@@ -162,7 +163,7 @@ def test_runs_of_the_program_that_lie_in_one_another_lose_nothing(monkeypatch) -
     """The program may let one run lie within another; cutting the overlap must not cut what only the outer one has."""
     import scipy.optimize  # noqa: PLC0415
 
-    starts = [[0, 0, 0, 0, 0, 1, 2], [0, 0, 1, 2, 3, 4, 5]]  # verifier 0 pays four layers, verifier 1 one
+    starts = [[0, 0, 0, 0, 0, 1, 2], [0, 0, 1, 2, 3, 4, 5]]  # device 0 pays four layers, device 1 one
     windows = [(k, i) for k in range(2) for i in range(1, 7)]
     picked = [float(window in ((0, 5), (1, 3))) for window in windows]  # layers 1..4, and layer 2 within
 
@@ -170,12 +171,12 @@ def test_runs_of_the_program_that_lie_in_one_another_lose_nothing(monkeypatch) -
         return scipy.optimize.OptimizeResult(x=np.array(picked + [0.0] * 6), mip_dual_bound=float(-len(objective)))
 
     monkeypatch.setattr(scipy.optimize, "milp", nested)
-    _, runs = window_program([1] * 6, starts)
+    _, runs = solve_integer_program([1] * 6, starts)
     assert runs == [(1, 4), None]
 
 
 @pytest.mark.parametrize(
-    ("values", "costs", "budgets", "order", "words"),
+    ("values", "costs", "budgets", "order", "message"),
     [
         ([1, -1], [1, 1], [1], "free", "`values` must be finite and >= 0, got -1 at 1"),
         ([1.0, float("nan")], [1, 1], [1], "free", "`values` must be finite and >= 0, got nan at 1"),
@@ -183,12 +184,12 @@ def test_runs_of_the_program_that_lie_in_one_another_lose_nothing(monkeypatch) -
         ([1], [-3], [1], "free", "`costs` must be finite and >= 1, got -3 at 0"),
         ([1], [2.5], [1], "free", "`costs` must be integers, got 2.5 at 0"),
         ([1], [1], [-1], "free", "`budgets` must be finite and >= 0, got -1 at 0"),
-        ([], [], [1], "free", "`values` must hold at least one number, got none"),
-        ([1], [1], [], "free", "`budgets` must hold at least one number, got none"),
-        ([1, 2], [1], [1], "free", "`costs` must be one for each of 2 values, got 1"),
+        ([], [], [1], "free", "`values` must have at least one number, got none"),
+        ([1], [1], [], "free", "`budgets` must have at least one number, got none"),
+        ([1, 2], [1], [1], "free", "`costs` must have one number for each of 2 values, got 1"),
         ([1], [1], [1], "any", "`order` must be 'free' or 'fixed', got 'any'"),
     ],
 )  # fmt: skip
-def test_refusals(values: Any, costs: Any, budgets: Any, order: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_refusals(values: Any, costs: Any, budgets: Any, order: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         assign_layers(values, costs, budgets, order)

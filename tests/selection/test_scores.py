@@ -11,11 +11,12 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from lowrank.nn.targets import split_block
-from lowrank.selection import scores as selection
+from lowrank.selection import scoring
 from lowrank.selection.assignment import assign_layers
-from lowrank.selection.esd import METRICS, esd_metrics
-from lowrank.selection.scores import Scores, layer_sizes
-from lowrank.selection.scoring import TOGETHER, _together, layer_scores
+from lowrank.selection.esd import SPECTRAL_METRICS, esd_metrics
+from lowrank.selection.layer_sizes import layer_sizes
+from lowrank.selection.scores import Scores
+from lowrank.selection.scoring import ScoringConfig, layer_scores
 
 
 def llama(seed: int = 0, **sizes: Any) -> Any:
@@ -58,24 +59,24 @@ def test_a_model_and_its_files_have_the_same_scores(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
-    wanted = layer_scores(model, progress=False)
-    assert wanted.names == [
+    scores = layer_scores(model, progress=False)
+    assert scores.names == [
         name for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name
     ]
     for folder in ("whole", "shards"):
-        found = layer_scores(tmp_path / folder, progress=False)
-        assert found.layers == wanted.layers
+        assert layer_scores(tmp_path / folder, progress=False).layers == scores.layers
     (tmp_path / "whole" / "config.json").unlink()
     bare = layer_scores(tmp_path / "whole", progress=False)
-    assert sorted(bare.names) == sorted(wanted.names)
-    assert bare.ratios == pytest.approx(wanted.ratios)
+    assert sorted(bare.names) == sorted(scores.names)
+    assert bare.ratios == pytest.approx(scores.ratios)
     assert [name.split(".")[2] for name in bare.names] == [str(i // 7) for i in range(84)]
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", SPECTRAL_METRICS)
 def test_every_metric_is_that_of_the_layer(metric: str) -> None:
     model = llama(num_hidden_layers=2)
-    scores = layer_scores(model, metric, mapping="layer_wise", prunable="smaller", missing="median", progress=False)
+    config = ScoringConfig(mapping="layer_wise", prunable="smaller", missing="median")
+    scores = layer_scores(model, metric, config, progress=False)
     for row in scores.layers:
         weight = model.get_submodule(row["name"]).weight.detach()
         assert row["raw_metric"] == esd_metrics(weight)[metric]
@@ -95,7 +96,7 @@ def test_the_file_has_the_published_keys_and_comes_back(tmp_path: Path) -> None:
     model = llama()
     scores = layer_scores(model, name="small", progress=False)
     scores.save(tmp_path / "small_scores.json")
-    about = json.loads((tmp_path / "small_scores.json").read_text())
+    record = json.loads((tmp_path / "small_scores.json").read_text())
     published = (
         "model_name metric_name sparsity_ratio epsilon mapping_type significance_method total_parameters num_blocks"
     )
@@ -106,21 +107,20 @@ def test_the_file_has_the_published_keys_and_comes_back(tmp_path: Path) -> None:
         "layers",
         "blocks",
         "metadata",
-    } <= about.keys()
-    assert about["num_blocks"] == 12
-    assert about["layers_per_block"] == 7
-    assert about["total_parameters"] == sum(scores.costs)
-    assert about["blocks"][3]["start_layer_index"] == 21
-    assert about["blocks"][3]["end_layer_index"] == 27
+    } <= record.keys()
+    assert record["num_blocks"] == 12
+    assert record["layers_per_block"] == 7
+    assert record["total_parameters"] == sum(scores.costs)
+    assert record["blocks"][3]["start_layer_index"] == 21
+    assert record["blocks"][3]["end_layer_index"] == 27
     row = {"index", "name", "num_parameters", "significance_score", "pruning_ratio", "weight_shape"}
-    assert all(row <= layer.keys() for layer in about["layers"])
+    assert all(row <= layer.keys() for layer in record["layers"])
     for block in range(12):
-        assert len({layer["pruning_ratio"] for layer in about["layers"][7 * block : 7 * block + 7]}) == 1
-    assert about["metadata"]["significance_scores_min"] == min(scores.values)
+        assert len({layer["pruning_ratio"] for layer in record["layers"][7 * block : 7 * block + 7]}) == 1
+    assert record["metadata"]["significance_scores_min"] == min(scores.values)
     loaded = Scores.load(tmp_path / "small_scores.json", model)
     assert loaded == scores
-    found = assign_layers(loaded.values, loaded.costs, [20000, 40000])
-    assert found.optimal
+    assert assign_layers(loaded.values, loaded.costs, [20000, 40000]).optimal
     assert [p.name for p in tmp_path.iterdir()] == ["small_scores.json"]
 
 
@@ -132,7 +132,7 @@ def test_a_failed_fit_keeps_its_row() -> None:
         ValueError, match="alpha_peak in every layer, got status 'zero' for 'model.layers.1.mlp.up_proj'"
     ):
         layer_scores(model, progress=False)
-    scores = layer_scores(model, missing="median", progress=False)
+    scores = layer_scores(model, config=ScoringConfig(missing="median"), progress=False)
     assert len(scores.layers) == 14
     lost = next(row for row in scores.layers if row["status"] != "ok")
     assert (lost["name"], lost["raw_metric"], lost["status"]) == ("model.layers.1.mlp.up_proj", None, "zero")
@@ -152,7 +152,7 @@ def test_a_failed_fit_keeps_its_row() -> None:
         ("lm_head", "", "lm_head"),
     ],
 )
-def test_blocks_of_the_ways_in_which_models_number_them(name: str, block: str, kind: str) -> None:
+def test_blocks_are_found_however_models_number_them(name: str, block: str, kind: str) -> None:
     assert split_block(name) == (block, kind)
 
 
@@ -163,20 +163,20 @@ def test_an_accelerator_gets_matrices_of_one_size_and_a_cpu_one_at_a_time() -> N
         for kind, shape in (("up", (4096, 1024)), ("down", (1024, 4096)))
     }
     sizes |= {f"layers.{i}.q": (2048, 4096) for i in range(40)}
-    groups = list(_together(sizes, "cuda"))
+    groups = list(scoring._batch_layers(sizes, "cuda"))
     assert sorted(name for names in groups for name in names) == sorted(sizes)
     for names in groups:
         sides = {min(sizes[name]) for name in names}
         assert len(sides) == 1
-        assert len(names) * 8 * sides.pop() ** 2 <= TOGETHER
+        assert len(names) * 8 * sides.pop() ** 2 <= scoring._BATCH_BYTES
     assert len(groups) == 5 + 2
-    assert [len(names) for names in _together(sizes, "cpu")] == [1] * 640
+    assert [len(names) for names in scoring._batch_layers(sizes, "cpu")] == [1] * 640
 
 
 def test_the_number_that_is_decomposed_at_once_changes_nothing(monkeypatch) -> None:
     model = llama(num_hidden_layers=3)
     one = layer_scores(model, progress=False)
-    monkeypatch.setattr(selection, "_together", lambda sizes, device: [list(reversed(sizes))])
+    monkeypatch.setattr(scoring, "_batch_layers", lambda sizes, device: [list(reversed(sizes))])
     assert layer_scores(model, progress=False) == one
 
 
@@ -189,7 +189,9 @@ def test_convolutions_and_conv1d_are_layers() -> None:
     assert sizes["stages.1.blocks.0.conv_dw"] == (16, 1, 7, 7)
     assert sizes["stages.1.blocks.0.mlp.fc1"] == (64, 16, 1, 1)  # this one has its linears as 1 x 1 convolutions
     assert not any("norm" in name for name in sizes)
-    blocks = {row["block"] for row in layer_scores(convnext, missing="median", progress=False).layers}
+    blocks = {
+        row["block"] for row in layer_scores(convnext, config=ScoringConfig(missing="median"), progress=False).layers
+    }
     assert {f"stages.{stage}.blocks.0" for stage in range(4)} < blocks
     gpt = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32))
     assert len(layer_sizes(gpt)) == 8
@@ -200,17 +202,28 @@ def test_refusals(tmp_path: Path) -> None:
     for words, options in [
         (r"`metric` must be one of \['alpha', .* got 'beta'", {"metric": "beta"}),
         ("`prunable` must be 'larger' or 'smaller' for the metric 'norm', got None", {"metric": "norm"}),
-        (r"`mapping` must be one of \['block_wise', 'layer_wise'\], got 'none'", {"mapping": "none"}),
-        (r"`sparsity` must be in \[0, 1\), got 1", {"sparsity": 1}),
-        (r"`layers` must name weights of the model, got none for \['lost'\]", {"layers": ["lost"]}),
+        (r"`layers` must match weights of the model, got none for \['lost'\]", {"layers": ["lost"]}),
     ]:
         with pytest.raises(ValueError, match=words):
             layer_scores(model, progress=False, **options)
+    for words, options in [
+        (r"`window` must be one of \['published', 'corrected'\], got 'linear'", {"window": "linear"}),
+        ("`smallest` must be >= 0, got -1", {"smallest": -1}),
+        ("`prunable` must be None, 'larger' or 'smaller', got 'all'", {"prunable": "all"}),
+        (r"`mapping` must be one of \['block_wise', 'layer_wise'\], got 'none'", {"mapping": "none"}),
+        (r"`sparsity` must be in \[0, 1\), got 1", {"sparsity": 1}),
+        (r"`epsilon` must be in \[0, 1\), got 1.5", {"epsilon": 1.5}),
+        ("`missing` must be 'error' or 'median', got 'zero'", {"missing": "zero"}),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            ScoringConfig(**options)
     path = tmp_path / "scores.json"
     layer_scores(model, progress=False).save(path)
-    with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.k_proj' is \(16, 32\) there, \(32, 32\) here"):
+    with pytest.raises(
+        ValueError, match=r"got \(32, 32\) for 'model.layers.0.self_attn.k_proj', which is \(16, 32\) in the scores"
+    ):
         Scores.load(path, llama(num_hidden_layers=2, num_key_value_heads=4))
-    with pytest.raises(ValueError, match="'model.layers.2.self_attn.q_proj' is None there"):
+    with pytest.raises(ValueError, match="'model.layers.2.self_attn.q_proj', which is None in the scores"):
         Scores.load(path, llama(num_hidden_layers=3))
     whole = json.loads(path.read_text())
     for change, words in [

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lowrank.calibration.collect import collect_statistics
 from lowrank.calibration.output_error import output_errors
-from lowrank.tasks.evaluation import IGNORED, METRICS, OBJECTIVES, evaluate, perplexity
+from lowrank.tasks.evaluation import IGNORED, OBJECTIVES, evaluate, perplexity
+from lowrank.tasks.metrics import METRICS
 from lowrank.tasks.task import Task
 
 
@@ -58,13 +59,27 @@ def test_batches_of_unequal_size_weigh_by_targets(generator) -> None:
 
 def test_metrics_in_closed_form() -> None:
     predicted, true = np.array([1, 1, 0, 0, 1.0]), np.array([1, 0, 0, 1, 1.0])
-    assert METRICS["accuracy"](predicted, true) == pytest.approx(3 / 5)
-    assert METRICS["f1"](predicted, true) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
-    assert METRICS["matthews"](predicted, true) == pytest.approx((2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2))
-    assert METRICS["spearman"](np.array([1, 2, 9.0]), np.array([0.1, 0.2, 0.3])) == pytest.approx(1)
+    assert METRICS["accuracy"].function(predicted, true) == pytest.approx(3 / 5)
+    assert METRICS["f1"].function(predicted, true) == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert METRICS["matthews"].function(predicted, true) == pytest.approx((2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2))
+    assert METRICS["spearman"].function(np.array([1, 2, 9.0]), np.array([0.1, 0.2, 0.3])) == pytest.approx(1)
     constant = np.ones(5)
-    assert METRICS["pearson"](constant, true) == METRICS["spearman"](constant, true) == -1
-    assert METRICS["matthews"](constant, true) == 0
+    assert METRICS["pearson"].function(constant, true) == METRICS["spearman"].function(constant, true) == -1
+    assert METRICS["matthews"].function(constant, true) == 0
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_the_properties_of_a_metric_hold_for_good_and_bad_predictions(metric) -> None:
+    true = np.array([1, 0, 0, 1, 1.0])
+    if metric.from_loss:
+        good, bad = metric.function(0.0), metric.function(2.0)
+    else:
+        good, bad = metric.function(true, true), metric.function(1 - true, true)
+    assert metric.sign * good > metric.sign * bad
+    assert (good > bad) == metric.higher_is_better
+    if metric.bounds is not None:
+        assert (bad, good) == pytest.approx(metric.bounds)
+    assert set(metric.objectives) <= set(OBJECTIVES)
 
 
 def test_a_loss_that_is_not_finite_fails_loudly() -> None:
@@ -157,7 +172,7 @@ def test_perplexity_is_that_of_every_window_from_scratch(llama, generator) -> No
 
 @pytest.mark.parametrize("window", [-1, 0, 1, 13])
 def test_a_window_that_does_not_fit_is_named(window: int) -> None:
-    with pytest.raises(ValueError, match=rf"`window` must be in \[2, 12\], the tokens given, got {window}"):
+    with pytest.raises(ValueError, match=rf"`window` must be in \[2, 12\], the number of tokens, got {window}"):
         perplexity(Counting(5), torch.zeros(12).long(), window)
 
 

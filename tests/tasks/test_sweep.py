@@ -1,12 +1,13 @@
-"""Sweeps: every model within its budget, ways that differ only where they say, divergence as the spectrum predicts it."""
+"""Sweeps: every model within its budget, and divergence as the spectrum predicts it."""
 
 import pytest
 import torch
 
+from lowrank.compression.configuration import Configuration
 from lowrank.factorization.methods import METHODS
 from lowrank.tasks.baseline import load_calibration
 from lowrank.tasks.registry import load_task
-from lowrank.tasks.sweep import TRUSTED, Sweep, Way, combination
+from lowrank.tasks.sweep import TRUSTED, Sweep, SweepConfig, best_combination
 from lowrank.tasks.training import train
 from lowrank.training.loop import Recipe
 
@@ -24,29 +25,31 @@ def sweep(tmp_path_factory) -> Sweep:
         drawn = dict(samples=SAMPLES, batch_size=64, seed=0)
         moments = load_calibration(task, model, gradients="sampled", **drawn)
         labelled = load_calibration(task, model, gradients="labels", **drawn)
-    return Sweep(model, task, moments, SAMPLES, labelled, probe_keep=0.4, probe_samples=SAMPLES)
+    return Sweep(model, task, moments, SweepConfig(SAMPLES, probe_keep=0.4, probe_samples=SAMPLES), labelled)
 
 
-def test_a_run_has_a_row_for_each_way_and_budget_and_stays_within_it(sweep: Sweep) -> None:
-    ways = {method: Way(method) for method in METHODS} | combination(sweep.biased)
-    rows = sweep.run(ways, [0.6, 0.3])
-    assert [(row["way"], row["keep"]) for row in rows] == [(way, keep) for way in ways for keep in (0.6, 0.3)]
+def test_a_run_has_a_row_for_each_configuration_and_budget_and_stays_within_it(sweep: Sweep) -> None:
+    configurations = {method: Configuration(method) for method in METHODS} | best_combination(sweep.biased)
+    rows = sweep.run(configurations, [0.6, 0.3])
+    assert [(row["way"], row["keep"]) for row in rows] == [
+        (name, keep) for name in configurations for keep in (0.6, 0.3)
+    ]
     assert all(0.9 * row["keep"] <= row["keep_targeted"] <= row["keep"] for row in rows)
     assert all(row["added_loss"] == pytest.approx(row["loss"] - sweep.dense["loss"]) for row in rows)
 
 
 def test_the_dense_model_is_not_touched_and_full_rank_gives_its_quality(sweep: Sweep) -> None:
-    whole = sweep.compressed(Way("two_sided"), sweep.ranks(Way("two_sided"), 1.0))
+    whole = sweep.compressed(Configuration("two_sided"), sweep.ranks(Configuration("two_sided"), 1.0))
     assert sweep.quality(whole) == sweep.quality(sweep.model)
     assert sweep.task.evaluate(sweep.model, batch_size=64) == sweep.dense
 
 
 def test_decomposing_once_or_anew_gives_the_same_models(sweep: Sweep) -> None:
-    anew = Sweep(sweep.model, sweep.task, sweep.statistics, SAMPLES, sweep.labelled, in_memory=False)
-    for way in (Way("whitened"), Way("fwsvd"), Way("two_sided", "pivoted", centre=True)):
-        ranks = sweep.ranks(way, 0.4)
-        found, again = (side.quality(side.compressed(way, ranks)) for side in (sweep, anew))
-        assert found["loss"] == pytest.approx(again["loss"], rel=1e-4)
+    anew = Sweep(sweep.model, sweep.task, sweep.statistics, SweepConfig(SAMPLES, in_memory=False), sweep.labelled)
+    for one in (Configuration(), Configuration("fwsvd"), Configuration("two_sided", "pivoted", centre=True)):
+        ranks = sweep.ranks(one, 0.4)
+        once, again = (side.quality(side.compressed(one, ranks)) for side in (sweep, anew))
+        assert once["loss"] == pytest.approx(again["loss"], rel=1e-4)
 
 
 def test_the_spectrum_predicts_the_divergence_of_small_truncations(sweep: Sweep) -> None:
@@ -60,15 +63,16 @@ def test_the_spectrum_predicts_the_divergence_of_small_truncations(sweep: Sweep)
     assert scales.max() / scales.min() <= TRUSTED**2 * (1 + 1e-9)
 
 
-def test_policies_spend_the_same_budget_in_other_layers(sweep: Sweep) -> None:
+def test_allocations_spend_the_same_budget_in_other_layers(sweep: Sweep) -> None:
     ranks = {
-        policy: sweep.ranks(Way("two_sided", policy=policy), 0.4) for policy in ("uniform", "relative", "spectrum")
+        allocation: sweep.ranks(Configuration("two_sided", allocation=allocation), 0.4)
+        for allocation in ("uniform", "relative", "spectrum")
     }
-    assert len({tuple(found.values()) for found in ranks.values()}) == 3
-    with pytest.raises(ValueError, match="must have a policy among .* got 'best'"):
-        sweep.ranks(Way("svd", policy="best"), 0.4)
+    assert len({tuple(by_layer.values()) for by_layer in ranks.values()}) == 3
+    with pytest.raises(ValueError, match="`allocation` must be one of .* got 'best'"):
+        Configuration("svd", allocation="best")
 
 
 def test_centring_is_left_out_where_there_is_no_bias() -> None:
-    assert len(combination(biased=True)) == len(combination(biased=False)) + 1
-    assert not any(way.centre for way in combination(biased=False).values())
+    assert len(best_combination(biased=True)) == len(best_combination(biased=False)) + 1
+    assert not any(one.centre for one in best_combination(biased=False).values())

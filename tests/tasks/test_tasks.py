@@ -6,12 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from lowrank.nn.batches import labels, token_mask
+from lowrank.nn.batches import get_labels, get_token_mask
 from lowrank.nn.targets import depth_and_kind
-from lowrank.tasks.docs import PACKAGES, read_corpus
+from lowrank.tasks.baseline import load_baseline, load_calibration
+from lowrank.tasks.docs import CORPUS_PACKAGES, read_corpus
 from lowrank.tasks.glue import GLUE
 from lowrank.tasks.registry import load_task
 from lowrank.tasks.task import Task
+from lowrank.training.loop import Recipe
 
 SMALL_BERT = {"hidden": 16, "depth": 2, "heads": 2, "intermediate": 32, "train_samples": 200, "validation_samples": 50}
 SMALL_LLAMA = {"hidden": 16, "depth": 2, "intermediate": 24, "vocabulary": 300, "length": 32, "validation_samples": 8}
@@ -39,7 +41,7 @@ def test_an_embedded_task_trains_and_evaluates(task: Task) -> None:
     assert set(results) == {"loss", *task.metrics}
     chance = {"digits": 10, "docs_package": 5, "docs_language": 300}[task.name]
     assert results["loss"] == pytest.approx(torch.tensor(float(chance)).log().item(), rel=0.2)
-    count = len(labels(batch)) if task.objective == "classification" else 8 * 31
+    count = len(get_labels(batch)) if task.objective == "classification" else 8 * 31
     assert task.total_loss(model, batch).item() == pytest.approx(task.loss(model, batch).item() * count, rel=1e-5)
 
 
@@ -60,10 +62,36 @@ def test_data_and_identity_are_the_same_every_time(task: Task) -> None:
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def identities(*options: dict) -> list:
+    def load(width: int = 3, layers: tuple[str, ...] | list[str] = ("a", "b")) -> Task:
+        """Return a task whose fingerprints do not depend on its options."""
+        return Task("any", {}, torch.nn.Identity, "classification", ("accuracy",), fingerprints={"data": "0af"})
+
+    return [load_task(load, **each).identity for each in options]
+
+
+def test_the_identity_is_all_options_and_what_the_loader_adds() -> None:
+    (identity,) = identities({})
+    assert identity == {"task": "any", "options": {"width": 3, "layers": ["a", "b"]}, "data": "0af"}
+
+
+def test_a_default_that_is_named_is_the_same_identity() -> None:
+    default, named, as_list, other = identities({}, {"width": 3}, {"layers": ["a", "b"]}, {"layers": ["a"]})
+    assert default == named == as_list != other
+
+
+def test_results_without_an_identity_are_not_cached() -> None:
+    task = Task("any", {}, torch.nn.Identity, "classification", ("accuracy",))
+    with pytest.raises(ValueError, match="`task` must have an identity, which `load_task` sets, got 'any' without"):
+        load_baseline(task, Recipe(steps=1))
+    with pytest.raises(ValueError, match="`task` must have an identity"):
+        load_calibration(task, torch.nn.Identity(), samples=1, batch_size=1, seed=0)
+
+
 def test_batches_cover_the_split_once(task: Task) -> None:
     size = len(task.splits["validation"])
-    assert sum(len(labels(batch)) for batch in task.batches("validation", 7)) == size
-    assert sum(len(labels(batch)) for batch in task.batches("validation", 7, samples=8, seed=1)) == 8
+    assert sum(len(get_labels(batch)) for batch in task.batches("validation", 7)) == size
+    assert sum(len(get_labels(batch)) for batch in task.batches("validation", 7, samples=8, seed=1)) == 8
     with pytest.raises(ValueError, match=rf"`samples` must be in \[1, {size}\] .* got 0"):
         task.batches("validation", 7, samples=0)
     with pytest.raises(ValueError, match="`split` must be one of .* got 'test'"):
@@ -75,7 +103,7 @@ def test_the_corpus_is_split_by_file_and_large() -> None:
     assert len({p.text for p in corpus}) == len(corpus) > 30_000
     held_out = [p for p in corpus if p.held_out]
     assert 0.1 < len(held_out) / len(corpus) < 0.3
-    assert {p.package for p in held_out} == set(range(len(PACKAGES)))
+    assert {p.package for p in held_out} == set(range(len(CORPUS_PACKAGES)))
 
 
 def test_classes_are_balanced_and_no_paragraph_leaks() -> None:
@@ -85,13 +113,13 @@ def test_classes_are_balanced_and_no_paragraph_leaks() -> None:
     assert [validation["labels"].count(label) for label in range(5)] == [10] * 5
     sides = {p.text: p.held_out for p in read_corpus()}
     assert len(sides) == len(read_corpus())  # every text is on one side
-    masks = [token_mask(batch) for batch in task.batches("train", 50)]
+    masks = [get_token_mask(batch) for batch in task.batches("train", 50)]
     assert any(bool((~mask).any()) for mask in masks if mask is not None)
 
 
 def test_language_packages_can_be_chosen() -> None:
-    four = load_task("docs_language", **SMALL_LLAMA, packages=list(PACKAGES[:4]))
-    fifth = load_task("docs_language", **SMALL_LLAMA, packages=[PACKAGES[4]])
+    four = load_task("docs_language", **SMALL_LLAMA, packages=list(CORPUS_PACKAGES[:4]))
+    fifth = load_task("docs_language", **SMALL_LLAMA, packages=[CORPUS_PACKAGES[4]])
     both = load_task("docs_language", **SMALL_LLAMA)
     assert abs(len(four.splits["train"]) + len(fifth.splits["train"]) - len(both.splits["train"])) <= 1
     with pytest.raises(ValueError, match=r"among .* got \['torch'\]"):
@@ -101,8 +129,8 @@ def test_language_packages_can_be_chosen() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("mnist", {}, r"must be one of \['cifar10', 'digits'.* got 'mnist'"),
-        ("digits", {"size": 3}, r"`options` of task 'digits' must be among .*'width'\], got \['size'\]"),
+        ("mnist", {}, r"`task` must be one of \['cifar10', 'digits'.* got 'mnist'"),
+        ("digits", {"size": 3}, r"`options` must be among .*'width'\] for task 'digits', got \['size'\]"),
         ("docs_package", {"train_samples": 10**7}, r"`train_samples` must be in \[5, \d+\] .* got 10000000"),
         ("docs_language", {"validation_samples": 10**7}, r"`validation_samples` must be in \[1, \d+\], got 10000000"),
         ("glue", {"task": "sst3"}, "`task` must be one of .* got 'sst3'"),
@@ -128,10 +156,12 @@ def test_missing_data_names_the_remedy(name: str, options: dict, monkeypatch: py
 
 
 def test_glue_has_all_nine_tasks_with_known_metrics() -> None:
-    from lowrank.tasks.evaluation import METRICS  # noqa: PLC0415
+    from lowrank.tasks.metrics import METRICS  # noqa: PLC0415
 
     assert sorted(GLUE) == ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"]
-    assert all(metric in METRICS for about in GLUE.values() for metric in about.metrics)
+    for facts in GLUE.values():
+        objective = "classification" if facts.classes > 1 else "regression"
+        assert all(objective in METRICS[name].objectives for name in facts.metrics)
 
 
 def bert_folder(folder: Path, words: list[str]) -> Path:
@@ -151,14 +181,14 @@ def bert_folder(folder: Path, words: list[str]) -> Path:
 @pytest.mark.filterwarnings("ignore:An input array is nearly constant")  # what an untrained model predicts
 @pytest.mark.parametrize("name", GLUE)
 def test_every_glue_task_loads_from_a_folder(name: str, tmp_path: Path) -> None:
-    about = GLUE[name]
+    facts = GLUE[name]
     model = bert_folder(tmp_path, ["good", "bad", "film"])
     data = tmp_path / "source" / "data"
     data.mkdir(parents=True)
-    header = ",".join([*about.fields, "label"])
-    label = ["0.5", "4.0"] if about.classes == 1 else ["0", "1"]
-    lines = [",".join(["good film"] * len(about.fields) + [label[i % 2]]) for i in range(6)]
-    for split in ("train", about.validation):
+    header = ",".join([*facts.fields, "label"])
+    label = ["0.5", "4.0"] if facts.classes == 1 else ["0", "1"]
+    lines = [",".join(["good film"] * len(facts.fields) + [label[i % 2]]) for i in range(6)]
+    for split in ("train", facts.validation):
         (data / f"{split}-00000-of-00001.csv").write_text("\n".join([header, *lines]))
     task = load_task("glue", task=name, model=str(model), data=str(data.parent))
     torch.manual_seed(0)
@@ -166,8 +196,9 @@ def test_every_glue_task_loads_from_a_folder(name: str, tmp_path: Path) -> None:
     batch = next(iter(task.batches("validation", 6)))
     assert isinstance(batch, dict)
     pair = batch["token_type_ids"].sum(1)
-    assert bool((pair > 0).all()) == (len(about.fields) == 2)  # the second sentence is marked as such
-    assert set(task.evaluate(net)) == {"loss", *about.metrics}
+    assert bool((pair > 0).all()) == (len(facts.fields) == 2)  # the second sentence is marked as such
+    assert list(task.evaluate(net)) == ["loss", *facts.metrics]  # tables show the column after the loss
+    assert task.headline.name == task.metric == facts.metrics[0]
 
 
 def test_imagenet_loads_from_class_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +257,9 @@ def test_wikitext_protocol_from_a_folder(tmp_path: Path) -> None:
     lines = ["the quick brown fox", "", "= fox =", ""] * 20
     for split in ("train", "test"):
         (data / f"{split}.txt").write_text("\n".join(lines))
-    task = load_task("wikitext2", model=str(model), data=str(data), config=None, length=16, dtype="float32")
+    options = dict(model=str(model), data=str(data), config=None, length=16, dtype="float32")
+    task = load_task("wikitext2", **options)
+    assert load_task("wikitext2", **options, auto="AutoModelForImageTextToText").identity != task.identity
     import transformers  # noqa: PLC0415
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)

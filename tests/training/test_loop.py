@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from lowrank.tasks.baseline import load_baseline, load_calibration
 from lowrank.tasks.registry import load_task
 from lowrank.tasks.task import Task
 from lowrank.tasks.training import sample_order, train
-from lowrank.training import loop as training
-from lowrank.training.loop import Recipe, fit
+from lowrank.training.loop import Hooks, Recipe, fit, recipe_options
+from lowrank.training.saved_states import FOLDERS, count_saved_steps
 
 RECIPE = Recipe(steps=24, batch_size=16, learning_rate=1e-2, seed=1)
 
@@ -46,7 +47,7 @@ def test_training_learns_and_repeats_exactly(task: Task) -> None:
 
 @pytest.mark.parametrize("killed_at", [1, 7, 8, 23])
 def test_a_killed_training_ends_with_the_same_weights(task, killed_at, tmp_path, monkeypatch) -> None:
-    undisturbed = fresh(task)
+    undisturbed, recipe = fresh(task), replace(RECIPE, checkpoint_every=4)
     history = train(undisturbed, task, RECIPE, progress=False)
 
     class Killed(BaseException):
@@ -62,11 +63,12 @@ def test_a_killed_training_ends_with_the_same_weights(task, killed_at, tmp_path,
         return task.loss(model, batch)
 
     with pytest.raises(Killed):
-        train(fresh(task), task, RECIPE, loss=loss, checkpoint=tmp_path, checkpoint_every=4, progress=False)
+        train(fresh(task), task, recipe, loss=loss, checkpoint=tmp_path, progress=False)
+    assert count_saved_steps(tmp_path) == killed_at // 4 * 4
     killed_at = 10**9
     resumed = fresh(task)
     before = calls
-    assert train(resumed, task, RECIPE, loss=loss, checkpoint=tmp_path, checkpoint_every=4, progress=False) == history
+    assert train(resumed, task, recipe, loss=loss, checkpoint=tmp_path, progress=False) == history
     assert calls - before == RECIPE.steps - before // 4 * 4  # it went on from the last checkpoint
     assert same(resumed, undisturbed)
     assert len(list(tmp_path.iterdir())) == 1
@@ -103,14 +105,14 @@ def test_accumulated_batches_make_the_step_of_a_large_one() -> None:
     for batch_size, accumulation in ((16, 1), (4, 4)):
         model, recipe = fresh(task), Recipe(6, batch_size, 1e-2, accumulation=accumulation, seed=1)
         norm = lambda model=model: {"norm": sum(float(p.grad.norm()) for p in model.parameters())}  # noqa: E731
-        rows.append(train(model, task, recipe, log=norm, progress=False))
+        rows.append(train(model, task, recipe, hooks=Hooks(log=norm), progress=False))
     for one, four in zip(*rows, strict=True):
         assert four == pytest.approx(one, rel=1e-3)
     assert rows[0][0]["norm"] != rows[0][1]["norm"]
 
 
 def test_accumulation_goes_on_where_it_was_killed(task: Task, tmp_path: Path) -> None:
-    recipe = Recipe(steps=6, batch_size=4, accumulation=3, learning_rate=1e-2)
+    recipe = Recipe(steps=6, batch_size=4, accumulation=3, learning_rate=1e-2, checkpoint_every=2)
     undisturbed, resumed = fresh(task), fresh(task)
     history = train(undisturbed, task, recipe, progress=False)
 
@@ -123,8 +125,8 @@ def test_accumulation_goes_on_where_it_was_killed(task: Task, tmp_path: Path) ->
 
     calls = 0
     with pytest.raises(KeyboardInterrupt):
-        train(fresh(task), task, recipe, loss=loss, checkpoint=tmp_path, checkpoint_every=2, progress=False)
-    assert train(resumed, task, recipe, checkpoint=tmp_path, checkpoint_every=2, progress=False) == history
+        train(fresh(task), task, recipe, loss=loss, checkpoint=tmp_path, progress=False)
+    assert train(resumed, task, recipe, checkpoint=tmp_path, progress=False) == history
     assert same(resumed, undisturbed)
 
 
@@ -153,12 +155,18 @@ def test_bf16_trains_in_fp32_weights(task: Task) -> None:
         ({"steps": 1, "decay": "linear"}, "`decay` must be 'cosine' or 'constant', got 'linear'"),
         ({"steps": 1, "decay_power": 0.0}, "`decay_power` must be > 0, got 0.0"),
         ({"steps": 1, "floor": 1.5}, r"`floor` must be in \[0, 1\], got 1.5"),
+        ({"steps": 1, "checkpoint_every": 0}, "`checkpoint_every` must be >= 1, got 0"),
         ({"steps": 1, "precision": "fp16"}, "`precision` must be 'fp32' or 'bf16', got 'fp16'"),
     ],
 )
 def test_bad_recipes_are_named(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Recipe(**options)
+
+
+def test_what_does_not_change_results_is_no_part_of_their_identity() -> None:
+    assert recipe_options(Recipe(5)) == recipe_options(Recipe(5, workers=3, checkpoint_every=7))
+    assert recipe_options(Recipe(5)) != recipe_options(Recipe(5, clip=2.0))
 
 
 def test_a_baseline_is_trained_once(task: Task, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,20 +211,22 @@ def test_only_whole_states_are_resumed_from(task: Task, tmp_path: Path) -> None:
     (tmp_path / "partial").mkdir()
     (tmp_path / "partial" / "history.json").write_text(json.dumps([{"step": 0}]))
     (tmp_path / "unrelated").write_text("kept")
-    history = train(fresh(task), task, RECIPE, checkpoint=tmp_path, checkpoint_every=10, progress=False)
+    assert count_saved_steps(tmp_path) == 0
+    recipe = replace(RECIPE, checkpoint_every=10)
+    history = train(fresh(task), task, recipe, checkpoint=tmp_path, progress=False)
     assert len(history) == RECIPE.steps
     assert (tmp_path / "unrelated").read_text() == "kept"
-    assert [p.name for p in tmp_path.glob(training.STATES)] == ["step-000000024"]  # at every tenth step and at the last
+    assert [p.name for p in tmp_path.glob(FOLDERS)] == ["step-000000024"]  # at every tenth step and at the last
 
 
 def squares(model: nn.Module, batch: Tensor) -> Tensor:
     return model(batch).square().mean()
 
 
-@pytest.mark.parametrize("held", [0, 3])
-def test_batches_that_end_before_the_steps_do_are_named(generator, held) -> None:
-    batches = list(torch.randn(held, 8, 4, generator=generator))
-    with pytest.raises(ValueError, match=rf"`batches` must hold 1 for each of 5 steps, got enough for {held}"):
+@pytest.mark.parametrize("count", [0, 3])
+def test_batches_that_end_before_the_steps_do_are_named(generator, count) -> None:
+    batches = list(torch.randn(count, 8, 4, generator=generator))
+    with pytest.raises(ValueError, match=rf"`batches` must have 1 for each of 5 steps, got enough for {count}"):
         fit(nn.Linear(4, 2), lambda done: batches[done:], Recipe(steps=5), squares, progress=False)
 
 
@@ -229,9 +239,10 @@ def test_what_is_logged_sees_the_gradients_and_survives_a_resume(generator, tmp_
         seen.append(float(model.weight.grad.norm()))  # pyright: ignore[reportOptionalMemberAccess]
         return {"gradient": seen[-1]}
 
-    options = dict(loss=squares, log=log, checkpoint=tmp_path, checkpoint_every=2, progress=False)
-    fit(model, lambda done: batches[done:], Recipe(steps=4, clip=1e-6), **options)
-    rows = fit(model, lambda done: batches[done:], Recipe(steps=6, clip=1e-6), **options)
+    recipe = Recipe(steps=6, clip=1e-6, checkpoint_every=2)
+    options = dict(loss=squares, hooks=Hooks(log=log), checkpoint=tmp_path, progress=False)
+    fit(model, lambda done: batches[done:], replace(recipe, steps=4), **options)
+    rows = fit(model, lambda done: batches[done:], recipe, **options)
     assert [row["gradient"] for row in rows] == seen
     assert min(seen) > 1e-3  # before they are clipped
 
@@ -276,6 +287,13 @@ def test_a_finished_training_is_not_trained_again(generator, tmp_path: Path) -> 
     (first, history), (second, again) = run(), run()
     assert same(first, second)
     assert history == again
+
+
+def test_a_checkpoint_of_more_steps_is_refused(generator, tmp_path: Path) -> None:
+    data = torch.randn(6, 16, 4, generator=generator)
+    fit(nn.Linear(4, 2), lambda done: data[done:], Recipe(steps=6), squares, checkpoint=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="`checkpoint` must have at most the 4 steps of the recipe, got 6 in"):
+        fit(nn.Linear(4, 2), lambda done: data[done:], Recipe(steps=4), squares, checkpoint=tmp_path, progress=False)
 
 
 def test_gradients_are_clipped_to_their_norm(generator) -> None:

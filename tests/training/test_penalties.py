@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lowrank.factorization import spectra
-from lowrank.training.penalties import COLUMNS, PENALTIES, basis_of, power_step
+from lowrank.training.penalties import COLUMNS, PENALTIES, power_step, singular_basis
 
 SHAPES = [(9, 5), (6, 6), (5, 9)]
 RANK = 3
@@ -87,7 +87,7 @@ def test_the_tail_of_a_matrix_of_the_rank_is_nothing(generator) -> None:
 @every_shape
 def test_the_columns_that_a_penalty_names_are_all_it_looks_at(name, shape, generator) -> None:
     weight = matrix(generator, *shape)
-    basis = basis_of(weight)
+    basis = singular_basis(weight)
     needed = basis[:, : COLUMNS[name](len(basis), RANK)]
     assert PENALTIES[name](weight, RANK, needed).item() == pytest.approx(PENALTIES[name](weight, RANK).item())
 
@@ -97,14 +97,14 @@ def test_the_columns_that_a_penalty_names_are_all_it_looks_at(name, shape, gener
 def test_an_old_basis_never_flatters(name, shape, generator) -> None:
     for _ in range(20):
         weight = matrix(generator, *shape)
-        old = basis_of(weight + 0.3 * matrix(generator, *shape))
+        old = singular_basis(weight + 0.3 * matrix(generator, *shape))
         assert PENALTIES[name](weight, RANK, old).item() >= PENALTIES[name](weight, RANK).item() * (1 - 1e-12)
 
 
 @every_shape
 def test_power_steps_follow_a_moving_matrix(shape, generator) -> None:
     weight = matrix(generator, *shape)
-    basis = basis_of(weight)[:, :1]
+    basis = singular_basis(weight)[:, :1]
     weight = weight + 0.05 * matrix(generator, *shape)
     exact = PENALTIES["stable_rank"](weight).item()
     stale = PENALTIES["stable_rank"](weight, basis=basis).item()

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from lowrank.calibration.collect import collect_statistics
 from lowrank.factorization.moments import second_moment_eigh
 from lowrank.io.hashing import hash_model
-from lowrank.nn.batches import Batch, logits
+from lowrank.nn.batches import Batch, compute_logits
 from lowrank.nn.surgery import split_packed
 from lowrank.nn.targets import find_linears
 from lowrank.training.loop import Recipe
 from lowrank.training.penalties import PENALTIES
-from lowrank.training.prehab import SCHEDULES, PrehabResult, prehab
+from lowrank.training.prehab import SCHEDULES, PrehabConfig, PrehabResult, prehab
 from lowrank.training.refine import model_loss
 from lowrank.training.whitened_linear import WhitenedLinear
 
@@ -73,10 +73,13 @@ def data(name: str, generator: torch.Generator, count: int = 4) -> list[Batch]:
 
 
 def run(model: nn.Module, batches: list[Batch], **options: Any) -> PrehabResult:
-    given = options.pop("statistics", None)
-    statistics = collect_statistics(model, batches) if given is None else given
-    defaults: dict[str, Any] = dict(steps=6, recipe=RECIPE, refresh=2, checkpoint_every=2, progress=False)
-    return prehab(model, statistics, batches, **(defaults | options))
+    """Prepares a model; `options` are of `prehab`, of its config or of its recipe."""
+    statistics = options.pop("statistics", None)
+    statistics = collect_statistics(model, batches) if statistics is None else statistics
+    recipe = replace(options.pop("recipe", RECIPE), checkpoint_every=options.pop("checkpoint_every", 2))
+    fields = PrehabConfig.__dataclass_fields__.keys() & options.keys()
+    config = PrehabConfig(**(dict(steps=6, refresh=2) | {name: options.pop(name) for name in fields}))
+    return prehab(model, statistics, batches, config, recipe=recipe, progress=False, **options)
 
 
 @every_model
@@ -100,11 +103,11 @@ def test_the_folded_model_is_the_one_that_was_trained(name, penalty, generator) 
     def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
         assert any(isinstance(module, WhitenedLinear) for module in wrapped.modules())
         wrapped.eval()
-        outputs.append(logits(wrapped, batches[0]).detach())
+        outputs.append(compute_logits(wrapped, batches[0]).detach())
         return model_loss(wrapped, batch)
 
     run(model, batches, penalty=penalty, loss=loss, strength=2.0, recipe=replace(RECIPE, learning_rate=1e-30), steps=1)
-    torch.testing.assert_close(logits(model, batches[0]), outputs[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compute_logits(model, batches[0]), outputs[0], atol=1e-5, rtol=1e-5)
     run(model, batches, penalty=penalty, loss=loss, strength=2.0)
     assert list(model.state_dict()) == keys
     assert all(module is layers[key] for key, module in model.named_modules())
@@ -129,7 +132,7 @@ def test_wrapped_and_folded_agree_after_any_change(shape, bias, generator) -> No
     layer.delta.data = torch.randn(shape, generator=generator)
     expected = weight.double() + layer.delta.detach().double() @ torch.linalg.inv(factor)
     torch.testing.assert_close(layer.weight.detach().double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer.whitened().detach().double(), expected @ factor, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.whitened_weight().detach().double(), expected @ factor, rtol=1e-4, atol=1e-4)
     wrapped = layer(x)
     folded = layer.fold()
     assert folded is linear
@@ -235,11 +238,11 @@ def test_packed_projections_split_three_ways_are_three_matrices(generator) -> No
     split_packed(model, [r".*\.attn\.qkv"])
     names = [f"blocks.0.attn.qkv.{part}" for part in "qkv"]
     statistics = collect_statistics(model, batches, names)
-    assert len({id(found.gram) for found in statistics.values()}) == 1
+    assert len({id(moments.gram) for moments in statistics.values()}) == 1
     seen: dict[str, Tensor] = {}
 
     def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
-        seen.update({name: wrapped.get_submodule(name).whitened().detach() for name in names})  # pyright: ignore
+        seen.update({name: wrapped.get_submodule(name).whitened_weight().detach() for name in names})  # pyright: ignore
         return model_loss(wrapped, batch)
 
     run(model, batches, statistics=statistics, loss=loss, steps=1, penalty="nuclear")
@@ -273,8 +276,8 @@ def test_bfloat16_weights_are_trained_in_float32(generator) -> None:
         ({"steps": -1}, r"`steps` must be >= 0, got -1"),
         ({"shrinkage": 0.0}, r"`shrinkage` must be > 0, got 0.0"),
         ({"refresh": 0}, r"`refresh` must be >= 1, got 0"),
-        ({"checkpoint_every": 3}, r"`checkpoint_every` must be a multiple of `refresh`, 2, got 3"),
-        ({"target_keep": 0.0}, r"`keep` must be in \(0, 1\], got 0.0"),
+        ({"checkpoint_every": 3}, r"`recipe` must have a `checkpoint_every` that is a multiple of `refresh`, 2, got 3"),
+        ({"target_keep": 0.0}, r"`target_keep` must be in \(0, 1\], got 0.0"),
     ],
 )
 def test_bad_options_name_themselves_and_change_nothing(options, message, generator) -> None:
@@ -291,7 +294,7 @@ def test_no_batches_are_named_and_leave_the_model(generator) -> None:
     before = hash_model(model)
     with pytest.raises(ValueError, match="`batches` must hold at least one batch, got none"):
         prehab(model, statistics, [], progress=False)
-    with pytest.raises(ValueError, match="`batches` must be gone through more than once"):
+    with pytest.raises(ValueError, match="`batches` must be iterable more than once"):
         prehab(model, statistics, iter(batches), progress=False)
     assert hash_model(model) == before
     assert not any(isinstance(module, WhitenedLinear) for module in model.modules())
@@ -353,6 +356,6 @@ def test_inputs_that_are_not_finite_name_the_first_layer_that_sees_them(generato
     statistics = collect_statistics(model, batches)
     before = hash_model(model)
     images, classes = batches[0]
-    with pytest.raises(FloatingPointError, match=r"step 0.*'blocks\.0\.attn\.qkv'.*as it was given"):
+    with pytest.raises(FloatingPointError, match=r"step 0.*'blocks\.0\.attn\.qkv'.*as it was before"):
         run(model, [(images * math.nan, classes)], statistics=statistics)
     assert hash_model(model) == before

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -10,17 +11,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank.compression.compress import compress
+from lowrank.compression.configuration import Configuration
+from lowrank.compression.replace import replace_layers
 from lowrank.factorization.rank_allocation import rank_for_keep
-from lowrank.nn.batches import Batch, labels, logits
-from lowrank.nn.low_rank import FACTORED
+from lowrank.nn.batches import Batch, compute_logits, get_labels
+from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.nn.targets import find_linears
 from lowrank.tasks.task import Task
 from lowrank.training import refine
 from lowrank.training.loop import Recipe, fit
-from lowrank.training.refine import ORDERS, endless, factor_names, model_loss, refine_factors, tune_factors
+from lowrank.training.refine import (
+    ORDERS,
+    LoraOptions,
+    factor_names,
+    model_loss,
+    refine_factors,
+    repeat_batches,
+    tune_factors,
+)
 
-STORAGES = tuple(FACTORED)
+STORAGES = tuple(FACTORED_LAYERS)
 RECIPE = Recipe(steps=6, learning_rate=1e-2, warmup=0.0, seed=3)
 
 
@@ -55,7 +65,7 @@ def made(name: str, storage: str, keep: float = 0.6) -> nn.Module:
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     ranks = {layer: rank_for_keep(linear.weight.shape, keep, storage) for layer, linear in find_linears(model).items()}
-    compress(model, ranks, "svd", storage=storage)
+    replace_layers(model, ranks, Configuration("svd", storage))
     return model
 
 
@@ -114,7 +124,9 @@ def test_only_the_factors_move_one_after_the_other_and_all_else_stays(name, stor
         parameter.requires_grad_(i % 3 > 0)  # flags to be restored
     flags = {key: p.requires_grad for key, p in model.named_parameters()}
     kinds = {key: type(module) for key, module in model.named_modules()}
-    ranks = {key: module.rank for key, module in model.named_modules() if isinstance(module, tuple(FACTORED.values()))}
+    ranks = {
+        key: module.rank for key, module in model.named_modules() if isinstance(module, tuple(FACTORED_LAYERS.values()))
+    }
     before, entered = weights(model), []
 
     def spying(adapted: nn.Module, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
@@ -149,7 +161,7 @@ def test_the_rank_of_the_weight_stays(name, storage) -> None:
     model = made(name, storage)
     refine_factors(model, batches_of(name), recipe=RECIPE, progress=False)
     for module in model.modules():
-        if isinstance(module, tuple(FACTORED.values())):
+        if isinstance(module, tuple(FACTORED_LAYERS.values())):
             values = torch.linalg.svdvals(module.dense())
             assert values[module.rank :].max() <= 1e-12 * values[0]
 
@@ -187,8 +199,8 @@ def test_tuning_moves_both_factors_together_and_nothing_else(name, storage) -> N
 def test_factors_are_named_in_both_storages_and_layers_left_dense_are_not() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 7), nn.Linear(7, 6))
-    compress(model, {"0": 2}, "svd", storage="factors")
-    compress(model, {"1": 2}, "svd", storage="pivoted")
+    replace_layers(model, {"0": 2}, Configuration("svd", "factors"))
+    replace_layers(model, {"1": 2}, Configuration("svd", "pivoted"))
     assert factor_names(model, "left") == ["0.left", "1.left"]
     assert factor_names(model, "right") == ["0.right", "1.right"]
 
@@ -203,7 +215,7 @@ def test_merging_is_exact(name, storage, stage, monkeypatch) -> None:
     """The outputs of the model with adapters, as trained, are those of the model that comes back."""
     model, batch = made(name, storage).double(), batches_of(name)[0]
     batch = (batch[0].double(), batch[1]) if isinstance(batch, tuple) else batch
-    untrained = logits(model, batch).detach()
+    untrained = compute_logits(model, batch).detach()
     adapted: Any = peft.get_peft_model(
         model, peft.LoraConfig(r=2, lora_alpha=8, target_modules=factor_names(model, stage))
     )
@@ -212,9 +224,9 @@ def test_merging_is_exact(name, storage, stage, monkeypatch) -> None:
         for key, parameter in adapted.named_parameters():
             if ".lora_" in key:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-        wanted = logits(adapted, batch)
+        wanted = compute_logits(adapted, batch)
         adapted.merge_and_unload(safe_merge=True)
-        found = logits(model, batch)
+        found = compute_logits(model, batch)
     assert (wanted - untrained).abs().max() > 1e-3
     assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-12)
 
@@ -225,18 +237,18 @@ def test_each_stage_ends_where_its_adapters_were(storage, monkeypatch) -> None:
     model = made("bert", storage)
 
     def spying(adapted: nn.Module, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        outputs.append(logits(adapted, batch).detach())
+        outputs.append(compute_logits(adapted, batch).detach())
         rows = fit(adapted, *args, **kwargs)
-        outputs.append(logits(adapted, batch).detach())
+        outputs.append(compute_logits(adapted, batch).detach())
         return rows
 
     monkeypatch.setattr(refine, "fit", spying)
-    untrained = logits(model, batch).detach()
+    untrained = compute_logits(model, batch).detach()
     refine_factors(model, batches_of("bert"), recipe=RECIPE, progress=False)
     start, end, next_start, last = outputs
     assert torch.allclose(start, untrained, atol=1e-6)  # new adapters change nothing
     assert torch.allclose(end, next_start, atol=1e-5)
-    assert torch.allclose(last, logits(model, batch), atol=1e-5)
+    assert torch.allclose(last, compute_logits(model, batch), atol=1e-5)
     assert (end - start).abs().max() > 1e-3 < (last - next_start).abs().max()
 
 
@@ -254,7 +266,7 @@ def test_adapters_are_no_larger_than_the_layers_they_are_of(storage, keep, monke
         return fit(adapted, *args, **kwargs)
 
     monkeypatch.setattr(refine, "fit", spying)
-    refine_factors(model, batches_of("bert"), recipe=RECIPE, r=3, lora_alpha=6, progress=False)
+    refine_factors(model, batches_of("bert"), recipe=RECIPE, lora=LoraOptions(3, 6), progress=False)
     assert len(sizes) == 2 * len(factor_names(model, "left"))
     assert {rank < 3 for _, rank, _ in sizes} == {True, False}
     assert all(r == min(3, rank) and scaling == 6 / r for r, rank, scaling in sizes)
@@ -284,10 +296,8 @@ def killed_after(calls: int) -> tuple[Callable[[nn.Module, Batch], Tensor], list
 @pytest.mark.parametrize("killed", [1, 3, 5, 6, 9, 11])
 @pytest.mark.parametrize("name", ["bert", "vit"])
 def test_a_killed_run_ends_with_the_same_weights(name, killed, order, tmp_path) -> None:
-    recipe = Recipe(steps=12, learning_rate=1e-2, seed=5)
-    options: dict[str, Any] = dict(
-        order=order, recipe=recipe, r=2, lora_dropout=0.2, progress=False, checkpoint_every=2
-    )
+    recipe = Recipe(steps=12, learning_rate=1e-2, seed=5, checkpoint_every=2)
+    options: dict[str, Any] = dict(order=order, recipe=recipe, lora=LoraOptions(2, dropout=0.2), progress=False)
     undisturbed = made(name, "factors")
     history = refine_factors(undisturbed, batches_of(name), **options)
 
@@ -314,22 +324,19 @@ def test_a_run_that_was_complete_is_not_trained_again(tmp_path) -> None:
 
 
 def test_a_killed_tuning_ends_with_the_same_weights(tmp_path) -> None:
-    undisturbed, resumed = made("vit", "pivoted"), made("vit", "pivoted")
+    undisturbed, resumed, recipe = made("vit", "pivoted"), made("vit", "pivoted"), replace(RECIPE, checkpoint_every=2)
     history = tune_factors(undisturbed, batches_of("vit"), recipe=RECIPE, progress=False)
     loss, _ = killed_after(5)
     with pytest.raises(Killed):
         tune_factors(
             made("vit", "pivoted"),
             batches_of("vit"),
-            recipe=RECIPE,
+            recipe=recipe,
             loss=loss,
             checkpoint=tmp_path,
-            checkpoint_every=2,
             progress=False,
         )
-    again = tune_factors(
-        resumed, batches_of("vit"), recipe=RECIPE, checkpoint=tmp_path, checkpoint_every=2, progress=False
-    )
+    again = tune_factors(resumed, batches_of("vit"), recipe=recipe, checkpoint=tmp_path, progress=False)
     assert again == history
     assert moved(weights(undisturbed), weights(resumed)) == set()
 
@@ -367,7 +374,7 @@ def test_distilling_brings_the_outputs_closer_to_those_of_the_dense_model(train)
 def test_the_default_loss_is_that_of_the_model_or_cross_entropy() -> None:
     model, batch = made("llama", "factors"), batches_of("llama")[0]
     assert torch.equal(model_loss(model, batch), model(**batch).loss)
-    following = labels(batch)[:, 1:].flatten()
+    following = get_labels(batch)[:, 1:].flatten()
     by_hand = nn.functional.cross_entropy(model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1), following)
     assert model_loss(model, batch).item() == pytest.approx(by_hand.item(), rel=1e-5)
     model, batch = made("vit", "factors"), batches_of("vit")[0]
@@ -380,7 +387,7 @@ def test_the_default_loss_is_that_of_the_model_or_cross_entropy() -> None:
 def test_batches_are_gone_through_again_and_again_from_where_the_steps_stand() -> None:
     batches: list[Batch] = [torch.tensor(i) for i in range(3)]
     for done in (0, 1, 3, 7):
-        taken = [int(batch) for batch in islice(endless(batches)(done), 5)]
+        taken = [int(batch) for batch in islice(repeat_batches(batches)(done), 5)]
         assert taken == [(done + i) % 3 for i in range(5)]
 
 
@@ -403,10 +410,10 @@ class Once:
 
 
 @pytest.mark.parametrize("train", [refine_factors, tune_factors])
-@pytest.mark.parametrize("held", [0, 4])
-def test_batches_that_cannot_be_gone_through_again_are_named(train, held) -> None:
+@pytest.mark.parametrize("count", [0, 4])
+def test_batches_that_cannot_be_repeated_are_named(train, count) -> None:
     with pytest.raises(ValueError, match="`batches` must"):
-        train(made("vit", "factors"), Once(batches_of("vit")[:held]), recipe=RECIPE, progress=False)
+        train(made("vit", "factors"), Once(batches_of("vit")[:count]), recipe=RECIPE, progress=False)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -422,6 +429,9 @@ def test_batches_that_cannot_be_gone_through_again_are_named(train, held) -> Non
         (lambda m, b: refine_factors(m, b, recipe=Recipe(steps=1)), "`recipe` must have at least 2 steps.* got 1"),
         (lambda m, b: refine_factors(m, b, recipe=Recipe(steps=0)), "`recipe` must have at least 2 steps.* got 0"),
         (lambda m, b: refine_factors(vit(), b), "`model` must have factored layers.* got none"),
+        (lambda m, b: refine_factors(m, b, lora=LoraOptions(r=0)), "`r` must be >= 1, got 0"),
+        (lambda m, b: refine_factors(m, b, lora=LoraOptions(alpha=0)), "`alpha` must be > 0, got 0"),
+        (lambda m, b: refine_factors(m, b, lora=LoraOptions(dropout=1.5)), r"`dropout` must be in \[0, 1\], got 1.5"),
         (lambda m, b: tune_factors(vit(), b), "`model` must have factored layers.* got none"),
     ],
 )

@@ -11,7 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowrank.nn.targets import find_weights
-from lowrank.training.stability import BasisMonitor, RankDeficientWarning, anatomy, basis_stability, mixing_similarity
+from lowrank.training.stability import (
+    BasisMonitor,
+    RankDeficientWarning,
+    basis_stability,
+    decompose_weight,
+    mixing_similarity,
+)
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "stability"
 KINDS = ("qr", "polar")
@@ -35,7 +41,7 @@ def test_reference_values(name: str) -> None:
     assert basis_stability(*weights) == pytest.approx(expected["stability"], abs=1e-5)
     assert mixing_similarity(*weights, "qr") == pytest.approx(expected["r_similarity"], abs=1e-5)
     assert mixing_similarity(*weights, "polar") == pytest.approx(expected["polar_p_similarity"], abs=1e-5)
-    smallest = [float(found.sigma[-1] / found.sigma[0]) for found in map(anatomy, weights)]
+    smallest = [float(found.sigma[-1] / found.sigma[0]) for found in map(decompose_weight, weights)]
     assert smallest == pytest.approx(expected["sigma_min_over_max"], rel=1e-4)
 
 
@@ -75,7 +81,7 @@ def test_invariances(shape: tuple[int, int], generator: torch.Generator) -> None
 
 
 def test_mixing_leaves_the_basis(shape: tuple[int, int], generator: torch.Generator) -> None:
-    q = anatomy(gaussian(shape, generator)).basis
+    q = decompose_weight(gaussian(shape, generator)).basis
     mixed = []
     for _ in range(2):
         part = gaussian((q.shape[1], q.shape[1]), generator)
@@ -87,7 +93,7 @@ def test_mixing_leaves_the_basis(shape: tuple[int, int], generator: torch.Genera
 @every_shape
 def test_the_parts_multiply_to_the_weight(shape: tuple[int, ...], generator: torch.Generator) -> None:
     weight = gaussian(shape, generator)
-    found = anatomy(weight)
+    found = decompose_weight(weight)
     upright = weight.flatten(1) if shape[0] >= weight[0].numel() else weight.flatten(1).T
     torch.testing.assert_close(found.basis @ found.stretch, upright)
     torch.testing.assert_close(found.mixing.T @ found.mixing, upright.T @ upright)

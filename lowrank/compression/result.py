@@ -1,0 +1,139 @@
+"""Say what a compression did: one row per layer, and the totals of the targeted layers, the model and its bytes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lowrank.compression.configuration import Configuration
+from lowrank.nn.profiling import weight_bytes
+from lowrank.nn.targets import find_linears
+
+COLUMNS = {"layer": "", "out": "d", "in": "d", "rank": "d", "storage": "", "keep": ".3f"}
+ERRORS = {"predicted": "predicted_error", "measured": "measured_error"}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Count what a model stores.
+
+    **Arguments**
+
+    - `targeted`: parameters of the weights of the targeted layers, biases left out.
+    - `model`: all parameters of the model, shared ones once.
+    - `bytes`: of all parameters and buffers, shared ones once.
+    """
+
+    targeted: int
+    model: int
+    bytes: int
+
+
+def measure_model(model: nn.Module, targeted: int) -> ModelSize:
+    """Count parameters and bytes of a model.
+
+    **Arguments**
+
+    - `model`: any PyTorch module.
+    - `targeted`: parameters of the weights of its targeted layers.
+
+    **Returns** `ModelSize`.
+    """
+    return ModelSize(targeted, sum(parameter.numel() for parameter in model.parameters()), weight_bytes(model))
+
+
+@dataclass(frozen=True, repr=False)
+class CompressionResult:
+    """Hold what `compress` did; `print(result)` shows it as a table.
+
+    **Arguments**
+
+    - `layers`: one row per layer, as `replace_layers` returns them; ready for a DataFrame.
+    - `configuration`: how the model was compressed.
+    - `before`, `after`: what the model stored and stores.
+    """
+
+    layers: list[dict[str, Any]]
+    configuration: Configuration
+    before: ModelSize
+    after: ModelSize
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Return layer name -> rank."""
+        return {row["layer"]: row["rank"] for row in self.layers}
+
+    @property
+    def keep_targeted(self) -> float:
+        """Return the share of the targeted weights' parameters that is left."""
+        return self.after.targeted / self.before.targeted
+
+    @property
+    def keep_model(self) -> float:
+        """Return the share of all parameters of the model that is left."""
+        return self.after.model / self.before.model
+
+    @property
+    def keep_bytes(self) -> float:
+        """Return the share of the model's bytes that is left, parameters and buffers."""
+        return self.after.bytes / self.before.bytes
+
+    def __str__(self) -> str:
+        head = [*COLUMNS, *(f"{name} error" for name in ERRORS)]
+        body = [
+            [format(row[name], form) for name, form in COLUMNS.items()] + [f"{row[key]:.3f}" for key in ERRORS.values()]
+            for row in self.layers
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+        lines = [
+            "  ".join(_padded(cell, width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]
+        ]
+        rows = [line.rstrip() for line in lines]
+        return "\n".join([*rows, "", *self._totals()])
+
+    __repr__ = __str__
+
+    def _totals(self) -> list[str]:
+        how = self.configuration
+        centred = ", centred" if how.centre else ""
+        return [
+            f"{how.method}, {how.storage}{centred}, ranks: {how.allocation}",
+            f"{len(self.layers)} targeted layers: {_change(self.before.targeted, self.after.targeted)} parameters",
+            f"whole model: {_change(self.before.model, self.after.model)} parameters",
+            f"whole model: {_change(self.before.bytes, self.after.bytes)} bytes",
+        ]
+
+
+def _padded(cell: str, width: int) -> str:
+    numeric = cell[:1].isdigit() or cell.startswith("-")
+    return cell.rjust(width) if numeric else cell.ljust(width)
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,} -> {after:,} ({after / before:.1%})"
+
+
+def parameter_counts(model: nn.Module, dense: nn.Module, layers: Iterable[str]) -> dict[str, int | float]:
+    """Compare the parameters of a compressed model with those of its dense form.
+
+    **Arguments**
+
+    - `model`: the compressed model.
+    - `dense`: the dense model.
+    - `layers`: names or patterns of the targeted layers, as the dense model has them.
+
+    **Returns** `targeted_parameters`, stored for the targeted weights without biases; `keep_targeted`, their share of the dense
+    ones; `model_parameters`, all parameters; `keep_model`, their share.
+    """
+    names = list(find_linears(dense, layers))
+    replaced = [model.get_submodule(name) for name in names]
+    targeted = sum(p.numel() for module in replaced for key, p in module.named_parameters() if not key.endswith("bias"))
+    before = sum(layer.weight.numel() for layer in find_linears(dense, names).values())
+    whole, whole_before = (sum(p.numel() for p in side.parameters()) for side in (model, dense))
+    return {
+        "targeted_parameters": targeted,
+        "keep_targeted": targeted / before,
+        "model_parameters": whole,
+        "keep_model": whole / whole_before,
+    }

@@ -1,0 +1,55 @@
+"""Choose independent rows of a low-rank matrix so that all other rows are small combinations of them."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+MAX_COEFFICIENT = 1.25  # bound on the coefficients; closer to 1 needs more exchanges
+
+
+def find_pivot_rows(left: Float[Tensor, "out rank"]) -> tuple[Int[Tensor, " rank"], Float[Tensor, "rest rank"]]:
+    """Choose `rank` rows P of a matrix, and express the other rows by them: left[~P] = C left[P] with |C| <= 1.25.
+
+    LU with partial pivoting gives independent rows. While an entry of C is larger than `MAX_COEFFICIENT`, its row and its pivot
+    are exchanged. Each exchange multiplies the volume of the pivot rows by that entry, so the search ends (maxvol).
+
+    **Arguments**
+
+    - `left`: `(out, rank)` with rank < out, float64. Its columns may be dependent.
+
+    **Returns** the pivots P, `(rank,)`, int64; the coefficients C, `(out - rank, rank)`, with the other rows in ascending order.
+    """
+    basis = torch.linalg.qr(left).Q  # the same column space, well conditioned
+    rank = basis.shape[1]
+    lower, permutation = _permuted_lu(basis)
+    coefficients = torch.linalg.solve_triangular(
+        lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True
+    )
+    pivots, others = permutation[:rank].clone(), permutation[rank:].clone()
+    _exchange_rows(coefficients, pivots, others)
+    others = others.sort().values
+    return pivots, torch.linalg.solve(basis[pivots].T, basis[others].T).T
+
+
+def _exchange_rows(coefficients: Tensor, pivots: Tensor, others: Tensor) -> None:
+    """Exchange pivots for other rows, in place, until no coefficient is larger than `MAX_COEFFICIENT`."""
+    while coefficients.numel():
+        row, column = divmod(int(coefficients.abs().argmax()), len(pivots))
+        pivot = coefficients[row, column].clone()
+        if pivot.abs() <= MAX_COEFFICIENT:
+            break
+        new_row, old_column = coefficients[row] / pivot, coefficients[:, column].clone()
+        coefficients -= torch.outer(old_column, new_row)
+        coefficients[:, column] = old_column / pivot
+        coefficients[row] = -new_row
+        coefficients[row, column] = 1 / pivot
+        pivots[column], others[row] = others[row].clone(), pivots[column].clone()
+
+
+def _permuted_lu(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lower triangular factor, `(out, rank)`, without its unit diagonal, and the order of the rows in it."""
+    packed, swaps = torch.linalg.lu_factor(basis)
+    permutation = torch.arange(len(basis), device=basis.device)
+    for row, other in enumerate(swaps.tolist()):
+        permutation[[row, other - 1]] = permutation[[other - 1, row]]
+    return packed.tril(-1), permutation

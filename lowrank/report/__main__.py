@@ -1,0 +1,104 @@
+"""The command line of the report: `python -m lowrank.report COMMAND`, with `--help` for each command.
+
+A command that fails prints one line. Exit status: 0 done, 1 a notebook failed or results differ, 2 bad input. Each command
+imports what it needs when it is called, so that help starts at once.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lowrank.report.errors import ReportError
+
+PROGRAM = "python -m lowrank.report"
+
+
+def _run(options: argparse.Namespace) -> int:
+    from lowrank.report.run import run_notebook  # noqa: PLC0415
+
+    try:
+        print(run_notebook(options.set, options.notebook))
+    except OSError as error:
+        raise ReportError(f"`LOWRANK_OUTPUTS` must be a writable folder: {error}") from error
+    return 0
+
+
+def _pair(options: argparse.Namespace) -> int:
+    from lowrank.report.pair import refresh  # noqa: PLC0415
+    from lowrank.report.parameters import notebook_names, notebook_path  # noqa: PLC0415
+
+    for name in options.notebooks:
+        notebook_path(name)  # a wrong name is an error before anything runs
+    for name in options.notebooks or notebook_names():
+        print(refresh(name))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from lowrank.report.compare import differences  # noqa: PLC0415
+
+    count, lines = differences(options.results, options.reference, options.tolerance)
+    print("\n".join([*lines, f"{count} tables compared, {len(lines)} differences"]))
+    return 1 if lines else 0
+
+
+def _readme(options: argparse.Namespace) -> int:
+    from lowrank.report.readme import fill_pages  # noqa: PLC0415
+
+    for path in fill_pages():
+        print(path)
+    return 0
+
+
+def _site(options: argparse.Namespace) -> int:
+    from lowrank.report import site  # noqa: PLC0415
+    from lowrank.report.folders import outputs_folder  # noqa: PLC0415
+
+    print(site.build_site(options.sets, outputs_folder(), site.SITE))
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; `command` of its result is the function to call."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="Turn notebooks into results, a README and a site.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(function, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(function.__name__.strip("_"), help=summary, description=f"{summary}.")
+        command.set_defaults(command=function)
+        return command
+
+    run = add(_run, "Execute one notebook with one set and replace its results")
+    run.add_argument("set", metavar="SET", help="a file of params/ without .yaml, or a variant SET@NAME=VALUE")
+    run.add_argument("notebook", metavar="NOTEBOOK", help="a file of notebooks/ without .py")
+    pair = add(_pair, "Execute notebooks with their defaults and store them beside their sources")
+    pair.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="files of notebooks/ without .py; default: all")
+    compare = add(_compare, "Compare the tables of two folders of results, times and memory apart")
+    compare.add_argument("results", type=Path, metavar="RESULTS", help="new results, SET/NOTEBOOK/run.json")
+    compare.add_argument("reference", type=Path, metavar="REFERENCE", help="results to compare with, as outputs/")
+    compare.add_argument("--tolerance", type=float, default=0.0, help="relative, of fractions; default 0: equal bytes")
+    add(_readme, "Fill the marked blocks of README.md and docs/ from outputs/")
+    site = add(_site, "Build the site of some sets in _site/")
+    site.add_argument("sets", nargs="*", metavar="SET", help="sets that have results")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    **Arguments**
+
+    - `arguments`: the words after `python -m lowrank.report`. Default None: those of this process.
+
+    **Returns** the exit status: 0 done, 1 a notebook failed or results differ, 2 bad input.
+    """
+    options = make_parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except (ReportError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_status", ReportError.exit_status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The tables of notebook 06 in the README, and their figure, made from the files in outputs/."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.ticker import MaxNLocator
+
+from lowrank.report.notebook import THEME, save_figure
+from lowrank.report.tables import headline_metric, result_folders
+
+NOTEBOOK = "06_layer_selection"
+
+
+def layer_selection() -> str:
+    """Tabulate what selected layers are worth, by set and objective; then pruning by the rule that sets the ratios.
+
+    A cell of the first table has the share of the score that the objective takes, and the added loss when its layers are kept.
+    """
+    return f"{_worth_by_objective()}\n\n{_quality_by_rule()}"
+
+
+def _read_objectives() -> pd.DataFrame:
+    """Return the judged cases of every set, one set under the other."""
+    tables = [
+        pd.read_csv(folder / "quality_by_objective.csv").assign(set=name)
+        for name, folder in result_folders(NOTEBOOK).items()
+    ]
+    return pd.concat(tables).query("objective != 'none kept'")
+
+
+def _worth_by_objective() -> str:
+    cells: dict[str, dict[str, str]] = {}
+    for name, of_set in _read_objectives().groupby("set", sort=False):
+        for objective, cases in of_set.groupby("objective", sort=False):
+            added = f"{cases.added_loss.mean():+.3f} ± {cases.added_loss.std():.3f}"
+            cells.setdefault(str(objective), {})[str(name)] = f"{cases.significance_share.mean():.2f} / {added}"
+    table = pd.DataFrame(cells).T.rename_axis("maximised: taken / added loss")
+    return table.reset_index().to_markdown(index=False)
+
+
+def _quality_by_rule() -> str:
+    """Tabulate the headline metric at the two highest sparsities, pruned by Wanda within each row."""
+    cells: dict[str, dict[str, str]] = {}
+    for name, folder in result_folders(NOTEBOOK).items():
+        table = pd.read_csv(folder / "quality_by_sparsity.csv")
+        metric = headline_metric(folder, table)
+        table = table.query("method == 'wanda' and per == 'row'")
+        for share in sorted(set(table.sparsity))[-2:]:
+            for rule, rows in table.query("sparsity == @share").groupby("rule", sort=False):
+                values = rows[metric]
+                spread = f" ± {values.std():.2g}" if len(values) > 1 else ""
+                cells.setdefault(str(rule), {})[f"{name}, {metric} at {share}"] = f"{values.mean():.3g}{spread}"
+    return pd.DataFrame(cells).T.rename_axis("ratios").reset_index().to_markdown(index=False)
+
+
+def draw_objectives(path: Path) -> None:
+    """Draw the cases of `layer_selection`, all sets and all objectives, into a PNG file."""
+    sns.set_theme(**THEME)
+    cases, style = _read_objectives(), dict[str, Any](errorbar="sd", linestyle="none", dodge=0.5, markersize=5)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    for axis, column in zip(axes, ("significance_share", "added_loss"), strict=True):
+        sns.pointplot(cases, x=column, y="objective", hue="set", ax=axis, **style)
+        axis.grid(axis="x")
+        axis.set_ylabel("what the assignment maximises")
+    axes[0].set_xlabel("significance taken / the most that can be")
+    axes[0].get_legend().remove()
+    axes[1].set_xlabel("loss over that of pruning all layers alike")
+    axes[1].axvline(0, ls="--", color="0.3")
+    axes[1].xaxis.set_major_locator(MaxNLocator(4))
+    sns.move_legend(axes[1], "upper left", bbox_to_anchor=(1.02, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path)
