@@ -1,4 +1,4 @@
-"""How Sphinx makes the site; `python -m lowrank.report.site` calls it on a copy of this folder."""
+"""How Sphinx makes the site; `python -m lowrank.report site` calls it on a copy of this folder."""
 
 import re
 from xml.etree.ElementTree import tostring
