@@ -151,7 +151,7 @@ def layer_rows(sweep):
     ranks, own = sweep.ranks(Configuration("whitened"), target_keep), data.linears(sweep.model)
     for name, sigma in sweep.spectra("whitened").items():
         depth, kind = depth_and_kind(name)
-        kept = sweep.basis("whitened")[name].truncate(ranks[name]).dense().to(own[name].weight)
+        kept = sweep.factors("whitened")[name].truncate(ranks[name]).dense().to(own[name].weight)
         original = dict(data.linears(model))[name].weight
         error = output_norm(kept - original, statistics[name]) / output_norm(original, statistics[name])
         values = stable_rank(sigma), effective_rank(sigma), tail_energy(sigma, ranks[name])
