@@ -50,8 +50,9 @@ CODE = {
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with one small notebook, whose result is there."""
     folder = copy_project(tmp_path_factory.mktemp("house"))
-    for path in [*(folder / "notebooks").iterdir(), *(folder / "params").iterdir()]:
-        path.unlink()
+    for name in ("notebooks", "params"):
+        shutil.rmtree(folder / name)
+        (folder / name).mkdir()
     (folder / "notebooks/01_small.py").write_text(NOTEBOOK, encoding="utf8")
     (folder / "params/quick.yaml").write_text("01_small: {}\n", encoding="utf8")
     snakemake(folder)
