@@ -67,3 +67,36 @@ def browser() -> Iterator[Any]:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
         yield started
         started.close()
+
+
+# Files that take long, relative to tests/; `make test-fast` leaves them and everything of the report out.
+SLOW = (
+    "tasks/test_tasks.py",
+    "io/test_distributed.py",
+    "io/test_cache.py",
+    "io/test_hub.py",
+    "factorization/test_rank_allocation.py",
+    "training/test_refine.py",
+    "training/test_oialr.py",
+    "training/test_loop.py",
+    "compression/test_replace.py",
+    "compression/test_checkpoint.py",
+    "pi3/test_model.py",
+    "pi3/test_speed.py",
+    "lora/test_rank_config.py",
+    "test_benchmarks.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by their file: `report`, `slow`; and by what they use: `browser`."""
+    for item in items:
+        name = (
+            item.path.relative_to(Path(__file__).parent).as_posix() if item.path.is_relative_to(ROOT / "tests") else ""
+        )
+        if name.startswith("report/"):
+            item.add_marker(pytest.mark.report)
+        if name in SLOW:
+            item.add_marker(pytest.mark.slow)
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.browser)

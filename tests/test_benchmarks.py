@@ -21,7 +21,6 @@ def test_runs_are_recorded_beside_each_other(tmp_path: Path, monkeypatch: pytest
     assert recorded == {"one": {"git_commit": "c"}, "two": {"git_commit": "b"}}
 
 
-@pytest.mark.slow
 def test_every_benchmark_can_be_collected() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "--collect-only", *map(str, BENCHES)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
