@@ -19,12 +19,17 @@ def partial_path(path: Path | str) -> Path:
 def writing(path: Path | str, *, resume: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and rename it to `path` when the block ends.
 
-    A block that fails leaves `path` as it was and no temporary file. A folder at `path` is replaced as a whole.
+    A block that fails leaves `path` as it was and no temporary file. A folder replaces an older folder as a whole; a file never
+    replaces a folder.
 
     **Arguments**
 
     - `path`: the file or folder to write. Missing parent folders are made.
     - `resume`: keep what a failed block has written, so that the next block continues from it. Default False.
+
+    **Raises**
+
+    - `OSError`: `path` cannot be written, or is a folder where the block wrote a file.
     """
     path = Path(path)
     partial = partial_path(path)
@@ -33,7 +38,7 @@ def writing(path: Path | str, *, resume: bool = False) -> Iterator[Path]:
         _remove(partial)
     try:
         yield partial
-        if path.is_dir() and not path.is_symlink():
+        if partial.is_dir() and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         partial.replace(path)
     except BaseException:

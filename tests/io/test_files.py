@@ -82,3 +82,12 @@ def test_a_safetensors_file_is_read_or_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="`base` must be a whole safetensors file"):
         open_safetensors(path, "base").__enter__()
+
+
+def test_a_file_never_replaces_a_folder(tmp_path: Path) -> None:
+    (folder := tmp_path / "config.json").mkdir()
+    (folder / "kept").write_text("kept")
+    with pytest.raises(OSError, match="config.json"), writing(folder) as partial:
+        partial.write_text("{}")
+    assert (folder / "kept").read_text() == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
