@@ -20,6 +20,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = html_show_sourcelink = html_show_copyright = False
+html_domain_indices = False  # reference/ lists the modules by package
 html_show_search_summary = False  # a page opened from disk may not read others
 html_math_renderer = "pictures"
 python_maximum_signature_line_length = 100
