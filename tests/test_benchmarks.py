@@ -24,7 +24,9 @@ def test_runs_are_recorded_beside_each_other(tmp_path: Path, monkeypatch: pytest
 
 def test_every_benchmark_can_be_collected() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "--collect-only", *map(str, BENCHES)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of xdist's worker
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }  # of xdist's worker
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(path.name in done.stdout for path in BENCHES)
