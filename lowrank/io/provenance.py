@@ -8,11 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import threadpoolctl
 import torch
 
 from lowrank.io.dependencies import ROOT
+from lowrank.io.hashing import hash_files
 
 VERSIONED = ("numpy", "torch", "transformers", "timm", "datasets", "peft", "accelerate", "safetensors", "tokenizers")
+LOCK = ROOT / "requirements.lock"
 # Results depend on these files; a change in any other leaves the tree clean for `git_dirty`.
 RESULT_SOURCES = ("lowrank", "notebooks/*.py", "params", "requirements.lock", "pyproject.toml", "Snakefile")
 
@@ -20,8 +23,9 @@ RESULT_SOURCES = ("lowrank", "notebooks/*.py", "params", "requirements.lock", "p
 def environment() -> dict[str, Any]:
     """Return the commit, the versions of Python and packages, and the machine of this run.
 
-    **Returns** JSON values by name. `git_commit` is None outside a repository. `git_dirty` says whether files that
-    results depend on have uncommitted changes.
+    **Returns** JSON values by name. `git_commit` is None outside a repository, `lock` the hash of the lock file, None without
+    one. `git_dirty` says whether files that results depend on have uncommitted changes. `blas` lists the libraries of linear
+    algebra, each with the instruction set that it chose.
     """
     cuda = torch.cuda.is_available()
     return {
@@ -29,11 +33,23 @@ def environment() -> dict[str, Any]:
         "git_dirty": bool(_git("status", "--porcelain", "--", *RESULT_SOURCES)),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in VERSIONED},
+        "lock": hash_files([LOCK]) if LOCK.exists() else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
+        "blas": _linear_algebra(),
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
     }
+
+
+def _linear_algebra() -> list[str]:
+    """Return the libraries of linear algebra that are loaded, with version and instruction set: last digits depend on them."""
+    libraries = {
+        " ".join(str(library[key]) for key in ("internal_api", "version", "architecture") if library.get(key))
+        for library in threadpoolctl.threadpool_info()
+        if library["user_api"] == "blas"
+    }
+    return sorted({*libraries, f"torch {torch.backends.cpu.get_cpu_capability()}"})
 
 
 def _cpu_model() -> str:

@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import PIL.Image
 import seaborn as sns
 from IPython.display import Image
 from matplotlib.figure import Figure
 
-from lowrank.io.checks import require
+from lowrank.io.checks import SPLITS, require
+from lowrank.io.dependencies import hash_code
 from lowrank.io.files import writing
+from lowrank.io.hashing import hash_options
 from lowrank.io.provenance import environment, peak_memory_mb
+from lowrank.report.claims import NOISE, VERDICTS, judge
 from lowrank.report.folders import outputs_folder
-from lowrank.report.parameters import read_defaults
+from lowrank.report.parameters import notebook_path, read_defaults
 
 SIGNIFICANT_DIGITS = 6
+TOLERANCE = 1e-3  # relative; tables that no training in a notebook goes into agree between machines to this
 RESERVED = {"claims", "run"}  # names of files that `Report` writes itself
 THEME: dict[str, Any] = {"context": "notebook", "style": "whitegrid", "palette": "colorblind"}
 
@@ -43,10 +46,11 @@ class Report:
         for stale in self.folder.iterdir():
             stale.unlink()
         self.notebook = notebook
-        self.tables: set[str] = set()
-        self.claims: list[dict[str, object]] = []
-        self.measured_columns: dict[str, list[str]] = {}
+        self.tables: dict[str, dict[str, Any]] = {}
+        self.claims: list[dict[str, str]] = []
         self.measured_claims: list[str] = []
+        self.code = hash_code([notebook_path(notebook)])
+        self.frozen: str | None = None
         self.stages: dict[str, float] = {}
         self.inputs: dict[str, Any] = {}
         self.started = time.time()
@@ -64,32 +68,73 @@ class Report:
         yield
         self.stages[name] = self.stages.get(name, 0.0) + round(time.perf_counter() - start, 2)
 
-    def table(self, table: pd.DataFrame, name: str, rows: int = 12, *, measured: Sequence[str] = ()) -> pd.DataFrame:
-        """Write a table as `name.csv`.
+    def freeze(self) -> str:
+        """Freeze the choices of this run: from here on its tasks may read their test split.
+
+        The choices are all parameters but the name of the set, and the code of the notebook, which has the rules by which it
+        picks something on validation. Choices are committed before test is read: run.json keeps the commit beside the hash.
+
+        **Returns** the hash of the choices, 16 hex digits, for `Task.open_test`.
+        """
+        values = {name: value for name, value in self.parameters.items() if name != "set_name"}
+        self.frozen = hash_options({"parameters": values, "code": self.code})
+        return self.frozen
+
+    def table(
+        self,
+        table: pd.DataFrame,
+        name: str,
+        *,
+        split: str | None,
+        rows: int = 12,
+        measured: Sequence[str] = (),
+        unstable: Sequence[str] = (),
+        tolerance: int | float | Mapping[str, int | float] = TOLERANCE,
+    ) -> pd.DataFrame:
+        """Write a table as `name.csv`, and record how far its columns agree between machines.
 
         **Arguments**
 
         - `table`: any table; its index is not written.
         - `name`: letters, digits and underscores, and neither "claims" nor "run".
+        - `split`: the split that the numbers were measured on, which becomes the last column. None for a table that has this
+          column already, or that depends on no data.
         - `rows`: number of rows to return. Default 12.
-        - `measured`: columns that depend on times or memory, which differ between any two runs, see
-          `lowrank.report.compare`. Default none.
+        - `measured`: columns of times or memory, which differ between any two runs. Default none.
+        - `unstable`: columns of rounding noise or of chaotic curves, which differ between two machines. Default none.
+        - `tolerance`: relative, of all other fractions; or column -> tolerance, and `TOLERANCE` for the rest. Text and whole
+          numbers must be equal, unless their column has a tolerance. Default `TOLERANCE`.
 
         **Returns** the first rows, to be shown.
 
         **Raises**
 
-        - `ValueError`: a bad name, or a measured column that the table does not have.
+        - `ValueError`: a bad name or split, test before `freeze`, or a column that the table does not have.
         """
         is_plain = name.replace("_", "").isalnum() and name not in RESERVED
         require(is_plain, "name", "be letters, digits and underscores, and not 'claims' or 'run'", name)
-        unknown = sorted(set(measured) - set(table))
-        require(not unknown, "measured", "be columns of the table", unknown)
-        if measured:
-            self.measured_columns[name] = list(measured)
+        tolerances = tolerance if isinstance(tolerance, Mapping) else {}
+        unknown = sorted({*measured, *unstable, *tolerances} - set(table))
+        require(not unknown, "columns", "be columns of the table", unknown)
+        table = self._with_split(table, split)
         table.to_csv(self.folder / f"{name}.csv", index=False, float_format=f"%.{SIGNIFICANT_DIGITS}g")
-        self.tables.add(name)
+        self.tables[name] = {
+            "split": split,
+            "tolerance": dict(tolerances) or tolerance,
+            "measured": list(measured),
+            "unstable": list(unstable),
+        }
         return table.head(rows)
+
+    def _with_split(self, table: pd.DataFrame, split: str | None) -> pd.DataFrame:
+        """Return the table with a last column for its split; every split that it names must be one that may be read."""
+        if split is not None:
+            table = table.assign(split=split)
+        named = set(table["split"]) if "split" in table else set()
+        require(named <= set(SPLITS), "split", f"be among {SPLITS}", sorted(map(str, named - set(SPLITS))))
+        allowed = self.frozen or "test" not in named
+        require(bool(allowed), "split", "be 'train' or 'validation' before `freeze`", "test")
+        return table
 
     def figure(self, figure: Figure | sns.axisgrid.Grid, name: str) -> Image:
         """Write a figure as `name.png`.
@@ -110,37 +155,44 @@ class Report:
         save_figure(figure.figure if isinstance(figure, sns.axisgrid.Grid) else figure, path)
         return Image(filename=str(path))
 
-    def claim(self, text: str, holds: Any, number: float | int | None = None, *, measured: bool = False) -> None:
-        """Record a finding and print whether it holds. A claim that fails is a result, not an error.
+    def claim(
+        self,
+        text: str,
+        left: Any,
+        relation: str,
+        right: Any,
+        *,
+        over: str = "all",
+        noise: int | float = NOISE,
+        measured: bool = False,
+    ) -> None:
+        """Record a finding and print its verdict. A claim that fails is a result, not an error.
 
         **Arguments**
 
         - `text`: the claim in one sentence.
-        - `holds`: one truth value, or one for each case. All must be true, and the number of the claim is then the count
-          of true ones.
-        - `number`: the number that decides the claim. Default None: no number.
+        - `left`, `relation`, `right`, `over`, `noise`: what is compared and how, see `lowrank.report.claims.judge`.
         - `measured`: the claim depends on times or memory, which differ between any two runs. Default False.
         """
-        cases = np.asarray(holds)
-        verdict, shown = bool(cases.all()), "" if number is None else f"{number:.3g}"
-        if cases.ndim:
-            shown = f"{int(cases.sum())} of {cases.size}"
+        verdict, number = judge(left, relation, right, over, noise)
         if measured:
             self.measured_claims.append(text)
-        self.claims.append({"claim": text, "holds": verdict, "number": shown})
+        self.claims.append({"claim": text, "verdict": verdict, "number": number})
         pd.DataFrame(self.claims).to_csv(self.folder / "claims.csv", index=False)
-        print(f"{'holds' if verdict else 'FAILS'}: {text}")
+        print(f"{verdict}: {text}")
 
     def finish(self) -> pd.DataFrame:
         """Write run.json, and return the claims to be shown."""
-        held = sum(bool(claim["holds"]) for claim in self.claims)
+        verdicts = [claim["verdict"] for claim in self.claims]
         run = {
             "set": self.parameters["set_name"],
             "notebook": self.notebook,
             "parameters": self.parameters,
             "inputs": self.inputs,
-            "claims": {"held": held, "failed": len(self.claims) - held},
-            "measured_columns": self.measured_columns,
+            "notebook_code": self.code,
+            "frozen": self.frozen,
+            "claims": {verdict: verdicts.count(verdict) for verdict in VERDICTS},
+            "tables": self.tables,
             "measured_claims": self.measured_claims,
             "stages_s": self.stages,
             "wall_s": round(time.time() - self.started, 1),
@@ -149,7 +201,7 @@ class Report:
         }
         with writing(self.folder / "run.json") as partial:
             partial.write_text(json.dumps(run, indent=1) + "\n", encoding="utf8")
-        return pd.DataFrame(self.claims, columns=["claim", "holds", "number"])
+        return pd.DataFrame(self.claims, columns=["claim", "verdict", "number"])
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -15,6 +15,8 @@ from lowrank.tasks.task import Task
 MEAN = torch.tensor((0.4914, 0.4822, 0.4465)).view(3, 1, 1)
 DEVIATION = torch.tensor((0.2470, 0.2435, 0.2616)).view(3, 1, 1)
 
+PUBLISHED, VALIDATION_SAMPLES = 50_000, 5_000  # training images, and the last of them, which choose
+
 
 def load(
     data: str = "uoft-cs/cifar10",
@@ -23,9 +25,11 @@ def load(
     heads: int = 6,
     patch: int = 4,
     qkv_bias: bool = True,
-    train_samples: int = 50000,
+    train_samples: int = PUBLISHED - VALIDATION_SAMPLES,
 ) -> Task:
     """Load CIFAR-10, 32x32 colour images in ten classes, and a timm `VisionTransformer` with new weights.
+
+    'validation' is the last 5,000 published training images, whose order is shuffled; 'test' is the published test split.
 
     **Arguments**
 
@@ -35,12 +39,12 @@ def load(
     - `heads`: attention heads, a divisor of `width`; default 6.
     - `patch`: pixels per patch side, a divisor of 32; default 4.
     - `qkv_bias`: whether queries, keys and values have a bias; default True.
-    - `train_samples`: the first training images to use, in [1, 50000]; the published order is shuffled. Default all.
+    - `train_samples`: the first training images to use, in [1, 45000]; default 45000.
     """
     from timm.models.vision_transformer import VisionTransformer  # noqa: PLC0415
 
     source = load_splits(data)
-    size = len(source["train"])
+    size = len(source["train"]) - VALIDATION_SAMPLES
     require(1 <= train_samples <= size, "train_samples", f"be in [1, {size}]", train_samples)
     options: dict[str, Any] = dict(
         img_size=32,
@@ -51,7 +55,11 @@ def load(
         num_heads=heads,
         qkv_bias=qkv_bias,
     )
-    rows = {"train": source["train"].select(range(train_samples)), "validation": source["test"]}
+    rows = {
+        "train": source["train"].select(range(train_samples)),
+        "validation": source["train"].select(range(size, len(source["train"]))),
+        "test": source["test"],
+    }
     return Task(
         name="cifar10",
         splits={split: Images(part, _normalise) for split, part in rows.items()},
@@ -59,7 +67,7 @@ def load(
         objective="classification",
         metrics=("accuracy",),
         base={"timm": "VisionTransformer", "options": options},
-        fingerprints={"data": {split: source[split]._fingerprint for split in ("train", "test")}},
+        fingerprints={"data": {split: part._fingerprint for split, part in rows.items()}},
     )
 
 

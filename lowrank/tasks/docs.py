@@ -1,10 +1,10 @@
 """A corpus of docstring paragraphs from five installed packages: real English text that needs no download.
 
-The lock pins the packages, so the corpus is the same everywhere. Files are read with `ast` and never imported.
+The lock pins the packages, so the corpus is the same everywhere. Files are read with `ast` and never imported. A hash of its
+path puts each file into one split: one in five chooses, one in five of the others is the test, the rest trains.
 """
 
 import ast
-import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lowrank.io.cache import load_or_build
+from lowrank.io.checks import SPLITS
 from lowrank.io.hashing import hash_options
+from lowrank.tasks.splits import part_of
 
 CORPUS_PACKAGES = ("matplotlib", "numpy", "pandas", "scipy", "sklearn")
 DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 MIN_CHARACTERS = 40
 SKIPPED = frozenset({"tests", "testing", "_vendor", "externals", "extern", "array_api_compat", "array_api_extra"})
-HELD_OUT_FILES = 5  # one file in five
+PARTS = 5  # one file in five is held out
 
 
 class Paragraph(NamedTuple):
@@ -30,12 +32,12 @@ class Paragraph(NamedTuple):
 
     - `text`: one line.
     - `package`: index into `CORPUS_PACKAGES`.
-    - `held_out`: whether it is for validation. All paragraphs of a file are on the same side.
+    - `split`: 'train', 'validation' or 'test', that of its file.
     """
 
     text: str
     package: int
-    held_out: bool
+    split: str
 
 
 def _read_docstrings(source: str) -> list[str]:
@@ -56,8 +58,10 @@ def _split_paragraphs(docstring: str) -> list[str]:
     return paragraphs
 
 
-def _is_held_out(relative: str) -> bool:
-    return int.from_bytes(hashlib.blake2b(relative.encode(), digest_size=4).digest()) % HELD_OUT_FILES == 0
+def _split_of(relative: str) -> str:
+    if part_of(relative, PARTS) == 0:
+        return "validation"
+    return "test" if part_of(relative, PARTS, salt="test") == 0 else "train"
 
 
 def _find_files(package: str) -> list[tuple[str, Path]]:
@@ -71,15 +75,19 @@ def _find_files(package: str) -> list[tuple[str, Path]]:
 
 
 def _read_packages() -> list[Paragraph]:
-    """Return all distinct paragraphs by package and file. A text on both sides counts as training text."""
+    """Return all distinct paragraphs by package and file.
+
+    A text in several splits counts for the first of them in `SPLITS`, so that no text of the test is seen before.
+    """
     paragraphs: dict[str, Paragraph] = {}
     for label, package in enumerate(CORPUS_PACKAGES):
         for relative, path in _find_files(package):
+            split = _split_of(relative)
             for docstring in _read_docstrings(path.read_text(encoding="utf8")):
                 for text in _split_paragraphs(docstring):
                     earlier = paragraphs.get(text)
-                    held_out = _is_held_out(relative) and (earlier is None or earlier.held_out)
-                    paragraphs[text] = Paragraph(text, label, held_out)
+                    known = [split] if earlier is None else [split, earlier.split]
+                    paragraphs[text] = Paragraph(text, label, min(known, key=SPLITS.index))
     return list(paragraphs.values())
 
 
@@ -96,7 +104,7 @@ def read_corpus() -> tuple[Paragraph, ...]:
 
 @cache
 def corpus_hash() -> str:
-    """Return 16 hex digits of all paragraphs with their packages and sides of the split."""
+    """Return 16 hex digits of all paragraphs with their packages and splits."""
     return hash_options(read_corpus())
 
 

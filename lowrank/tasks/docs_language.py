@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from lowrank.io.checks import require
+from lowrank.io.checks import SPLITS, require
 from lowrank.tasks.docs import CORPUS_PACKAGES, corpus_hash, read_corpus
 from lowrank.tasks.task import Task
 from lowrank.tasks.text import Chunks, train_tokenizer
@@ -21,11 +21,12 @@ def load(
     vocabulary: int = 1024,
     length: int = 128,
     validation_samples: int = 512,
+    test_samples: int = 512,
     packages: tuple[str, ...] | list[str] = CORPUS_PACKAGES,
 ) -> Task:
     """Load docstring paragraphs as one text per split, cut into chunks, and a Llama with new weights.
 
-    No file has paragraphs on both sides of the split. The tokenizer is a byte-level BPE, trained on the training
+    No file has paragraphs in two splits. The tokenizer is a byte-level BPE, trained on the training
     paragraphs of all packages, so that models of different packages share one vocabulary.
 
     **Arguments**
@@ -37,14 +38,15 @@ def load(
     - `intermediate`: width of the MLPs; default 352.
     - `vocabulary`: tokens of the tokenizer; default 1024.
     - `length`: tokens per chunk; default 128.
-    - `validation_samples`: chunks to report on, spread evenly over the held-out text; default 512.
+    - `validation_samples`: chunks to choose on, spread evenly over the validation text; default 512.
+    - `test_samples`: chunks to report on, spread evenly over the test text; default 512.
     - `packages`: names among `lowrank.tasks.docs.CORPUS_PACKAGES` whose text is used; default all.
     """
     import transformers  # noqa: PLC0415
 
     unknown = sorted(set(packages) - set(CORPUS_PACKAGES))
     require(not unknown, "packages", f"be among {list(CORPUS_PACKAGES)}", unknown)
-    tokenizer = train_tokenizer([p.text for p in read_corpus() if not p.held_out], vocabulary, sentence=False)
+    tokenizer = train_tokenizer([p.text for p in read_corpus() if p.split == "train"], vocabulary, sentence=False)
 
     def make_model() -> nn.Module:
         config = transformers.LlamaConfig(
@@ -61,9 +63,11 @@ def load(
         )
         return transformers.LlamaForCausalLM(config)
 
+    texts = {split: _chunk(_texts(split, packages), tokenizer, length) for split in SPLITS}
+    held_out = {"validation": validation_samples, "test": test_samples}
     return Task(
         name="docs_language",
-        splits=_split_corpus(tokenizer, packages, length, validation_samples),
+        splits=texts | {split: _spread(texts[split], size, f"{split}_samples") for split, size in held_out.items()},
         make_model=make_model,
         objective="language_modelling",
         metrics=("perplexity",),
@@ -71,17 +75,15 @@ def load(
     )
 
 
-def _split_corpus(
-    tokenizer: Any, packages: tuple[str, ...] | list[str], length: int, validation_samples: int
-) -> dict[str, Chunks | Subset]:
-    """Return the chunks of the training text, and those of the held-out text to report on."""
-    used = [p for p in read_corpus() if CORPUS_PACKAGES[p.package] in packages]
-    train = _chunk([p.text for p in used if not p.held_out], tokenizer, length)
-    held_out = _chunk([p.text for p in used if p.held_out], tokenizer, length)
-    size = len(held_out)
-    require(1 <= validation_samples <= size, "validation_samples", f"be in [1, {size}]", validation_samples)
-    reported = torch.linspace(0, size - 1, validation_samples).long().tolist()
-    return {"train": train, "validation": Subset(held_out, reported)}
+def _texts(split: str, packages: tuple[str, ...] | list[str]) -> list[str]:
+    return [p.text for p in read_corpus() if p.split == split and CORPUS_PACKAGES[p.package] in packages]
+
+
+def _spread(chunks: Chunks, samples: int, argument: str) -> Subset:
+    """Return chunks at even distances."""
+    size = len(chunks)
+    require(1 <= samples <= size, argument, f"be in [1, {size}]", samples)
+    return Subset(chunks, torch.linspace(0, size - 1, samples).long().tolist())
 
 
 def _chunk(paragraphs: list[str], tokenizer: Any, length: int) -> Chunks:

@@ -20,10 +20,11 @@ def load(
     max_length: int = 64,
     train_samples: int = 12000,
     validation_samples: int = 2000,
+    test_samples: int = 2000,
 ) -> Task:
     """Load paragraphs with their package as label, and a BERT classifier with new weights.
 
-    Classes are balanced. No file has paragraphs on both sides of the split. The tokenizer is a byte-level BPE, trained on
+    Classes are balanced. No file has paragraphs in two splits. The tokenizer is a byte-level BPE, trained on
     the training paragraphs.
 
     **Arguments**
@@ -35,13 +36,15 @@ def load(
     - `vocabulary`: tokens of the tokenizer; default 4096.
     - `max_length`: tokens per paragraph; longer ones are cut. Default 64.
     - `train_samples`: paragraphs, divided equally among the classes; default 12000.
-    - `validation_samples`: paragraphs, divided equally among the classes; default 2000.
+    - `validation_samples`: paragraphs to choose on, divided equally among the classes; default 2000.
+    - `test_samples`: paragraphs to report on, divided equally among the classes; default 2000.
     """
     import transformers  # noqa: PLC0415
 
+    samples = {"train": train_samples, "validation": validation_samples, "test": test_samples}
     paragraphs = {
-        "train": _balance([p for p in read_corpus() if not p.held_out], train_samples, "train_samples"),
-        "validation": _balance([p for p in read_corpus() if p.held_out], validation_samples, "validation_samples"),
+        split: _balance([p for p in read_corpus() if p.split == split], size, f"{split}_samples")
+        for split, size in samples.items()
     }
     tokenizer = train_tokenizer([p.text for p in paragraphs["train"]], vocabulary, sentence=True)
 

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 
 from lowrank.io.hashing import hash_options
 from lowrank.io.hub import load_or_explain, load_splits
 from lowrank.nn.targets import BLOCKS
 from lowrank.tasks.images import Images
+from lowrank.tasks.splits import halve
 from lowrank.tasks.task import Samples, Task
 
 
@@ -20,6 +22,9 @@ def load(
     pretrained: bool = True,
 ) -> Task:
     """Load ImageNet and a timm model. Images go through the transform that timm names for the model.
+
+    The published test images have no labels: a hash of its row number on the Hub, or of its name in a folder, puts each
+    published validation image into 'validation' or into 'test', about half of them each.
 
     **Arguments**
 
@@ -65,7 +70,11 @@ def _read_hub(data: str, transforms: Mapping[str, Any]) -> tuple[dict[str, Sampl
     splits: dict[str, Samples] = {
         split: Images(source[split], transform) for split, transform in transforms.items() if split in source
     }
-    return splits, {split: source[split]._fingerprint for split in splits}
+    hashes = {split: source[split]._fingerprint for split in splits}
+    if "validation" in splits:
+        splits |= _halve(splits["validation"], [str(row) for row in range(len(splits["validation"]))])
+        hashes["test"] = hashes["validation"]
+    return splits, hashes
 
 
 def _read_folders(data: str, transforms: Mapping[str, Any]) -> tuple[dict[str, Samples], dict[str, str]]:
@@ -79,11 +88,18 @@ def _read_folders(data: str, transforms: Mapping[str, Any]) -> tuple[dict[str, S
             f"`data` must be a folder with train/ and val/ of class folders; {root} lacks {missing}."
         )
     folders = {"train": root / "train", "validation": root / "val"}
-    splits: dict[str, Samples] = {
+    images = {
         split: ImageFolder(str(folder), transform=transforms[split], target_transform=torch.tensor)
         for split, folder in folders.items()
     }
-    return splits, {split: _hash_sizes(folder) for split, folder in folders.items()}
+    names = [Path(path).relative_to(folders["validation"]).as_posix() for path, _ in images["validation"].samples]
+    hashes = {split: _hash_sizes(folder) for split, folder in folders.items()}
+    return {**images, **_halve(images["validation"], names)}, hashes | {"test": hashes["validation"]}
+
+
+def _halve(images: Samples, names: list[str]) -> dict[str, Samples]:
+    halves = zip(("validation", "test"), halve(names), strict=True)
+    return {split: Subset(images, positions) for split, positions in halves}  # pyright: ignore[reportArgumentType]
 
 
 def _hash_sizes(folder: Path) -> str:

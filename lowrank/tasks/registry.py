@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from lowrank.io.checks import require
+from lowrank.io.checks import SPLITS, require
 from lowrank.tasks.task import Task
 
 # name -> the module of its loader. It is imported on demand: a reader of digits needs no transformers.
@@ -34,7 +34,7 @@ def load_task(task: str | Callable[..., Task], /, **options: Any) -> Task:
 
     **Raises**
 
-    - `ValueError`: unknown task or option; the message lists the known ones.
+    - `ValueError`: unknown task or option, and the message lists the known ones; the task lacks one of `SPLITS`.
     - `FileNotFoundError`: data or weights are missing; the message names the remedy.
     """
     if isinstance(task, str):
@@ -48,5 +48,9 @@ def load_task(task: str | Callable[..., Task], /, **options: Any) -> Task:
     bound = signature.bind(**options)
     bound.apply_defaults()
     loaded = load(*bound.args, **bound.kwargs)
+    missing = [split for split in SPLITS if split not in loaded.splits]
+    require(
+        not missing, "splits", f"have all of {list(SPLITS)} for task {name!r}, without {missing}", sorted(loaded.splits)
+    )
     identity = {"task": loaded.name, "options": bound.arguments, **loaded.fingerprints}
     return replace(loaded, identity=json.loads(json.dumps(identity)))  # a tuple and a list are the same option

@@ -54,6 +54,7 @@ class SweepConfig:
     - `batch_size`: int, samples of a batch.
     - `seed`: int, draws the probe samples.
     - `in_memory`: keep the factors of all layers at full rank in float64; otherwise every model is decomposed anew.
+    - `split`: the split whose quality is measured; default 'validation'. 'test' needs a task opened by `Task.open_test`.
     """
 
     calibration_samples: int
@@ -63,6 +64,7 @@ class SweepConfig:
     batch_size: int = 64
     seed: int = 0
     in_memory: bool = True
+    split: str = "validation"
 
 
 @dataclass(eq=False)
@@ -97,8 +99,8 @@ class Sweep:
 
     @cached_property
     def dense(self) -> dict[str, float]:
-        """Return loss and metrics of the dense model."""
-        return self.task.evaluate(self.model, batch_size=self.config.batch_size)
+        """Return loss and metrics of the dense model on the configured split."""
+        return self.task.evaluate(self.model, self.config.split, self.config.batch_size)
 
     def _statistics_for(self, method: str) -> Statistics:
         return self.labelled if method == "fwsvd" and self.labelled is not None else self.statistics
@@ -197,7 +199,7 @@ class Sweep:
         return smaller
 
     def quality(self, smaller: nn.Module) -> dict[str, int | float]:
-        """Return what a model stores and how good it is on the validation split.
+        """Return what a model stores and how good it is on the configured split.
 
         **Arguments**
 
@@ -205,7 +207,7 @@ class Sweep:
 
         **Returns** the counts of `parameter_counts`, loss and metrics, and `added_loss` over the dense model's.
         """
-        measured = self.task.evaluate(smaller, batch_size=self.config.batch_size)
+        measured = self.task.evaluate(smaller, self.config.split, self.config.batch_size)
         counts = parameter_counts(smaller, self.model, self.task.layers)
         return counts | measured | {"added_loss": measured["loss"] - self.dense["loss"]}
 

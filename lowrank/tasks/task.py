@@ -1,14 +1,14 @@
 """A task: data, a model, the layers to compress, and the losses and metrics that judge the model, behind one interface."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from lowrank.io.checks import require
+from lowrank.io.checks import require, require_frozen
 from lowrank.nn.batches import Batch, compute_logits, get_labels, has_labels
 from lowrank.nn.targets import BLOCKS, find_linears
 from lowrank.tasks.evaluation import IGNORED, OBJECTIVES, evaluate
@@ -28,10 +28,13 @@ class Samples(Protocol):
 class Task:
     """Hold one data set with one model.
 
+    'train' fits and calibrates, 'validation' chooses, and 'test' is reported: it is read only once all choices are frozen,
+    see `open_test`.
+
     **Arguments**
 
     - `name`: for messages and cache keys.
-    - `splits`: name -> map-style data set. 'train' trains and calibrates, 'validation' is reported; a source may have more.
+    - `splits`: name -> map-style data set, with 'train', 'validation' and 'test'; a source may have more.
     - `make_model`: `() -> nn.Module`, a fresh model. Its new weights come from torch's global generator.
     - `objective`: a key of `lowrank.tasks.evaluation.OBJECTIVES`.
     - `metrics`: keys of `lowrank.tasks.metrics.METRICS`, the headline metric first.
@@ -43,6 +46,7 @@ class Task:
     - `base`: how to build the model without its weights, see `lowrank.compression.checkpoint.save_compressed`. None, the
       default, for models that know it themselves, as transformers models do.
     - `fingerprints`: JSON, what determines data and weights besides the loader's options: hashes, revisions. Empty by default.
+    - `frozen`: the hash of the frozen choices, which opens 'test'. None, the default, before; `open_test` sets it.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Task:
     layers: Sequence[str] = field(default=BLOCKS)
     base: Mapping[str, Any] | None = None
     fingerprints: Mapping[str, Any] = field(default_factory=dict)
+    frozen: str | None = None
 
     @property
     def metric(self) -> str:
@@ -66,14 +71,34 @@ class Task:
         """Return the headline metric."""
         return METRICS[self.metric]
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """Return the number of samples of each split."""
+        return {name: len(samples) for name, samples in self.splits.items()}
+
+    def open_test(self, frozen: str) -> "Task":
+        """Return a copy of the task that may read the split 'test'.
+
+        **Arguments**
+
+        - `frozen`: the hash of the frozen choices, 16 hex digits; `Report.freeze` returns it in a notebook.
+
+        **Raises**
+
+        - `ValueError`: `frozen` is no such hash.
+        """
+        require_frozen("test", frozen)
+        return replace(self, frozen=frozen)
+
     def split(self, name: str) -> Samples:
         """Return the data set of a split.
 
         **Raises**
 
-        - `ValueError`: no such split.
+        - `ValueError`: no such split; 'test' before `open_test`.
         """
         require(name in self.splits, "split", f"be one of {sorted(self.splits)} for task {self.name!r}", name)
+        require_frozen(name, self.frozen)
         return self.splits[name]
 
     def batches(
@@ -90,7 +115,7 @@ class Task:
 
         **Raises**
 
-        - `ValueError`: no such split; `samples` outside its range.
+        - `ValueError`: no such split; 'test' before `open_test`; `samples` outside its range.
         """
         size = len(self.split(split))
         rule = f"be in [1, {size}] for split {split!r} of {self.name!r}"
@@ -108,6 +133,10 @@ class Task:
         - `split`: a key of `splits`.
         - `batch_indices`: for each batch the positions of its samples.
         - `workers`: processes that load samples, >= 0; default 0, this process alone.
+
+        **Raises**
+
+        - `ValueError`: no such split; 'test' before `open_test`.
         """
         return DataLoader(
             self.split(split),  # pyright: ignore[reportArgumentType] (it asks for its own base class)
@@ -190,5 +219,9 @@ class Task:
         - `batch_size`: samples per batch; default 64.
 
         **Returns** `loss`, then the metrics, the headline metric first.
+
+        **Raises**
+
+        - `ValueError`: no such split; 'test' before `open_test`.
         """
         return evaluate(model, self.batches(split, batch_size), self.objective, self.metrics)

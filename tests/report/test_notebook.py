@@ -1,6 +1,7 @@
 """The report room: figures and tables by one name, claims, provenance."""
 
 import json
+import re
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +13,7 @@ import matplotlib.pyplot as plt
 
 from lowrank.io.dependencies import ROOT
 from lowrank.report.folders import outputs_folder
-from lowrank.report.notebook import Report
+from lowrank.report.notebook import TOLERANCE, Report
 from lowrank.report.parameters import read_defaults
 
 TABLE = pd.DataFrame({"rank": [1, 2], "error": [0.1234567891, 1e-12]})
@@ -27,31 +28,41 @@ def test_a_figure_and_its_table_share_a_name(report: Report) -> None:
     figure, _ = plt.subplots()
     with pytest.raises(ValueError, match="must be the name of a table written before the figure, got 'error_by_rank'"):
         report.figure(figure, "error_by_rank")
-    report.table(TABLE, "error_by_rank")
+    report.table(TABLE, "error_by_rank", split="train")
     report.figure(figure, "error_by_rank")
     assert {p.name for p in report.folder.iterdir()} == {"error_by_rank.csv", "error_by_rank.png"}
-    assert pd.read_csv(report.folder / "error_by_rank.csv").error.tolist() == [0.123457, 1e-12]
+    written = pd.read_csv(report.folder / "error_by_rank.csv")
+    assert written.error.tolist() == [0.123457, 1e-12]
+    assert list(written.columns) == ["rank", "error", "split"]
+    assert set(written["split"]) == {"train"}
 
 
 @pytest.mark.parametrize("name", ["../x", "a b", "claims", "run", "a/b"])
 def test_names_are_plain(report: Report, name: str) -> None:
     with pytest.raises(ValueError, match="letters, digits and underscores"):
-        report.table(TABLE, name)
+        report.table(TABLE, name, split=None)
 
 
 def test_a_failed_claim_is_a_result(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
-    report.claim("one is one", True)
-    report.claim("one is two", False)
-    assert capsys.readouterr().out == "holds: one is one\nFAILS: one is two\n"
+    report.claim("one is below two", 1, "<", 2)
+    report.claim("one is above two", 1, ">", 2)
+    report.claim("one is below one and a bit", 1, "<", 1.0001)
+    assert capsys.readouterr().out.splitlines() == [
+        "holds: one is below two",
+        "fails: one is above two",
+        "too close to call: one is below one and a bit",
+    ]
     report.finish()
-    claims = pd.read_csv(report.folder / "claims.csv")
-    assert claims[["claim", "holds"]].to_dict("list") == {"claim": ["one is one", "one is two"], "holds": [True, False]}
-    assert json.loads((report.folder / "run.json").read_text())["claims"] == {"held": 1, "failed": 1}
+    claims = pd.read_csv(report.folder / "claims.csv", dtype=str)
+    assert list(claims.columns) == ["claim", "verdict", "number"]
+    assert list(claims.verdict) == ["holds", "fails", "too close to call"]
+    about = json.loads((report.folder / "run.json").read_text())
+    assert about["claims"] == {"holds": 1, "fails": 1, "too close to call": 1}
 
 
 def test_claims_are_shown_whole(report: Report) -> None:
     text = " and ".join(["one is one"] * 20)
-    report.claim(text, True)
+    report.claim(text, 1, "<=", 1, noise=0)
     assert text in str(report.finish()._repr_html_())  # what JupyterLab draws
 
 
@@ -66,11 +77,13 @@ def test_provenance_says_what_went_in(report: Report) -> None:
     assert about["stages_s"].keys() == {"training"}
     assert about["versions"]["torch"]
     assert about["peak_memory_mb"]["host"] > 10
-    assert {"git_commit", "git_dirty", "wall_s", "device", "python", "platform"} <= about.keys()
+    assert {"git_commit", "git_dirty", "wall_s", "device", "cpu", "blas", "date", "lock"} <= about.keys()
+    assert re.fullmatch("[0-9a-f]{16}", about["notebook_code"])
+    assert any(library.startswith("torch ") for library in about["blas"])
 
 
 def test_results_of_a_former_run_do_not_stay(report: Report) -> None:
-    report.table(TABLE, "old")
+    report.table(TABLE, "old", split=None)
     again = Report("01_whitening", report.parameters)
     assert list(again.folder.iterdir()) == []
 
@@ -78,26 +91,50 @@ def test_results_of_a_former_run_do_not_stay(report: Report) -> None:
 def test_without_a_runner_results_are_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOWRANK_OUTPUTS", raising=False)
     assert outputs_folder(draft=True) == ROOT / "outputs" / "draft"
-    assert outputs_folder() == ROOT / "outputs"
+    assert outputs_folder() == ROOT / "outputs" / "run"
 
 
-def test_what_rests_on_times_is_said_in_run_json(report: Report) -> None:
-    report.table(pd.DataFrame({"rank": [1], "time_ms": [2.0]}), "times_by_rank", measured=["time_ms"])
-    report.claim("quick", True, measured=True)
-    report.claim("exact", True)
+def test_how_far_each_column_reproduces_is_said_in_run_json(report: Report) -> None:
+    table = pd.DataFrame({"rank": [1], "loss": [0.5], "noise": [1e-9], "time_ms": [2.0]})
+    report.table(table, "a", split="validation", measured=["time_ms"], unstable=["noise"], tolerance={"loss": 0.2})
+    report.table(table, "b", split=None)
+    report.claim("quick", 1, "<", 2, measured=True)
+    report.claim("exact", 1, "<", 2)
     report.finish()
     about = json.loads((report.folder / "run.json").read_text())
-    assert about["measured_columns"] == {"times_by_rank": ["time_ms"]}
+    assert about["tables"] == {
+        "a": {"split": "validation", "tolerance": {"loss": 0.2}, "measured": ["time_ms"], "unstable": ["noise"]},
+        "b": {"split": None, "tolerance": TOLERANCE, "measured": [], "unstable": []},
+    }
     assert about["measured_claims"] == ["quick"]
-    with pytest.raises(ValueError, match=r"`measured` must be columns of the table, got \['time'\]"):
-        report.table(pd.DataFrame({"rank": [1]}), "error_by_rank", measured=["time"])
 
 
-def test_a_claim_has_its_number_or_says_in_how_many_cases_it_holds(report: Report) -> None:
-    report.claim("a figure", True, 0.123456)
-    report.claim("all of many", pd.Series([True, True, False]))
-    report.claim("all of a table", pd.DataFrame({"a": [True, True], "b": [True, True]}))
-    report.claim("neither", False)
-    claims = pd.read_csv(report.folder / "claims.csv", dtype=str, keep_default_na=False)
-    assert list(claims.holds) == ["True", "False", "True", "False"]
-    assert list(claims.number) == ["0.123", "2 of 3", "4 of 4", ""]
+@pytest.mark.parametrize("argument", ["measured", "unstable", "tolerance"])
+def test_a_column_that_does_not_exist_is_an_error(report: Report, argument: str) -> None:
+    value = {"time": 0.1} if argument == "tolerance" else ["time"]
+    with pytest.raises(ValueError, match=r"`columns` must be columns of the table, got \['time'\]"):
+        report.table(TABLE, "error_by_rank", split=None, **{argument: value})
+
+
+def test_no_table_has_test_numbers_before_the_choices_are_frozen(report: Report) -> None:
+    mixed = TABLE.assign(split=["validation", "test"])
+    for table, split in ((TABLE, "test"), (mixed, None)):
+        with pytest.raises(ValueError, match="`split` must be 'train' or 'validation' before `freeze`, got 'test'"):
+            report.table(table, "quality", split=split)
+    assert list(report.folder.iterdir()) == []
+    frozen = report.freeze()
+    report.table(mixed, "quality", split=None)
+    report.finish()
+    assert json.loads((report.folder / "run.json").read_text())["frozen"] == frozen
+    with pytest.raises(ValueError, match="`split` must be among"):
+        report.table(TABLE, "quality", split="held out")
+
+
+def test_frozen_choices_are_the_parameters_and_the_code(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = read_defaults("01_whitening")
+    frozen = Report("01_whitening", values).freeze()
+    assert re.fullmatch("[0-9a-f]{16}", frozen)
+    assert Report("01_whitening", values | {"set_name": "another"}).freeze() == frozen
+    assert Report("01_whitening", values | {"seed": 7}).freeze() != frozen
+    monkeypatch.setattr("lowrank.report.notebook.hash_code", lambda paths: "0" * 16)
+    assert Report("01_whitening", values).freeze() != frozen

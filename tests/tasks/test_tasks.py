@@ -1,22 +1,26 @@
 """Tasks: fixed data, masks, targeted layers, errors that name the remedy."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from lowrank.io.checks import SPLITS
 from lowrank.nn.batches import get_labels, get_token_mask
 from lowrank.nn.targets import depth_and_kind
 from lowrank.tasks.baseline import load_baseline, load_calibration
-from lowrank.tasks.docs import CORPUS_PACKAGES, read_corpus
+from lowrank.tasks.docs import CORPUS_PACKAGES, _find_files, _read_docstrings, _split_paragraphs, read_corpus
 from lowrank.tasks.glue import GLUE
 from lowrank.tasks.registry import load_task
 from lowrank.tasks.task import Task
 from lowrank.training.loop import Recipe
 
-SMALL_BERT = {"hidden": 16, "depth": 2, "heads": 2, "intermediate": 32, "train_samples": 200, "validation_samples": 50}
-SMALL_LLAMA = {"hidden": 16, "depth": 2, "intermediate": 24, "vocabulary": 300, "length": 32, "validation_samples": 8}
+FROZEN = "0123456789abcdef"
+HELD_OUT = {"validation_samples": 50, "test_samples": 25}
+SMALL_BERT = {"hidden": 16, "depth": 2, "heads": 2, "intermediate": 32, "train_samples": 200} | HELD_OUT
+SMALL_LLAMA = {"hidden": 16, "depth": 2, "intermediate": 24, "vocabulary": 300, "length": 32} | HELD_OUT
 EMBEDDED = {
     "digits": {"width": 16, "depth": 2},
     "docs_package": SMALL_BERT | {"vocabulary": 500},
@@ -24,7 +28,7 @@ EMBEDDED = {
 }
 
 
-@pytest.fixture(params=EMBEDDED)
+@pytest.fixture(scope="module", params=EMBEDDED)
 def task(request: pytest.FixtureRequest) -> Task:
     return load_task(request.param, **EMBEDDED[request.param])
 
@@ -65,7 +69,8 @@ def test_data_and_identity_are_the_same_every_time(task: Task) -> None:
 def identities(*options: dict) -> list:
     def load(width: int = 3, layers: tuple[str, ...] | list[str] = ("a", "b")) -> Task:
         """Return a task whose fingerprints do not depend on its options."""
-        return Task("any", {}, torch.nn.Identity, "classification", ("accuracy",), fingerprints={"data": "0af"})
+        splits = {split: [0] for split in SPLITS}
+        return Task("any", splits, torch.nn.Identity, "classification", ("accuracy",), fingerprints={"data": "0af"})
 
     return [load_task(load, **each).identity for each in options]
 
@@ -94,25 +99,110 @@ def test_batches_cover_the_split_once(task: Task) -> None:
     assert sum(len(get_labels(batch)) for batch in task.batches("validation", 7, samples=8, seed=1)) == 8
     with pytest.raises(ValueError, match=rf"`samples` must be in \[1, {size}\] .* got 0"):
         task.batches("validation", 7, samples=0)
-    with pytest.raises(ValueError, match="`split` must be one of .* got 'test'"):
-        task.batches("test", 7)
+    with pytest.raises(ValueError, match="`split` must be one of .* got 'tests'"):
+        task.batches("tests", 7)
+
+
+READS = {
+    "split": lambda task: task.split("test"),
+    "batches": lambda task: next(iter(task.batches("test", 4))),
+    "loader": lambda task: next(iter(task.loader("test", [[0]]))),
+    "evaluate": lambda task: task.evaluate(task.make_model(), "test"),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_the_test_split_is_read_only_after_the_choices_are_frozen(task: Task, read) -> None:
+    with pytest.raises(ValueError, match="`frozen` must be 16 hex digits .* `open_test`.* `Report.freeze` .* got None"):
+        read(task)
+    opened = task.open_test(FROZEN)
+    read(opened)
+    assert (opened.frozen, task.frozen) == (FROZEN, None)
+    assert opened.identity == task.identity
+    with pytest.raises(ValueError, match="`frozen` must be"):
+        read(task)  # opening makes a copy
+
+
+@pytest.mark.parametrize("frozen", [None, "", "chosen", FROZEN.upper(), FROZEN[1:], FROZEN + "0", FROZEN + "\n"])
+def test_only_a_hash_opens_the_test_split(task: Task, frozen: str | None) -> None:
+    with pytest.raises(ValueError, match="`frozen` must be 16 hex digits"):
+        task.open_test(frozen)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_task_counts_the_rows_of_each_split(task: Task) -> None:
+    expected = {
+        "digits": {"train": 897, "validation": 450, "test": 450},
+        "docs_package": {"train": 200, "validation": 50, "test": 25},
+        "docs_language": {"train": len(task.splits["train"]), "validation": 50, "test": 25},
+    }
+    assert task.rows == expected[task.name]
+
+
+def contents(samples: Any) -> set[bytes]:
+    """The samples of a split as bytes, without labels."""
+    found = (samples[i] for i in range(len(samples)))
+    inputs = (sample["input_ids"] if isinstance(sample, dict) else sample[0] for sample in found)
+    return {torch.as_tensor(x).numpy().tobytes() for x in inputs}
+
+
+def test_no_sample_is_in_two_splits(task: Task) -> None:
+    train, validation, test = (contents(task.splits[split]) for split in SPLITS)
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+
+
+@pytest.mark.parametrize("missing", SPLITS)
+def test_a_task_without_one_of_the_three_splits_is_refused(missing: str) -> None:
+    def load() -> Task:
+        splits = {split: [0] for split in SPLITS if split != missing}
+        return Task("any", splits, torch.nn.Identity, "classification", ("accuracy",))
+
+    with pytest.raises(ValueError, match=rf"`splits` must have all of .* for task 'load', without \['{missing}'\]"):
+        load_task(load)
+
+
+def test_digits_chooses_on_the_images_that_were_always_held_out() -> None:
+    from sklearn.datasets import load_digits  # noqa: PLC0415
+    from sklearn.model_selection import train_test_split  # noqa: PLC0415
+
+    _, labels = load_digits(return_X_y=True)
+    _, expected = train_test_split(labels, test_size=0.25, stratify=labels, random_state=0)
+    task = load_task("digits")
+    assert task.splits["validation"].tensors[1].tolist() == expected.tolist()  # type: ignore[attr-defined]
+    counts = [torch.bincount(task.splits[split].tensors[1]) for split in ("validation", "test")]  # type: ignore[attr-defined]
+    assert (counts[0] - counts[1]).abs().max() <= 1  # stratified
 
 
 def test_the_corpus_is_split_by_file_and_large() -> None:
     corpus = read_corpus()
     assert len({p.text for p in corpus}) == len(corpus) > 30_000
-    held_out = [p for p in corpus if p.held_out]
-    assert 0.1 < len(held_out) / len(corpus) < 0.3
-    assert {p.package for p in held_out} == set(range(len(CORPUS_PACKAGES)))
+    for split, share in {"validation": 0.23, "test": 0.12}.items():
+        held_out = [p for p in corpus if p.split == split]
+        assert len(held_out) / len(corpus) == pytest.approx(share, abs=0.02)
+        assert {p.package for p in held_out} == set(range(len(CORPUS_PACKAGES)))
 
 
-def test_classes_are_balanced_and_no_paragraph_leaks() -> None:
+def test_no_file_has_paragraphs_on_two_sides_but_those_that_an_earlier_split_has_too() -> None:
+    split_of = {p.text: p.split for p in read_corpus()}
+    splits_of: dict[str, set[str]] = {}  # text -> the splits of all files that have it
+    for package in CORPUS_PACKAGES:
+        for _, path in _find_files(package):
+            docstrings = _read_docstrings(path.read_text(encoding="utf8"))
+            texts = [text for docstring in docstrings for text in _split_paragraphs(docstring)]
+            found = {split_of[text] for text in texts}
+            own = max(found, key=SPLITS.index, default="train")  # no text goes to a later split than its file's
+            for text in texts:
+                splits_of.setdefault(text, set()).add(own)
+    for text, splits in splits_of.items():
+        assert split_of[text] == min(splits, key=SPLITS.index)
+
+
+def test_classes_are_balanced_and_batches_padded() -> None:
     task = load_task("docs_package", **EMBEDDED["docs_package"])
     train, validation = (task.splits[name].columns for name in ("train", "validation"))  # type: ignore[attr-defined]
     assert [train["labels"].count(label) for label in range(5)] == [40] * 5
     assert [validation["labels"].count(label) for label in range(5)] == [10] * 5
-    sides = {p.text: p.held_out for p in read_corpus()}
-    assert len(sides) == len(read_corpus())  # every text is on one side
     masks = [get_token_mask(batch) for batch in task.batches("train", 50)]
     assert any(bool((~mask).any()) for mask in masks if mask is not None)
 
@@ -133,6 +223,7 @@ def test_language_packages_can_be_chosen() -> None:
         ("digits", {"size": 3}, r"`options` must be among .*'width'\] for task 'digits', got \['size'\]"),
         ("docs_package", {"train_samples": 10**7}, r"`train_samples` must be in \[5, \d+\] .* got 10000000"),
         ("docs_language", {"validation_samples": 10**7}, r"`validation_samples` must be in \[1, \d+\], got 10000000"),
+        ("docs_language", {"test_samples": 10**7}, r"`test_samples` must be in \[1, \d+\], got 10000000"),
         ("glue", {"task": "sst3"}, "`task` must be one of .* got 'sst3'"),
         ("imagenet", {"model": "vit_x"}, "`model` must be a timm model with pretrained weights, got 'vit_x'"),
         ("wikitext2", {"dtype": "int8"}, "`dtype` must be the name of a floating torch dtype, got 'int8'"),
@@ -187,18 +278,55 @@ def test_every_glue_task_loads_from_a_folder(name: str, tmp_path: Path) -> None:
     data.mkdir(parents=True)
     header = ",".join([*facts.fields, "label"])
     label = ["0.5", "4.0"] if facts.classes == 1 else ["0", "1"]
-    lines = [",".join(["good film"] * len(facts.fields) + [label[i % 2]]) for i in range(6)]
-    for split in ("train", facts.validation):
-        (data / f"{split}-00000-of-00001.csv").write_text("\n".join([header, *lines]))
+    lines = [",".join([f"{'good ' * i}film"] * len(facts.fields) + [label[i % 2]]) for i in range(6)]
+    unlabelled = [line.rpartition(",")[0] + ",-1" for line in lines]
+    splits = {"train": lines, facts.validation: lines, facts.validation.replace("validation", "test"): unlabelled}
+    for split, rows in splits.items():
+        (data / f"{split}-00000-of-00001.csv").write_text("\n".join([header, *rows]))
     task = load_task("glue", task=name, model=str(model), data=str(data.parent))
     torch.manual_seed(0)
     net = task.make_model()
+    assert task.rows["validation"] + task.rows["test"] == 6  # the source's validation split is halved
+    assert not contents(task.splits["validation"]) & contents(task.splits["test"])
     batch = next(iter(task.batches("validation", 6)))
     assert isinstance(batch, dict)
     pair = batch["token_type_ids"].sum(1)
     assert bool((pair > 0).all()) == (len(facts.fields) == 2)  # the second sentence is marked as such
     assert list(task.evaluate(net)) == ["loss", *facts.metrics]  # tables show the column after the loss
     assert task.headline.name == task.metric == facts.metrics[0]
+
+
+def sentences(folder: Path, name: str, columns: str, rows: list[str]) -> None:
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    (folder / "data" / f"{name}-00000-of-00001.csv").write_text("\n".join([columns, *rows]))
+
+
+def test_a_source_with_text_and_a_labelled_test_split_is_taken_as_it_is(tmp_path: Path) -> None:
+    model = str(bert_folder(tmp_path, ["good", "bad", "film"]))
+    for split, rows in {"train": 6, "validation": 4, "test": 5}.items():
+        lines = [f"{split} {'good ' * i}film,{i % 2},word" for i in range(rows)]
+        sentences(tmp_path / "source", split, "text,label,label_text", lines)
+    task = load_task("glue", task="sst2", model=model, data=str(tmp_path / "source"))
+    assert task.rows == {"train": 6, "validation": 4, "test": 5}
+    with pytest.raises(ValueError, match=r"`data` must have the columns \['sentence1', 'sentence2', 'label'\], got"):
+        load_task("glue", task="rte", model=model, data=str(tmp_path / "source"))
+
+
+def test_a_source_without_validation_is_refused(tmp_path: Path) -> None:
+    model = str(bert_folder(tmp_path, ["good", "bad", "film"]))
+    sentences(tmp_path / "source", "train", "text,label", ["good film,1", "bad film,0"])
+    with pytest.raises(ValueError, match=r"for task 'glue', without \['validation', 'test'\]"):
+        load_task("glue", task="sst2", model=model, data=str(tmp_path / "source"))
+
+
+def test_mnli_halves_its_matched_part_and_keeps_the_mismatched_one(tmp_path: Path) -> None:
+    model = str(bert_folder(tmp_path, ["good", "bad", "film"]))
+    lines = [f"{'good ' * i}film,bad film,{i % 3}" for i in range(12)]
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        sentences(tmp_path / "source", split, "premise,hypothesis,label", lines)
+    task = load_task("glue", task="mnli", model=model, data=str(tmp_path / "source"))
+    assert sorted(task.rows) == ["test", "train", "validation", "validation_mismatched"]
+    assert task.rows["validation"] + task.rows["test"] == task.rows["validation_mismatched"] == 12
 
 
 def test_imagenet_loads_from_class_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +336,8 @@ def test_imagenet_loads_from_class_folders(tmp_path: Path, monkeypatch: pytest.M
         for label in range(3):
             folder = tmp_path / split / f"n{label:08d}"
             folder.mkdir(parents=True)
-            Image.new("RGB", (40, 30), (80 * label, 10, 10)).save(folder / "a.png")
+            for name in "abcd":
+                Image.new("RGB", (40, 30), (80 * label, ord(name), 10)).save(folder / f"{name}.png")
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name, pretrained=False))
     task = load_task("imagenet", model="vit_tiny_patch16_224", data=str(tmp_path))
@@ -216,9 +345,12 @@ def test_imagenet_loads_from_class_folders(tmp_path: Path, monkeypatch: pytest.M
     linears = task.linears(model)
     assert len(linears) == 12 * 4 + 1
     assert "head" in linears
+    halves = [range(12)[p] for split in SPLITS[1:] for p in task.splits[split].indices]  # type: ignore[attr-defined]
+    assert sorted(halves) == list(range(12))
     images, targets = next(iter(task.batches("validation", 3)))
     assert images.shape == (3, 3, 224, 224)
-    assert targets.tolist() == [0, 1, 2]
+    wanted = [position // 4 for position in task.splits["validation"].indices[:3]]  # type: ignore[attr-defined]
+    assert targets.tolist() == wanted
     monkeypatch.undo()
     scratch = load_task("imagenet", model="vit_tiny_patch16_224", data=str(tmp_path), pretrained=False)
     assert scratch.identity != task.identity
@@ -255,7 +387,7 @@ def test_wikitext_protocol_from_a_folder(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     lines = ["the quick brown fox", "", "= fox =", ""] * 20
-    for split in ("train", "test"):
+    for split in SPLITS:
         (data / f"{split}.txt").write_text("\n".join(lines))
     options = dict(model=str(model), data=str(data), config=None, length=16, dtype="float32")
     task = load_task("wikitext2", **options)
@@ -270,3 +402,25 @@ def test_wikitext_protocol_from_a_folder(tmp_path: Path) -> None:
     for p in uniform.parameters():
         torch.nn.init.zeros_(p)
     assert task.evaluate(uniform)["perplexity"] == pytest.approx(len(tokenizer), rel=1e-5)  # uniform logits
+    assert task.rows == dict.fromkeys(SPLITS, len(expected) // 16)
+
+
+def test_wikitext_without_a_train_split_calibrates_on_the_first_half_of_validation(tmp_path: Path) -> None:
+    model = llama_folder(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    calibration, choice = ["the quick brown fox"] * 30, ["fox fox the the"] * 30
+    (data / "validation.txt").write_text("\n".join(calibration + choice))
+    (data / "test.txt").write_text("\n".join(["brown brown brown"] * 30))
+    options = dict(model=str(model), data=str(data), config=None, length=16, dtype="float32")
+    task = load_task("wikitext2", **options)
+    import transformers  # noqa: PLC0415
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    for split, lines in {"train": calibration, "validation": choice}.items():
+        expected = tokenizer("\n\n".join(lines))["input_ids"]
+        assert task.rows[split] == len(expected) // 16
+        assert task.splits[split][0]["input_ids"].tolist() == expected[:16]
+    (data / "validation.txt").unlink()
+    with pytest.raises(ValueError, match=r"for task 'wikitext2', without \['train', 'validation'\]"):
+        load_task("wikitext2", **options)
