@@ -20,16 +20,24 @@ export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter
 export JUPYTER_PREFER_ENV_PATH := 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help report site test test-fast cluster-test lab lint bench soak notebooks readme lock
+.PHONY: help report compare publish site test test-fast cluster-test lab lint bench soak notebooks readme lock
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '%-14s%s\n' "$$name" "$$text"; done
 
-report: $(VENV)/.ok  ## execute the notebooks for SETS into outputs/; what is up to date is not run again
+report: $(VENV)/.ok  ## execute the notebooks for SETS into outputs/run/, and compare with the published results in outputs/
 	snakemake $(if $(PROFILE),--profile profiles/$(PROFILE),--cores $(CORES)) --config sets='$(SETS)' \
 		--rerun-incomplete --nolock --keep-going --quiet host reason $(if $(PROFILE),,rules)
+	@python -m lowrank.report compare || test $$? = 1 # a difference is a finding, not a failed command
 
-site: $(VENV)/.ok  ## the results of SETS as pages in _site/: start with _site/index.html
+compare: $(VENV)/.ok  ## the results in outputs/run/ against the published ones; fails if any differs beyond its tolerance
+	python -m lowrank.report compare
+
+publish: $(VENV)/.ok  ## put the results of SETS in the place of the published ones, and fill the README
+	python -m lowrank.report publish $(SETS)
+	python -m lowrank.report readme
+
+site: $(VENV)/.ok  ## the results of SETS, your own or the published ones, as pages in _site/: start with _site/index.html
 	python -m lowrank.report site $(SETS)
 
 test: lint  ## ruff, pyright, unit tests, notebook guards, nbval
@@ -54,7 +62,7 @@ lab: $(VENV)/.ok  ## JupyterLab; .py and .ipynb of a pair both open as a noteboo
 bench: $(VENV)/.ok  ## ratios of time and memory, measured in one run
 	python -m pytest -q -o addopts= benchmarks/bench_*.py --benchmark-only --benchmark-columns=median,rounds
 
-soak: $(VENV)/.ok  ## kill the report at 20 random moments: it ends with the tables in outputs/
+soak: $(VENV)/.ok  ## kill the report at 20 random moments: it ends with the published tables
 	python tests/soak.py '$(SETS)' --cores $(CORES)
 
 notebooks: $(VENV)/.ok  ## execute the notebooks with their defaults and store them with outputs

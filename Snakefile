@@ -16,6 +16,8 @@ except ParameterError as error:
     raise SystemExit(f"error: {error}")
 OUTPUTS, HERE = outputs_folder(), Path.cwd()
 OUTPUTS = OUTPUTS.relative_to(HERE) if OUTPUTS.is_relative_to(HERE) else OUTPUTS  # a clone that is moved keeps its results
+# Trained models that come with the package: another file makes results anew.
+MODELS = sorted(str(path) for path in Path("lowrank").glob("*/pretrained/*.safetensors"))
 RESULT, DONE = f"{OUTPUTS}/{{set}}/{{notebook}}/run.json", f"{OUTPUTS}/.done/{{set}}-{{notebook}}"
 
 wildcard_constraints:
@@ -33,11 +35,14 @@ rule all:
     default_target: True
     input: [path.format(set=s, notebook=n) for s, n in JOBS for path in (RESULT, DONE)]
 
+# A report that fails ends with the comparison, too; `make report` runs it after one that does not.
+onerror:
+    shell("python -m lowrank.report compare || true")
+
 # The result is replaced as a whole by the runner, never deleted beforehand (`update`). That it is up to date is what
-# DONE says, which git does not keep: a fresh clone has results, and makes its own. Other code or other parameters make a
-# result anew; other words do not.
+# DONE says. Other code or other parameters make a result anew; other words do not.
 rule notebook:
-    input: lock="requirements.lock"
+    input: lock="requirements.lock", models=MODELS
     output: result=update(RESULT), done=touch(DONE)
     params:
         values=lambda w: VALUES[w.set, w.notebook],

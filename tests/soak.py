@@ -1,8 +1,8 @@
-"""`make soak`: the report killed at random moments, again and again, ends with the tables that are committed.
+"""`make soak`: the report killed at random moments, again and again, ends with the published tables.
 
 Each time the report of one set is killed, so that kills fall on all notebooks: that of all sets would begin with the same two
-again and again. Every kill hits the whole process group, by SIGKILL or SIGTERM; whatever lies under outputs/ then must be
-whole. At last the report of all sets runs to its end and all tables are compared, byte for byte but for times.
+again and again. Every kill hits the whole process group, by SIGKILL or SIGTERM; whatever lies in the folder of results
+then must be whole. At last the report of all sets runs to its end, and tables and verdicts are compared with the published ones.
 """
 
 import argparse
@@ -18,12 +18,13 @@ from pathlib import Path
 
 from processes import copy_project, start_report
 
-from lowrank.io.dependencies import ROOT
-from lowrank.report.compare import differences
+from lowrank.report.compare import compare_folders
 from lowrank.report.errors import ParameterError
+from lowrank.report.folders import published_folder
 from lowrank.report.parameters import jobs
 
 KILLS, LONGEST = 20, 120  # seconds between two of them
+RUN = "outputs/run"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
 
@@ -36,7 +37,7 @@ def half_results(outputs: Path) -> list[str]:
 
 def killed(house: Path, sets: str, seconds: float, sent: signal.Signals, cores: int) -> bool:
     """Whether the report was still at work when its time was up."""
-    run = start_report(house, "outputs", sets, cores)
+    run = start_report(house, RUN, sets, cores)
     try:
         run.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -44,7 +45,7 @@ def killed(house: Path, sets: str, seconds: float, sent: signal.Signals, cores: 
         run.wait(timeout=60)
         return True
     if run.returncode:
-        raise SystemExit(f"error: the report failed by itself: {(house / 'outputs.log').read_text()[-3000:]}")
+        raise SystemExit(f"error: the report failed by itself: {(house / f'{RUN}.log').read_text()[-3000:]}")
     return False
 
 
@@ -59,6 +60,7 @@ def main() -> int:
         raise SystemExit(f"error: {error}") from error
     chance, start = random.Random(0), time.monotonic()
     house = copy_project(Path(tempfile.mkdtemp(prefix="soak-")))  # stays there where something fails
+    (house / RUN).mkdir(parents=True)
     left, kills = given.sets.split(), 0
     while kills < KILLS:
         if not left:
@@ -68,15 +70,15 @@ def main() -> int:
             left.remove(name)
             continue
         kills += 1
-        if half := half_results(house / "outputs"):
+        if half := half_results(house / RUN):
             raise SystemExit(f"error: half-written results after kill {kills}: {half}")
-        done = len(list((house / "outputs" / ".done").glob("*")))
+        done = len(list((house / RUN / ".done").glob("*")))
         print(f"kill {kills}: {name}, {sent.name} after {seconds:.0f} s, {done} of {number} jobs done", flush=True)
-    if start_report(house, "outputs", given.sets, given.cores).wait():
-        raise SystemExit(f"error: the report failed: {(house / 'outputs.log').read_text()[-3000:]}")
-    count, lines = differences(house / "outputs", ROOT / "outputs")
-    print("\n".join([*lines, f"{count} tables compared, {len(lines)} differences, {time.monotonic() - start:.0f} s"]))
-    if lines or not count:
+    if start_report(house, RUN, given.sets, given.cores).wait():
+        raise SystemExit(f"error: the report failed: {(house / f'{RUN}.log').read_text()[-3000:]}")
+    found = compare_folders(house / RUN, published_folder())
+    print("\n".join([*found.lines(), found.summary(), f"{time.monotonic() - start:.0f} s"]))
+    if found.lines() or found.unpublished:
         return 1
     shutil.rmtree(house)
     return 0

@@ -35,11 +35,25 @@ def _pair(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from lowrank.report.compare import differences  # noqa: PLC0415
+    from lowrank.report.compare import compare_folders  # noqa: PLC0415
+    from lowrank.report.folders import outputs_folder, published_folder  # noqa: PLC0415
 
-    count, lines = differences(options.results, options.reference, options.tolerance)
-    print("\n".join([*lines, f"{count} tables compared, {len(lines)} differences"]))
-    return 1 if lines else 0
+    results, reference = options.results or outputs_folder(), options.reference or published_folder()
+    found = compare_folders(results, reference, options.tolerance)
+    lines = found.lines(everything=options.all)
+    if found.unpublished:
+        lines.append(f"{len(found.unpublished)} results are not published: {', '.join(found.unpublished)}")
+    print("\n".join([*lines, found.summary()]))
+    return 1 if found.lines() else 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from lowrank.report.folders import outputs_folder, published_folder  # noqa: PLC0415
+    from lowrank.report.publish import publish_results  # noqa: PLC0415
+
+    for path in publish_results(options.sets, outputs_folder(), published_folder()):
+        print(path)
+    return 0
 
 
 def _readme(options: argparse.Namespace) -> int:
@@ -52,9 +66,9 @@ def _readme(options: argparse.Namespace) -> int:
 
 def _site(options: argparse.Namespace) -> int:
     from lowrank.report import site  # noqa: PLC0415
-    from lowrank.report.folders import outputs_folder  # noqa: PLC0415
+    from lowrank.report.folders import outputs_folder, published_folder  # noqa: PLC0415
 
-    print(site.build_site(options.sets, outputs_folder(), site.SITE))
+    print(site.build_site(options.sets, [outputs_folder(), published_folder()], site.SITE))
     return 0
 
 
@@ -73,13 +87,28 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("notebook", metavar="NOTEBOOK", help="a file of notebooks/ without .py")
     pair = add(_pair, "Execute notebooks with their defaults and store them beside their sources")
     pair.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="files of notebooks/ without .py; default: all")
-    compare = add(_compare, "Compare the tables of two folders of results, times and memory apart")
-    compare.add_argument("results", type=Path, metavar="RESULTS", help="new results, SET/NOTEBOOK/run.json")
-    compare.add_argument("reference", type=Path, metavar="REFERENCE", help="results to compare with, as outputs/")
-    compare.add_argument("--tolerance", type=float, default=0.0, help="relative, of fractions; default 0: equal bytes")
+    compare = add(_compare, "Compare the tables and verdicts of a run with the published ones")
+    compare.add_argument(
+        "results",
+        type=Path,
+        nargs="?",
+        metavar="RESULTS",
+        help="new results, SET/NOTEBOOK/run.json; default: your runs",
+    )
+    compare.add_argument(
+        "reference", type=Path, nargs="?", metavar="REFERENCE", help="results to compare with; default: outputs/"
+    )
+    compare.add_argument(
+        "--tolerance", type=float, help="relative, of fractions, instead of all declared ones; 0: equal"
+    )
+    compare.add_argument("--all", action="store_true", help="name the tables within their tolerance, too")
+    publish = add(_publish, "Put the results of your runs in the place of published ones in outputs/")
+    publish.add_argument("sets", nargs="*", metavar="SET", help="sets or variants; default: all sets that were run")
     add(_readme, "Fill the marked blocks of README.md and docs/ from outputs/")
     site = add(_site, "Build the site of some sets in _site/")
-    site.add_argument("sets", nargs="*", metavar="SET", help="sets that have results")
+    site.add_argument(
+        "sets", nargs="*", metavar="SET", help="sets with results; your own runs come before published ones"
+    )
     return parser
 
 

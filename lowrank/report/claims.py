@@ -17,7 +17,13 @@ NOISE = 1e-3  # relative; training-free numbers agree between machines to this
 
 
 class Judgement(NamedTuple):
-    """Hold a verdict and the number that decides it, as text."""
+    """Hold the outcome of a claim.
+
+    **Arguments**
+
+    - `verdict`: one of `VERDICTS`.
+    - `number`: what decides it, as text.
+    """
 
     verdict: str
     number: str

@@ -1,4 +1,4 @@
-"""Fill the marked blocks of README.md and docs/ from outputs/, so that no number in them is typed."""
+"""Fill the marked blocks of README.md and docs/ from the published results, so that no number in them is typed."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,9 @@ import pandas as pd
 from lowrank.io.dependencies import ROOT
 from lowrank.io.files import writing
 from lowrank.report.bench_tables import benchmarks, sizing
-from lowrank.report.folders import outputs_folder
+from lowrank.report.claims import FAILS
+from lowrank.report.folders import published_folder
+from lowrank.report.pages import read_claims
 from lowrank.report.parameters import notebook_names
 from lowrank.report.selection_tables import draw_objectives, layer_selection
 from lowrank.report.tables import (
@@ -25,16 +27,13 @@ README = ROOT / "README.md"
 
 
 def claims() -> str:
-    """Make a table for each notebook, with a row per claim and a column per set: "holds" or "fails"."""
+    """Make a table for each notebook, with a row per claim and its verdict in a column per set."""
     parts = []
     for notebook in notebook_names():
-        verdicts = {
-            name: pd.read_csv(folder / "claims.csv").set_index("claim").holds
-            for name, folder in result_folders(notebook).items()
-        }
-        table = pd.DataFrame(verdicts).map({True: "holds", False: "**fails**"}.get).fillna("")
+        found = {name: read_claims(folder).set_index("claim") for name, folder in result_folders(notebook).items()}
+        table = pd.DataFrame({name: rows.verdict for name, rows in found.items()}).replace(FAILS, f"**{FAILS}**")
         table.index = table.index.str.replace("|", r"\|")  # a bar would end the cell
-        parts.append(table.rename_axis(f"claim of {notebook}").reset_index().to_markdown(index=False))
+        parts.append(table.fillna("").rename_axis(f"claim of {notebook}").reset_index().to_markdown(index=False))
     return "\n\n".join(parts)
 
 
@@ -76,7 +75,7 @@ def fill_blocks(page: Path) -> str:
 def fill_pages() -> list[Path]:
     """Write all pages and the figure of the README anew, and return the pages."""
     texts = {page: fill_blocks(page) for page in PAGES}  # an error leaves all pages as they were
-    draw_objectives(outputs_folder() / "summary" / "quality_by_objective.png")
+    draw_objectives(published_folder() / "summary" / "quality_by_objective.png")
     for page, text in texts.items():
         with writing(page) as partial:
             partial.write_text(text, encoding="utf8")

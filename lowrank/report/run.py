@@ -1,7 +1,7 @@
 """Execute one notebook with one parameter set, through papermill.
 
 The notebook runs in a staging folder beside the results, and replaces the old result only after it has run whole. A notebook
-that fails leaves itself with its traceback, and its log, in `outputs/logs/`, and the old result as it was.
+that fails leaves itself with its traceback, and its log, in `logs/` of that folder, and the old result as it was.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""The tables of notebook 06 in the README, and their figure, made from the files in outputs/."""
+"""The tables of notebook 06 in the README, and their figure, made from published results."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import seaborn as sns
 from matplotlib.ticker import MaxNLocator
 
 from lowrank.report.notebook import THEME, save_figure
-from lowrank.report.tables import headline_metric, result_folders
+from lowrank.report.tables import headline_metric, read_test, result_folders
 
 NOTEBOOK = "06_layer_selection"
 
@@ -25,8 +25,7 @@ def layer_selection() -> str:
 def _read_objectives() -> pd.DataFrame:
     """Return the judged cases of every set, one set under the other."""
     tables = [
-        pd.read_csv(folder / "quality_by_objective.csv").assign(set=name)
-        for name, folder in result_folders(NOTEBOOK).items()
+        read_test(folder, "quality_by_objective").assign(set=name) for name, folder in result_folders(NOTEBOOK).items()
     ]
     return pd.concat(tables).query("objective != 'none kept'")
 
@@ -45,7 +44,7 @@ def _quality_by_rule() -> str:
     """Tabulate the headline metric at the two highest sparsities, pruned by Wanda within each row."""
     cells: dict[str, dict[str, str]] = {}
     for name, folder in result_folders(NOTEBOOK).items():
-        table = pd.read_csv(folder / "quality_by_sparsity.csv")
+        table = read_test(folder, "quality_by_sparsity")
         metric = headline_metric(folder, table)
         table = table.query("method == 'wanda' and per == 'row'")
         for share in sorted(set(table.sparsity))[-2:]:

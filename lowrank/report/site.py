@@ -1,6 +1,6 @@
 """Build the site from executed notebooks, docs/ and docstrings.
 
-It goes to `_site/`, not to `outputs/`, which holds results only: the site can be built from them at any time.
+It goes to `_site/`, not to `outputs/`, which has results only: the site can be built from them at any time.
 """
 
 import itertools
@@ -49,13 +49,13 @@ class SiteError(ReportError):
 Results = dict[str, dict[str, Path]]  # notebook -> set -> folder
 
 
-def find_results(sets: list[str], outputs: Path) -> Results:
+def find_results(sets: list[str], folders: list[Path]) -> Results:
     """Find the folders of results of some sets.
 
     **Arguments**
 
     - `sets`: names of sets or variants, at least one.
-    - `outputs`: the folder of results.
+    - `folders`: folders of results. All pages of a set come from the first one that has any result of it.
 
     **Returns** notebook -> set -> folder.
 
@@ -68,10 +68,10 @@ def find_results(sets: list[str], outputs: Path) -> Results:
         raise SiteError("`sets` must name at least one set, got none.")
     results: Results = {notebook: {} for notebook in notebook_names()}
     for name, notebook in jobs(sets):
-        folder = outputs / name / notebook
-        if missing := [
-            file for file in ("run.json", "claims.csv", f"{notebook}.ipynb") if not (folder / file).is_file()
-        ]:
+        home = next((folder for folder in folders if any(folder.glob(f"{name}/*/run.json"))), folders[0])
+        folder = home / name / notebook
+        needed = ("run.json", "claims.csv", f"{notebook}.ipynb")
+        if missing := [file for file in needed if not (folder / file).is_file()]:
             raise SiteError(f'{folder} must have {missing[0]}, and has none: run `make report SETS="{name}"` first.')
         results[notebook][name] = folder
     return {notebook: folders for notebook, folders in results.items() if folders}
@@ -209,13 +209,13 @@ def write_source(results: Results, source: Path) -> None:
     write_reference(source / "reference")
 
 
-def build_site(sets: list[str], outputs: Path, target: Path) -> Path:
+def build_site(sets: list[str], folders: list[Path], target: Path) -> Path:
     """Build the site, and replace an older one only when the new one is whole.
 
     **Arguments**
 
     - `sets`: names of sets or variants that have results, at least one.
-    - `outputs`: the folder of results.
+    - `folders`: folders of results; the first one that has any result of a set counts for it.
     - `target`: the folder of the site.
 
     **Returns** the start page.
@@ -225,7 +225,7 @@ def build_site(sets: list[str], outputs: Path, target: Path) -> Path:
     - `ParameterError`: no such set.
     - `SiteError`: no set; a notebook of a set without results; Sphinx failed or warned, and printed why.
     """
-    results = find_results(sets, outputs)
+    results = find_results(sets, folders)
     with tempfile.TemporaryDirectory() as folder:
         source, doctrees, html = (Path(folder, name) for name in ("source", "doctrees", "html"))
         write_source(results, source)

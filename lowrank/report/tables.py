@@ -1,11 +1,12 @@
-"""The tables of notebooks 01 to 05 and 07 in the README. Each function returns markdown, made from the files in outputs/."""
+"""The tables of notebooks 01 to 05 and 07 in the README. Each function returns markdown, made from published results."""
 
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from lowrank.report.folders import outputs_folder
+from lowrank.io.checks import require
+from lowrank.report.folders import published_folder
 from lowrank.report.pages import read_run
 from lowrank.report.parameters import set_names
 
@@ -20,15 +21,36 @@ def result_folders(notebook: str) -> dict[str, Path]:
 
     - `notebook`: its name without suffix, for example '01_whitening'.
     """
-    folders = [path.parent for path in sorted(outputs_folder().glob(f"[a-z]*/{notebook}/run.json"))]
+    folders = [path.parent for path in sorted(published_folder().glob(f"[a-z]*/{notebook}/run.json"))]
     return {folder.parent.name: folder for folder in folders if folder.parent.name in set_names()}
+
+
+def read_test(folder: Path, name: str) -> pd.DataFrame:
+    """Read the rows of a table that were measured on the test split.
+
+    **Arguments**
+
+    - `folder`: of results.
+    - `name`: of the table, without suffix.
+
+    **Raises**
+
+    - `ValueError`: no row of the table was.
+    """
+    table = pd.read_csv(folder / f"{name}.csv")
+    if "split" not in table:  # this can go when `sst2-minilm` and `cifar10-minivit` are executed again
+        return table
+    rows = table.query("split == 'test'").drop(columns="split").reset_index(drop=True)
+    where = f"{folder.parent.name}/{folder.name}/{name}"
+    require(len(rows) > 0, where, "have rows of the split 'test'", sorted(set(table["split"])))
+    return rows
 
 
 def headline_metric(folder: Path, table: pd.DataFrame, after: str = "loss") -> str:
     """Return the name of the headline metric of a table of results.
 
-    It is `inputs.metric` of run.json. Older files lack it; then it is the column to the right of the loss, because
-    `lowrank.tasks.evaluation.evaluate` returns the loss, then the metrics, the headline metric first.
+    It is `inputs.metric` of run.json. Files that were made before lack it; then it is the column to the right of the loss,
+    because `lowrank.tasks.evaluation.evaluate` returns the loss, then the metrics, the headline metric first.
 
     **Arguments**
 
@@ -44,7 +66,7 @@ def baselines() -> str:
     """Tabulate the dense models: metric, sizes, and the largest deviation from the theorem."""
     rows = []
     for name, folder in result_folders("01_whitening").items():
-        table, run = pd.read_csv(folder / "baseline.csv"), read_run(folder)
+        table, run = read_test(folder, "baseline"), read_run(folder)
         metric, row = headline_metric(folder, table), table.iloc[0]
         worst = pd.read_csv(folder / "theorem_by_layer.csv").groupby("dtype").difference.max()
         rows.append(
@@ -65,7 +87,7 @@ def comparison() -> str:
     """Tabulate held-out loss and headline metric, by set, configuration and kept share."""
     rows = []
     for name, folder in result_folders("03_svd_comparison").items():
-        table = pd.read_csv(folder / "quality_by_keep.csv")
+        table = read_test(folder, "quality_by_keep")
         metric = headline_metric(folder, table)
         dense = table[table.way == "dense"].iloc[0]
         rows.append({"set": name, "way": "dense", "keep 1": f"{dense.loss:.3f} / {dense[metric]:.3g}"})
@@ -85,7 +107,7 @@ def preparation() -> str:
     rows = []
     for name, folder in result_folders("02_prehab").items():
         kept = read_run(folder)["parameters"]["target_keep"]
-        quality, refined = (pd.read_csv(folder / f"quality_by_{what}.csv") for what in ("keep", "refinement"))
+        quality, refined = (read_test(folder, f"quality_by_{what}") for what in ("keep", "refinement"))
         metric = headline_metric(folder, quality)
         truncated = quality[(quality.method == "whitened") & ((quality.keep - kept).abs() < 1e-9)]
         for when, table in (("truncated", truncated), ("and refined", refined)):
@@ -99,7 +121,7 @@ def fixed_bases() -> str:
     """Tabulate metric, the three sizes, and time and memory of a training step, by kind of training."""
     rows = []
     for name, folder in result_folders("04_stability").items():
-        table = pd.read_csv(folder / "comparison.csv")
+        table = read_test(folder, "comparison")
         metric = headline_metric(folder, table, after="variant")  # this table has no loss
         table = table.set_index("variant")
         for row in table.reset_index().to_dict("records"):
@@ -124,9 +146,9 @@ def adapters() -> str:
     """Tabulate metric, gain over uniform ranks, and the cost of a step relative to full fine-tuning, by kind of adapter."""
     rows = []
     for name, folder in result_folders("05_rank_config").items():
-        table = pd.read_csv(folder / "comparison.csv").set_index("variant")
-        gains = pd.read_csv(folder / "gain_by_variant.csv").groupby("variant").gain.agg(["mean", "std"])
-        quality = pd.read_csv(folder / "quality_by_variant.csv")
+        table = read_test(folder, "comparison").set_index("variant")
+        gains = read_test(folder, "gain_by_variant").groupby("variant").gain.agg(["mean", "std"])
+        quality = read_test(folder, "quality_by_variant")
         table["step_ms"] = quality.groupby("variant").step_ms.min()  # the machine may have been busy with other things
         metric = headline_metric(folder, quality)
         for variant, row in table.drop(index="base").iterrows():
@@ -150,14 +172,14 @@ def geometry() -> str:
     """Tabulate the four tasks of π³ before and after, and the first forward pass, by set; then the measured speed-ups."""
     rows, first = [], []
     for name, folder in result_folders("07_pi3_efficiency").items():
-        tables = {task: pd.read_csv(folder / f"{task}.csv") for task in SHOWN_ERRORS}
+        tables = {task: read_test(folder, task) for task in SHOWN_ERRORS}
         for place, model in enumerate(tables["mono_depth"].model.unique()):
             row = {"set": "" if place else name, "model": model}
             for task, column in SHOWN_ERRORS.items():
                 for data, errors in tables[task].query("model == @model").groupby("data", sort=False):
                     row[f"{task}, {column}, {data}"] = f"{errors[column].mean():.3f} ± {errors[column].std():.3f}"
             rows.append(row)
-        first.append(pd.read_csv(folder / "first_forward.csv").assign(set=name))
+        first.append(pd.read_csv(folder / "first_forward.csv").drop(columns="split", errors="ignore").assign(set=name))
     quality = pd.DataFrame(rows).fillna("").to_markdown(index=False)
     passes = pd.concat(first).to_markdown(index=False, floatfmt=".1f")
     return "\n\n".join([quality, passes, _speed_ups().to_markdown(index=False)])
@@ -165,7 +187,7 @@ def geometry() -> str:
 
 def _speed_ups() -> pd.DataFrame:
     """Return the speed-ups at the published size, for every device on which they were measured."""
-    speed = pd.read_csv(outputs_folder() / "bench" / "pi3.csv")
+    speed = pd.read_csv(published_folder() / "bench" / "pi3.csv")
     speed["size"] = speed.width.astype(str) + " x " + speed.height.astype(str) + ", " + speed.precision
     measured = ["forward_ms", "frames_per_s", "speed_up", "ceiling", "share_of_ceiling"]
     table = pd.DataFrame(speed[["device", "views", "size", "model", *measured]]).astype(object)

@@ -17,7 +17,7 @@ def test_variants_are_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     variants = {f"digits-vit@seeds={seed}@control_seeds={seed}": seed for seed in (3, 4)}
     for name, value in {**variants, "digits-vit": 0, "docs-bert@seed=3": 0}.items():
-        folder = Path("outputs", name, "04_stability")
+        folder = Path("outputs", "run", name, "04_stability")
         folder.mkdir(parents=True)
         pd.DataFrame({"value": [value, value]}).to_csv(folder / "comparison.csv", index=False)
     found: dict = {}

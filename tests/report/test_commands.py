@@ -10,7 +10,7 @@ from lowrank.io.dependencies import ROOT
 from lowrank.report import pair, readme
 from lowrank.report.__main__ import main
 
-COMMANDS = ("run", "pair", "compare", "readme", "site")
+COMMANDS = ("run", "pair", "compare", "publish", "readme", "site")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -34,7 +34,7 @@ except SystemExit as end:
 
 
 def test_a_run_needs_no_torch_before_the_kernel_starts() -> None:
-    code = "import sys, lowrank.report.run, lowrank.report.compare; sys.exit('torch' in sys.modules)"
+    code = "import sys, lowrank.report.run, lowrank.report.compare, lowrank.report.publish; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

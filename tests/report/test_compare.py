@@ -1,6 +1,7 @@
-"""Comparing results: bytes, measured columns and claims, tolerance, what is missing."""
+"""Comparing results: tolerances, what does not count, verdicts, what is missing, and the one line of counts."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -8,88 +9,202 @@ import pandas as pd
 import pytest
 
 from lowrank.report.__main__ import main
-from lowrank.report.compare import differences
+from lowrank.report.compare import compare_folders, relative_difference
 
-TABLE = pd.DataFrame({"rank": [1, 2], "error": [0.5, 0.25], "time_ms": [3.0, 4.0]})
-CLAIMS = pd.DataFrame({"claim": ["exact", "quick"], "holds": [True, True]})
+TABLE = pd.DataFrame({"rank": [1, 2], "error": [0.5, 0.25], "noise": [1e-9, 2e-9], "time_ms": [3.0, 4.0]})
+CLAIMS = pd.DataFrame({"claim": ["exact", "quick"], "verdict": ["holds", "holds"], "number": ["1", "2"]})
+DECLARED = {"split": "test", "tolerance": 0.01, "measured": ["time_ms"], "unstable": ["noise"]}
+NAME = "digits/01_small/error_by_rank"
 
 
-def write(folder: Path, table: pd.DataFrame = TABLE, claims: pd.DataFrame = CLAIMS, **about) -> Path:
-    """One result, whose time_ms and claim 'quick' are measured unless told otherwise."""
+def write(folder: Path, table: pd.DataFrame = TABLE, claims: pd.DataFrame = CLAIMS, **declared) -> Path:
+    """One result, whose error may differ by 1 %, and whose claim 'quick' is measured."""
     result = folder / "digits" / "01_small"
     result.mkdir(parents=True, exist_ok=True)
     table.to_csv(result / "error_by_rank.csv", index=False)
     claims.to_csv(result / "claims.csv", index=False)
-    measured = {"measured_columns": {"error_by_rank": ["time_ms"]}, "measured_claims": ["quick"]}
-    (result / "run.json").write_text(json.dumps(measured | about))
+    about = {"tables": {"error_by_rank": DECLARED | declared}, "measured_claims": ["quick"]}
+    (result / "run.json").write_text(json.dumps(about))
     return folder
 
 
 @pytest.fixture
-def reference(tmp_path: Path) -> Path:
-    return write(tmp_path / "reference")
+def published(tmp_path: Path) -> Path:
+    return write(tmp_path / "published")
 
 
-def test_equal_results_have_no_differences(reference, tmp_path, capsys) -> None:
-    assert differences(write(tmp_path / "results"), reference) == (2, [])
-    assert main(["compare", str(tmp_path / "results"), str(reference)]) == 0
-    assert capsys.readouterr().out == "2 tables compared, 0 differences\n"
+def lines(results: Path, published: Path, tolerance: float | None = None) -> list[str]:
+    return compare_folders(results, published, tolerance).lines()
 
 
-def test_times_and_claims_about_times_do_not_count_and_all_else_does(reference, tmp_path, capsys) -> None:
-    results, slow = tmp_path / "results", CLAIMS.assign(holds=[True, False])
-    assert differences(write(results, TABLE.assign(time_ms=9.0), slow), reference) == (2, [])
-    wrong = TABLE.assign(error=[0.5, 0.26])
-    count, lines = differences(write(results, wrong, CLAIMS.assign(holds=[False, True])), reference)
-    assert count == 2
-    assert [line.split(":")[0] for line in lines] == ["digits/01_small/claims", "digits/01_small/error_by_rank"]
-    assert "0.26" in lines[1]
-    assert main(["compare", str(results), str(reference)]) == 1
-    assert capsys.readouterr().out.endswith("2 tables compared, 2 differences\n")
+def said(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    status = main(["compare", *map(str, words)])
+    return status, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("where", ["results", "reference"])
-def test_either_side_may_say_what_is_measured(reference, tmp_path, where) -> None:
-    results = write(tmp_path / "results", TABLE.assign(time_ms=9.0))
-    write(tmp_path / where, TABLE.assign(time_ms=9.0 if where == "results" else 3.0), measured_columns={})
-    assert differences(results, reference) == (2, [])
-    for folder in (results, reference):
-        about = folder / "digits" / "01_small" / "run.json"
-        about.write_text("{}")
-    assert differences(results, reference)[1] == ["digits/01_small/error_by_rank: other bytes"]
+def test_equal_results_say_so_in_one_line(published, tmp_path, capsys) -> None:
+    line = "1 tables equal, 0 within tolerance, 0 beyond; 1 of 1 verdicts agree with the published ones, 0 too close to call\n"
+    assert said(capsys, write(tmp_path / "results"), published) == (0, line)
 
 
-def test_numbers_may_differ_by_the_tolerance_and_no_more(reference, tmp_path) -> None:
-    results = write(tmp_path / "results", TABLE.assign(error=TABLE.error * (1 + 1e-4)))
-    assert differences(results, reference, tolerance=2e-4) == (2, [])
-    assert len(differences(results, reference, tolerance=0.5e-4)[1]) == 1
-    assert len(differences(results, reference)[1]) == 1
+def test_times_and_noise_do_not_count(published, tmp_path) -> None:
+    other = TABLE.assign(time_ms=9.0, noise=[5.0, -1.0])
+    results = write(tmp_path / "results", other, CLAIMS.assign(verdict=["holds", "fails"]))
+    found = compare_folders(results, published, tolerance=0)
+    assert [table.status for table in found.tables] == ["equal"]
+    assert found.lines() == []
 
 
-def test_claims_must_hold_alike_under_every_tolerance(reference, tmp_path) -> None:
-    results = write(tmp_path / "results", claims=CLAIMS.assign(holds=[False, True]))
-    assert len(differences(results, reference, tolerance=10.0)[1]) == 1
+def test_a_table_within_its_tolerance_passes_and_is_named_when_asked(published, tmp_path, capsys) -> None:
+    results = write(tmp_path / "results", TABLE.assign(error=[0.5, 0.252]))
+    status, text = said(capsys, results, published)
+    assert status == 0
+    assert text.startswith("0 tables equal, 1 within tolerance, 0 beyond; ")
+    assert said(capsys, results, published, "--all")[1].startswith(f"{NAME}: error differs by 0.008, tolerance 0.01\n")
 
 
-def test_what_one_side_lacks_is_named(reference, tmp_path) -> None:
-    results = write(tmp_path / "results")
-    (results / "digits" / "01_small" / "error_by_rank.csv").rename(results / "digits" / "01_small" / "other.csv")
-    shutil.copytree(results / "digits", results / "letters")
-    assert differences(results, reference)[1] == [
-        "digits/01_small/other: not in the reference",
-        "digits/01_small/error_by_rank: only in the reference",
-        "letters/01_small: not in the reference",
+def test_a_table_beyond_its_tolerance_is_named_in_one_line(published, tmp_path, capsys) -> None:
+    results = write(tmp_path / "results", TABLE.assign(error=[0.5, 0.26]))
+    status, text = said(capsys, results, published)
+    assert status == 1
+    assert text.splitlines()[0] == f"{NAME}: error differs by 0.04, tolerance 0.01"
+    assert text.splitlines()[1].startswith("0 tables equal, 0 within tolerance, 1 beyond; ")
+    assert len(text.splitlines()) == 2
+
+
+def test_one_tolerance_may_replace_all_declared_ones(published, tmp_path) -> None:
+    results = write(tmp_path / "results", TABLE.assign(error=[0.5, 0.252]))
+    assert lines(results, published, 0.1) == []
+    assert lines(results, published, 0.001) == [f"{NAME}: error differs by 0.008, tolerance 0.001"]
+    assert lines(results, published, 0) == [f"{NAME}: error differs by 0.008, tolerance 0"]
+
+
+def test_columns_have_tolerances_of_their_own_and_whole_numbers_only_then(published, tmp_path) -> None:
+    results = write(tmp_path / "results", TABLE.assign(rank=[1, 3]), tolerance={"rank": 0.5})
+    assert lines(results, published) == []
+    write(results, TABLE.assign(rank=[1, 3], error=[0.5, 0.2501]), tolerance={"rank": 0.5})
+    assert lines(results, published) == []  # the default is 0.001 ...
+    write(results, TABLE.assign(error=[0.5, 0.251]), tolerance={"rank": 0.5})
+    assert lines(results, published) == [
+        f"{NAME}: error differs by 0.004, tolerance 0.001"
+    ]  # ... and not that of `rank`
+    write(results, TABLE.assign(rank=[1, 3], error=[0.5, 0.26]))
+    assert lines(results, published) == [f"{NAME}: rank differs in 1 of 2 rows, and must be equal"]
+
+
+def test_fractions_that_happen_to_be_whole_are_fractions(published, tmp_path) -> None:
+    write(published, TABLE.assign(error=[1, 1]))
+    assert lines(write(tmp_path / "results", TABLE.assign(error=[1, 0.999])), published) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "reference", "difference"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0.0),
+        ([1.1, 2.0], [1.0, 2.0], 0.1),
+        ([0.001, 100.0], [0.002, 100.0], 0.01),  # a thousandth of the largest, 0.1, instead of 0.002
+        ([math.nan, math.inf, -math.inf], [math.nan, math.inf, -math.inf], 0.0),
+        ([math.nan, 1.0], [1.0, 1.0], math.inf),
+        ([1.0, 1.0], [math.inf, 1.0], math.inf),
+        ([math.inf, 1.0], [-math.inf, 1.0], math.inf),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([0.1, 0.0], [0.0, 0.0], math.inf),
+        ([], [], 0.0),
+    ],
+)
+def test_the_difference_of_two_columns(values, reference, difference) -> None:
+    found = relative_difference(pd.Series(values, dtype=float), pd.Series(reference, dtype=float))
+    assert found == pytest.approx(difference)
+
+
+def test_text_truth_and_gaps_must_be_equal(tmp_path) -> None:
+    table = TABLE.assign(way=["svd", None], good=[True, False])
+    published = write(tmp_path / "published", table)
+    results = write(tmp_path / "results", table.assign(time_ms=9.0))
+    assert lines(results, published) == []
+    write(results, table.assign(way=["svd", "asvd"]))
+    assert lines(results, published, 10.0) == [f"{NAME}: way differs in 1 of 2 rows, and must be equal"]
+    write(results, table.assign(good=[True, True]))
+    assert lines(results, published, 10.0) == [f"{NAME}: good differs in 1 of 2 rows, and must be equal"]
+
+
+def test_other_rows_and_columns_are_named_in_one_line(published, tmp_path) -> None:
+    results = write(tmp_path / "results", TABLE.head(1))
+    assert lines(results, published) == [f"{NAME}: 1 rows, published 2"]
+    write(results, TABLE.assign(split="test"))
+    assert lines(results, published) == [
+        f"{NAME}: columns or their order differ; only here: ['split'], only published: []"
     ]
+
+
+def test_a_table_of_which_nothing_counts_is_equal(published, tmp_path) -> None:
+    results = write(tmp_path / "results", TABLE.head(1), measured=list(TABLE))
+    assert lines(results, published) == []
+
+
+def test_a_verdict_that_flips_is_named(published, tmp_path, capsys) -> None:
+    results = write(tmp_path / "results", claims=CLAIMS.assign(verdict=["fails", "fails"]))
+    status, text = said(capsys, results, published)
+    assert status == 1
+    assert text.splitlines()[0] == "digits/01_small: exact: published holds, here fails"
+    assert text.endswith("; 0 of 1 verdicts agree with the published ones, 0 too close to call\n")
+
+
+@pytest.mark.parametrize("where", ["results", "published"])
+def test_what_is_too_close_to_call_agrees_with_any_verdict(published, tmp_path, where) -> None:
+    results = write(tmp_path / "results", claims=CLAIMS.assign(verdict="fails"))
+    write(tmp_path / where, claims=CLAIMS.assign(verdict="too close to call"))
+    found = compare_folders(results, published)
+    assert found.lines() == []
+    assert found.summary().endswith("; 1 of 1 verdicts agree with the published ones, 1 too close to call")
+
+
+def test_results_of_the_former_form_are_read(published, tmp_path) -> None:
+    former = CLAIMS.drop(columns="verdict").assign(holds=[True, False])
+    write(published, TABLE.assign(time_ms=9.0), former)
+    about = {"measured_columns": {"error_by_rank": ["time_ms", "noise"]}, "measured_claims": ["quick"]}
+    (published / "digits" / "01_small" / "run.json").write_text(json.dumps(about))
+    assert lines(write(tmp_path / "results"), published) == []
+    write(published, claims=former.assign(holds=False))
+    assert lines(tmp_path / "results", published) == ["digits/01_small: exact: published fails, here holds"]
+
+
+def test_what_one_side_lacks_is_named(published, tmp_path, capsys) -> None:
+    results = write(tmp_path / "results", claims=CLAIMS.replace("exact", "other"))
+    (results / "digits" / "01_small" / "error_by_rank.csv").rename(results / "digits" / "01_small" / "other.csv")
+    assert lines(results, published) == [
+        f"{NAME}: only published",
+        "digits/01_small/other: not published",
+        "digits/01_small: 1 claims are not published, 1 only published",
+    ]
+    assert "; 0 of 2 verdicts agree" in said(capsys, results, published)[1]
+
+
+def test_results_that_are_not_published_are_counted_apart(published, tmp_path, capsys) -> None:
+    results = write(tmp_path / "results")
+    shutil.copytree(results / "digits", results / "letters")
+    status, text = said(capsys, results, published)
+    assert status == 0
+    assert text.splitlines()[0] == "1 results are not published: letters/01_small"
+    assert text.splitlines()[1].startswith("1 tables equal, ")
+
+
+def test_your_runs_are_compared_with_the_published_results(published, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.delenv("LOWRANK_OUTPUTS", raising=False)
+    monkeypatch.setattr("lowrank.report.folders.ROOT", tmp_path)
+    published.rename(tmp_path / "outputs")
+    write(tmp_path / "outputs" / "run", TABLE.assign(error=0.5))
+    assert said(capsys)[1].startswith(f"{NAME}: error differs by 1, tolerance 0.01\n")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["nowhere", "nowhere"], "error: `results` must be a folder with SET/NOTEBOOK/run.json, got 'nowhere'."),
-        (["{reference}", "{reference}", "--tolerance", "-1"], "error: `tolerance` must be >= 0, got -1.0."),
-        (["{reference}", "{reference}", "--tolerance", "nan"], "error: `tolerance` must be >= 0, got nan."),
+        (["{published}", "{published}", "--tolerance", "-1"], "error: `tolerance` must be >= 0, got -1.0."),
+        (["{published}", "{published}", "--tolerance", "nan"], "error: `tolerance` must be >= 0, got nan."),
     ],
 )
-def test_bad_input_is_named(reference, capsys, words, message) -> None:
-    assert main(["compare", *(word.format(reference=reference) for word in words)]) == 2
+def test_bad_input_is_named(published, capsys, words, message) -> None:
+    assert main(["compare", *(word.format(published=published) for word in words)]) == 2
     assert capsys.readouterr().err == message + "\n"

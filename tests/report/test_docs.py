@@ -56,4 +56,4 @@ def test_the_data_set_of_own_data_runs_when_the_page_is_followed(tmp_path: Path)
     assert report.wait(timeout=300) == 0, (house / "outputs.log").read_text()[-3000:]
     result = json.loads((house / "outputs" / "wine-mlp" / "01_whitening" / "run.json").read_text(encoding="utf8"))
     assert result["inputs"]["metric"] == "accuracy"
-    assert result["inputs"]["task"] == {"task": "wine", "options": {"width": 24}, "data": "scikit-learn"}
+    assert result["inputs"]["task"] == {"task": "wine", "options": {"width": 20}, "data": "scikit-learn"}

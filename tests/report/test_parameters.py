@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowrank.pi3.calibration import RENDERED_LAYOUT
+from lowrank.pi3.calibration import RENDERED_LAYOUT, split_of
 from lowrank.pi3.data import load_scenes, rendered_scenes
 from lowrank.pi3.evaluation import GEOMETRY_TASKS, PROTOCOLS
 from lowrank.report import parameters as module
@@ -28,10 +28,12 @@ def test_every_set_fits_every_notebook_it_names(name: str) -> None:
         values = read_parameters(name, notebook)
         assert values["set_name"] == name
         if "task" not in values:  # of notebook 07, which is no task of training
-            sources = [values["calibration"], values["swept"], *chain.from_iterable(values["evaluation"].values())]
-            for source in sources:
+            reported = [values["swept"], values["refined_on"], *chain.from_iterable(values["evaluation"].values())]
+            assert split_of(values["calibration"]) == "train"
+            assert {split_of(source) for source in reported} == {"test"}
+            for source in [values["calibration"], *reported]:
                 load = rendered_scenes if source["layout"] == RENDERED_LAYOUT else load_scenes
-                assert set(source) - {"layout"} <= set(inspect.signature(load).parameters)
+                assert set(source) - {"layout", "split"} <= set(inspect.signature(load).parameters)
                 assert source["layout"] in PROTOCOLS
             assert set(values["evaluation"]) <= set(GEOMETRY_TASKS)
             continue

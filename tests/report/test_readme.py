@@ -1,4 +1,4 @@
-"""The README and docs/ say what outputs/ say, and the examples in them print what they show."""
+"""The README and docs/ say what the published results say, and the examples in them print what they show."""
 
 import contextlib
 import io

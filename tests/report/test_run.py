@@ -172,6 +172,29 @@ def test_a_variant_has_a_folder_of_its_own(house, outputs) -> None:
     assert (outputs / "quick@number=4/01_small/run.json").read_text() == "4"
 
 
+def test_a_run_leaves_the_working_tree_clean(house, outputs, monkeypatch) -> None:
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        return subprocess.run(["git", *identity, *words], cwd=house, capture_output=True, text=True, check=True).stdout
+
+    monkeypatch.delenv("LOWRANK_OUTPUTS")
+    monkeypatch.setattr("lowrank.report.folders.ROOT", house)
+    shutil.copy(ROOT / ".gitignore", house)
+    published = house / "outputs" / "quick" / "01_small" / "run.json"
+    published.parent.mkdir(parents=True)
+    published.write_text("published")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "all")
+    assert main(["run", "quick", "01_small"]) == 0
+    (house / "quick.yaml").write_text("01_small: {number: 13}\n")
+    assert main(["run", "quick", "01_small"]) == 1  # its log and notebook stay behind
+    (house / "quick.yaml").write_text("01_small: {}\n")
+    assert (house / "outputs/run/quick/01_small/run.json").read_text() == "3"
+    assert published.read_text() == "published"
+    assert git("status", "--porcelain") == ""
+
+
 def test_committed_results_came_from_a_clean_tree() -> None:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout

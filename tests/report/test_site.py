@@ -9,7 +9,6 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
-import pandas as pd
 import pytest
 import yaml
 from bs4 import BeautifulSoup
@@ -17,10 +16,10 @@ from bs4 import BeautifulSoup
 from lowrank.io.dependencies import ROOT
 from lowrank.report import parameters as parameters_module
 from lowrank.report.__main__ import main
-from lowrank.report.pages import escape, format_verdicts, notebook_page, read_claims
+from lowrank.report.pages import STYLES, count_claims, escape, format_verdicts, notebook_page, read_claims
 from lowrank.report.parameters import jobs, notebook_names, read_parameters
 from lowrank.report.reference import public_modules
-from lowrank.report.site import FIGURES, SiteError, build_site
+from lowrank.report.site import FIGURES, SiteError, build_site, find_results
 
 SETS = re.search(r"^SETS +\?= (.*)$", (ROOT / "Makefile").read_text(encoding="utf8"), flags=re.MULTILINE)[1].split()
 OUTPUTS = ROOT / "outputs"
@@ -30,7 +29,7 @@ OUTPUTS = ROOT / "outputs"
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site of the embedded sets."""
     folder = tmp_path_factory.mktemp("site") / "site"
-    build_site(SETS, OUTPUTS, folder)
+    build_site(SETS, [OUTPUTS], folder)
     return folder
 
 
@@ -55,9 +54,9 @@ def test_every_result_has_a_page_that_the_start_page_leads_to(site: Path, pages)
 @pytest.mark.parametrize(("name", "notebook"), jobs(SETS))
 def test_every_claim_appears_with_its_verdict(site: Path, pages, name: str, notebook: str) -> None:
     start, page = pages[site / "index.html"], pages[site / "results" / name / f"{notebook}.html"]
-    claims = pd.read_csv(OUTPUTS / name / notebook / "claims.csv")
-    for claim, holds in claims[["claim", "holds"]].itertuples(index=False):
-        word = "holds" if holds else "fails"
+    claims = read_claims(OUTPUTS / name / notebook)
+    for claim, verdict in claims[["claim", "verdict"]].itertuples(index=False):
+        word = STYLES[verdict]
         for where, shown in ((start, f"results/{name}/{notebook}.html"), (page, None)):
             rows = [row for row in where.select("table tr") if words(row.td.text if row.td else "") == words(claim)]
             cells = [cell for row in rows for cell in row.select(f".{word}")]
@@ -185,13 +184,23 @@ def test_missing_results_are_named_with_the_remedy(outputs: Path, tmp_path: Path
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("the former one")
     shutil.copytree(OUTPUTS / "docs-bert", outputs / "docs-bert")
-    assert 'run `make report SETS="scenes-pi3"` first.' in failing(capsys, "docs-bert", "scenes-pi3")
+    assert 'run `make report SETS="docs-bert@seed=1"` first.' in failing(capsys, "docs-bert", "docs-bert@seed=1")
     (outputs / "docs-bert" / "02_prehab" / "claims.csv").unlink()
     assert "02_prehab must have claims.csv, and has none: run `make report" in failing(capsys, "docs-bert")
     assert "error: `set` must be one of ['cifar10-minivit'" in failing(capsys, "no-such-set")
     assert "error: `sets` must name at least one set, got none." in failing(capsys)
     assert {path.name for path in tmp_path.iterdir()} == {"site", "outputs"}
     assert (tmp_path / "site" / "index.html").read_text() == "the former one"
+
+
+def test_own_runs_of_a_set_come_before_published_results(tmp_path: Path) -> None:
+    shutil.copytree(OUTPUTS / "docs-bert", tmp_path / "docs-bert")
+    found = find_results(["docs-bert", "scenes-pi3"], [tmp_path, OUTPUTS])
+    assert found["01_whitening"] == {"docs-bert": tmp_path / "docs-bert" / "01_whitening"}
+    assert found["07_pi3_efficiency"] == {"scenes-pi3": OUTPUTS / "scenes-pi3" / "07_pi3_efficiency"}
+    shutil.rmtree(tmp_path / "docs-bert" / "02_prehab")
+    with pytest.raises(SiteError, match="02_prehab must have run.json"):  # never half own, half published
+        find_results(["docs-bert"], [tmp_path, OUTPUTS])
 
 
 def test_what_sphinx_warns_of_leaves_the_former_site(tmp_path: Path, capfd) -> None:
@@ -204,7 +213,7 @@ def test_what_sphinx_warns_of_leaves_the_former_site(tmp_path: Path, capfd) -> N
     target.mkdir()
     (target / "index.html").write_text("the former one")
     with pytest.raises(SiteError, match="Sphinx failed or warned"):
-        build_site(["scenes-pi3"], outputs, target)
+        build_site(["scenes-pi3"], [outputs], target)
     assert "nowhere.md" in capfd.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"site", "outputs"}
     assert [path.name for path in target.iterdir()] == ["index.html"]
@@ -225,14 +234,26 @@ def test_no_mark_of_a_filled_block_is_shown(pages) -> None:
     assert not [path.name for path, page in own.items() if "<!--" in page.get_text()]
 
 
-def test_numbers_beside_a_claim_are_shown(tmp_path: Path) -> None:
-    (tmp_path / "claims.csv").write_text("claim,holds,number\nfirst,True,0.123\nsecond,False,2 of 3\nthird,True,\n")
+NOW = "claim,verdict,number\nfirst,holds,0.123\nsecond,fails,2 of 3\nthird,holds,\n"
+FORMER = "claim,holds,number\nfirst,True,0.123\nsecond,False,2 of 3\nthird,True,\n"
+
+
+@pytest.mark.parametrize("text", [NOW, FORMER])
+def test_numbers_beside_a_claim_are_shown(tmp_path: Path, text: str) -> None:
+    (tmp_path / "claims.csv").write_text(text)
     assert format_verdicts(read_claims(tmp_path)) == [
         "[holds, 0.123]{.holds}",
         "[fails, 2 of 3]{.fails}",
         "[holds]{.holds}",
     ]
     assert format_verdicts(read_claims(tmp_path), "a.md")[1] == "[fails, 2 of 3](a.md){.fails}"
+    assert count_claims(read_claims(tmp_path)) == "2 of 3 hold"
+
+
+def test_what_is_too_close_to_call_is_neither_held_nor_failed(tmp_path: Path) -> None:
+    (tmp_path / "claims.csv").write_text("claim,verdict,number\nfirst,too close to call,1 of 2\n")
+    assert format_verdicts(read_claims(tmp_path)) == ["[too close to call, 1 of 2]{.close}"]
+    assert count_claims(read_claims(tmp_path)) == "0 of 1 hold"
 
 
 def test_text_is_shown_unchanged() -> None:

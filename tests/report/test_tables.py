@@ -6,8 +6,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lowrank.report import folders, readme
 from lowrank.report.selection_tables import layer_selection
-from lowrank.report.tables import adapters, baselines, comparison, fixed_bases, headline_metric, preparation
+from lowrank.report.tables import (
+    adapters,
+    baselines,
+    comparison,
+    fixed_bases,
+    headline_metric,
+    preparation,
+    read_test,
+)
 
 METRICS = {"cola-bert": ("matthews", "accuracy"), "mrpc-bert": ("f1", "accuracy"), "stsb-bert": ("pearson", "spearman")}
 QUALITY = {"loss": [0.5, 0.7], "first": [0.91, 0.82], "second": [0.11, 0.12], "added_loss": [0.0, 0.2]}
@@ -26,8 +35,8 @@ def write(folder: Path, name: str, metrics: tuple[str, str], **columns: object) 
 @pytest.fixture(params=METRICS)
 def name(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """One set with results of six notebooks, as they were before run.json named the metric."""
-    monkeypatch.setenv("LOWRANK_OUTPUTS", str(tmp_path))
-    house, metrics = tmp_path / request.param, METRICS[request.param]
+    monkeypatch.setattr(folders, "ROOT", tmp_path)
+    house, metrics = tmp_path / "outputs" / request.param, METRICS[request.param]
     one, two, three, four, five, six = (
         house / stem
         for stem in (
@@ -77,10 +86,38 @@ def test_a_set_is_shown_by_its_headline_metric(name: str, table, cells: list[str
 
 
 def test_the_metric_in_run_json_counts_more_than_the_order_of_columns(name: str, tmp_path: Path) -> None:
-    folder, (headline, other) = tmp_path / name / "01_whitening", METRICS[name]
+    folder, (headline, other) = tmp_path / "outputs" / name / "01_whitening", METRICS[name]
     table = pd.read_csv(folder / "baseline.csv")
     assert headline_metric(folder, table) == headline
     run = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(run | {"inputs": {"metric": other}}))
     assert headline_metric(folder, table) == other
     assert f"{other} 0.11" in baselines()
+
+
+def test_only_rows_of_the_test_split_are_shown(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "outputs" / name / "03_svd_comparison"
+    table = pd.read_csv(folder / "quality_by_keep.csv")
+    validation = table.assign(split="validation", loss=9.0)
+    pd.concat([validation, table.assign(split="test")]).to_csv(folder / "quality_by_keep.csv", index=False)
+    assert "0.500 / 0.91" in comparison()
+    assert "9.000" not in comparison()
+    validation.to_csv(folder / "quality_by_keep.csv", index=False)
+    with pytest.raises(ValueError, match=r"03_svd_comparison/quality_by_keep` must have rows of the split 'test'"):
+        read_test(folder, "quality_by_keep")
+
+
+def test_claims_show_verdicts_of_both_forms(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "notebook_names", lambda: ["01_whitening"])
+    house = tmp_path / "outputs" / name / "01_whitening"
+    (house / "claims.csv").write_text("claim,verdict,number\na | b,too close to call,\nc,holds,1\nd,fails,2 of 3\n")
+    now = readme.claims()
+    assert [line.split(" | ")[-1].strip("| ") for line in now.splitlines()[2:]] == [
+        "too close to call",
+        "holds",
+        "**fails**",
+    ]
+    assert r"a \| b" in now
+    (house / "claims.csv").write_text("claim,holds,number\nc,True,1\nd,False,2 of 3\n")
+    former = readme.claims()
+    assert [line.split(" | ")[-1].strip("| ") for line in former.splitlines()[2:]] == ["holds", "**fails**"]
