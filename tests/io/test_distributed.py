@@ -139,11 +139,11 @@ def calibrated_in_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_one_process_finds_what_two_have_made(calibrated_in_two: Path) -> None:
     task, made = load_task("digits"), set(calibrated_in_two.rglob("*"))
     model = load_baseline(task, RECIPE).model
-    found = load_calibration(task, model, samples=1024, batch_size=64, seed=0)
+    found = load_calibration(task, model, samples=768, batch_size=64, seed=0)
     assert set(calibrated_in_two.rglob("*")) == made  # nothing was built again
     # the moments are those that one process collects from all batches
     alone = collect_statistics(
-        model, task.batches("train", 64, samples=1024, seed=0), task.layers, products=torch.float64
+        model, task.batches("train", 64, samples=768, seed=0), task.layers, products=torch.float64
     )
     assert alone.keys() == found.keys()
     for name, layer in alone.items():

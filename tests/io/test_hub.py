@@ -17,13 +17,13 @@ import torch
 from lowrank.tasks.registry import load_task
 from lowrank.calibration.collect import collect_statistics
 options = {
-    "glue": {"task": "sst2", "model": "sentence-transformers/all-MiniLM-L6-v2", "data": "stanfordnlp/sst2"},
+    "glue": {"task": "sst2", "model": "sentence-transformers/all-MiniLM-L6-v2", "data": "SetFit/sst2"},
     "cifar10": {"width": 32, "depth": 2, "heads": 2, "train_samples": 64},
 }
-expected = {"glue": (6920, 872, 36), "cifar10": (64, 10000, 8)}
-for name, (train, validation, layers) in expected.items():
+expected = {"glue": (6920, 872, 1821, 36), "cifar10": (64, 5000, 10000, 8)}
+for name, (train, validation, test, layers) in expected.items():
     task = load_task(name, **options[name])
-    assert (len(task.splits["train"]), len(task.splits["validation"])) == (train, validation)
+    assert task.rows == {"train": train, "validation": validation, "test": test}
     torch.manual_seed(0)
     model = task.make_model()
     assert len(task.linears(model)) == layers
@@ -32,7 +32,7 @@ for name, (train, validation, layers) in expected.items():
     print(name, task.identity)
 import datasets
 from lowrank.io.hub import load_splits
-assert len(load_splits("Salesforce/wikitext", "wikitext-2-raw-v1")["test"]) == 4358
+assert len(load_splits("Salesforce/wikitext", "wikitext-2-v1")["test"]) == 4358
 """
 
 

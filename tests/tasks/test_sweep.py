@@ -44,6 +44,21 @@ def test_the_dense_model_is_not_touched_and_full_rank_gives_its_quality(sweep: S
     assert sweep.task.evaluate(sweep.model, batch_size=64) == sweep.dense
 
 
+def test_the_test_split_is_measured_once_the_choices_are_frozen(sweep: Sweep) -> None:
+    config = SweepConfig(SAMPLES, split="test")
+    closed = Sweep(sweep.model, sweep.task, sweep.statistics, config, sweep.labelled)
+    for read in (lambda: closed.dense, lambda: closed.quality(sweep.model)):
+        with pytest.raises(ValueError, match="`frozen` must be 16 hex digits"):
+            read()
+    opened = sweep.task.open_test("0123456789abcdef")
+    found = Sweep(sweep.model, opened, sweep.statistics, config, sweep.labelled)
+    assert found.dense == opened.evaluate(sweep.model, "test") != sweep.dense
+    (row,) = found.run({"whitened": Configuration()}, [0.5])
+    smaller = found.compressed(Configuration(), found.ranks(Configuration(), 0.5))
+    assert row["loss"] == opened.evaluate(smaller, "test")["loss"]
+    assert row["added_loss"] == row["loss"] - found.dense["loss"]
+
+
 def test_decomposing_once_or_anew_gives_the_same_models(sweep: Sweep) -> None:
     anew = Sweep(sweep.model, sweep.task, sweep.statistics, SweepConfig(SAMPLES, in_memory=False), sweep.labelled)
     for one in (Configuration(), Configuration("fwsvd"), Configuration("two_sided", "pivoted", centre=True)):
