@@ -19,7 +19,8 @@
 #
 # **Method.** Each targeted weight becomes two factors, by the plain SVD or by the projection $U_rU_r^\top W$ onto the leading
 # eigenvectors of $WGW^\top$, $G$ from several views at a time. Time is set beside the ceiling that operations allow: attention
-# over all views grows with $N^2$ and is not compressed. Wang et al., arXiv:2507.13347 and arXiv:2403.07378.
+# over all views grows with $N^2$ and is not compressed. Wang et al., arXiv:2507.13347 and arXiv:2403.07378. Shares and the rate
+# of refinement were chosen on rendered scenes of the split `validation`; reported is `test`, never used for choices.
 #
 # **Expected.** As published, whitening helps at small shares and the speed-up falls with the number of views.
 
@@ -28,17 +29,18 @@ set_name = "scenes-pi3"  # the parameter set, which names the folder of results
 checkpoint = "small"  # small, a safetensors file, a folder or a Hub name
 precision = "fp32"  # fp32 or bf16
 seeds = [0, 1, 2]  # of calibration data, and of rendered scenes to evaluate on
-calibration = {"layout": "scenes", "first": 100000, "scenes": 120, "views": 4, "side": 64}  # see load_source
+refined_seeds = [0, 1, 2, 3, 4]  # the same where models are refined, and in the four tasks
+calibration = {"layout": "scenes", "split": "train", "scenes": 120, "views": 4, "side": 64}  # see load_source
 calibration_views = 4  # views of a scene that are seen together
 calibration_samples = 32  # windows of that many views
 calibration_batch = 8  # windows
 gradients = True  # collect what two_sided needs
-swept = {"layout": "scenes", "scenes": 12, "views": 4, "side": 64}  # data that sweeps are evaluated on
+swept = {"layout": "scenes", "split": "test", "scenes": 12, "views": 4, "side": 64}  # data that sweeps are evaluated on
 evaluation = {  # task -> data
-    "mono_depth": [{"layout": "scenes", "scenes": 10, "views": 4, "side": 64}],
-    "video_depth": [{"layout": "scenes", "scenes": 10, "views": 4, "side": 64}],
-    "pose": [{"layout": "scenes", "scenes": 10, "views": 4, "side": 64}],
-    "points": [{"layout": "scenes", "scenes": 3, "views": 4, "side": 64}],
+    "mono_depth": [{"layout": "scenes", "split": "test", "scenes": 10, "views": 4, "side": 64}],
+    "video_depth": [{"layout": "scenes", "split": "test", "scenes": 10, "views": 4, "side": 64}],
+    "pose": [{"layout": "scenes", "split": "test", "scenes": 10, "views": 4, "side": 64}],
+    "points": [{"layout": "scenes", "split": "test", "scenes": 3, "views": 4, "side": 64}],
 }
 keeps = [0.8, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05]  # kept share of the targeted parameters
 headline_keep = 0.1  # of SVD-π³
@@ -48,7 +50,7 @@ refine_steps = 60  # both stages together
 refine_batch = 4  # windows
 refine_samples = 120  # windows, gone through as often as the steps need
 refine_learning_rate = 5e-4
-refined_on = {"layout": "scenes", "scenes": 36, "views": 4, "side": 64}  # data that refinement is evaluated on
+refined_on = {"layout": "scenes", "split": "test", "scenes": 36, "views": 4, "side": 64}  # evaluates refinement
 base_keep = 0.4  # at which adaptive ranks are factored
 speed_keep = 0.2
 speed_views = [1, 2, 11, 30]
@@ -84,7 +86,7 @@ from lowrank import (
 from lowrank.io.hashing import hash_model
 from lowrank.nn.profiling import count_flops, top_operators
 from lowrank.pi3.adaptive import AdaptiveRank, EntropyScale, FixedRegimes, image_entropy
-from lowrank.pi3.calibration import image_batches, load_source, view_windows
+from lowrank.pi3.calibration import image_batches, load_source, split_of, view_windows
 from lowrank.pi3.evaluation import PROTOCOLS, evaluate_pi3
 from lowrank.pi3.flops import ATTENTION_PARTS, pi3_macs, saved_parameters
 from lowrank.pi3.loss import distillation_loss, sampled_loss
@@ -106,17 +108,19 @@ report = Report("07_pi3_efficiency", globals())
 # a quarter.
 
 # %%
+frozen = report.freeze()
 seed_everything(seeds[0])
 device = PartialState().device
 model = load_pi3(checkpoint).to(device)
-report.record(model=hash_model(model), config=asdict(model.config), checkpoint=checkpoint)
 by_median = replace(PROTOCOLS[swept["layout"]], mono="median", video="median")
 with report.stage("data"):
-    held_out = {seed: list(load_source(swept, seed)) for seed in seeds}
-    calibrating = {seed: list(load_source(calibration, seed)) for seed in seeds}
+    held_out = {seed: list(load_source(swept, seed, frozen)) for seed in seeds}
+    calibrating = {seed: list(load_source(calibration, seed)) for seed in sorted({*seeds, *refined_seeds})}
 windows = {
     seed: view_windows(scenes, calibration_views, calibration_samples, seed) for seed, scenes in calibrating.items()
 }
+rows = {split_of(calibration): sum(map(len, windows.values())), split_of(swept): sum(map(len, held_out.values()))}
+report.record(model=hash_model(model), config=asdict(model.config), checkpoint=checkpoint, rows=rows, metric="abs_rel")
 
 
 def depth_errors(changed, scenes):
@@ -138,14 +142,16 @@ for seed in seeds:
     rows += [{"seed": seed, "predictor": "π³"} | quality(model, seed)]
     rows += [{"seed": seed, "predictor": "constant depth", "of_dense": constant["abs_rel"] / original[seed]} | constant]
 dense = pd.DataFrame(rows)
-report.table(dense, "depth_without_compression")
+report.table(dense, "depth_without_compression", split=split_of(swept))
 
 # %% tags=["nbval-check-output"]
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {len(list(model.parameters()))} tensors")
 by_predictor = dense.pivot(index="seed", columns="predictor", values="abs_rel")
 report.claim(
-    "ours: AbsRel of the dense model is below half of that of a constant depth",
-    by_predictor["π³"] < by_predictor["constant depth"] / 2,
+    "ours: AbsRel of the dense model is below half of that of a constant depth, on every seed",
+    by_predictor["π³"],
+    "<",
+    by_predictor["constant depth"] / 2,
 )
 
 # %% [markdown]
@@ -168,9 +174,9 @@ WAYS = {
 WAYS = {name: way for name, way in WAYS.items() if gradients or way[0] != "two_sided"}
 statistics, factors = {}, {}
 with report.stage("calibration"):
-    for seed in seeds:
-        batches = [batch.to(device) for batch in image_batches(windows[seed], calibration_batch)]
-        loss = sampled_loss(seed) if gradients else None
+    for seed, chosen in windows.items():
+        batches = [batch.to(device) for batch in image_batches(chosen, calibration_batch)]
+        loss = sampled_loss(seed) if gradients and seed in seeds else None
         statistics[seed] = collect_statistics(model, batches, TARGETS["all linears"], loss=loss)
 
 
@@ -208,7 +214,7 @@ def measured(seed, way, keep, targets="decoder", moments=None):
 with report.stage("sweep"):
     cases = [(seed, way, keep) for seed in seeds for way in WAYS for keep in keeps]
     sweep = pd.DataFrame([measured(*case) for case in tqdm(cases, "sweep")])
-report.table(sweep, "abs_rel_by_keep")
+report.table(sweep, "abs_rel_by_keep", split=split_of(swept))
 drawn, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
 look = dict(markers=True, dashes=False, errorbar="sd")
 sns.lineplot(sweep, x="keep", y="of_dense", hue="way", style="way", ax=axis, **look)
@@ -218,24 +224,36 @@ axis.set(xscale="log", xticks=keeps, xticklabels=keeps)
 axis.minorticks_off()
 report.figure(drawn, "abs_rel_by_keep")
 
-# %% tags=["nbval-check-output"]
+# %% [markdown]
+# The table `least_keep`: the share down to which AbsRel is kept, on the line between the last share of `keeps` that keeps it and
+# the first that does not. So no finding hangs on which side of `tolerated` one share falls by its last digits.
+
+# %%
 assert (sweep.keep_targeted <= sweep.keep + 1e-9).all()
 
 
 def least_keep(part):
-    """The smallest share at which, and above which, AbsRel is kept; 1 where there is none."""
-    by_keep = part.set_index("keep").of_dense.sort_index(ascending=False)
-    kept = (by_keep <= 1 + tolerated).cumprod()
-    return kept[kept == 1].index.min() if kept.any() else 1.0
+    """The share down to which AbsRel is kept; the smallest of `keeps` if it always is."""
+    falling = part.sort_values("keep", ascending=False)
+    shares, errors = np.array([1, *falling.keep]), np.array([1, *falling.of_dense])
+    lost = np.flatnonzero(errors > 1 + tolerated)
+    ends = slice(lost[0] - 1, lost[0] + 1) if len(lost) else slice(-1, None)
+    return np.interp(1 + tolerated, errors[ends], shares[ends])
 
 
-least = pd.Series({key: least_keep(part) for key, part in sweep.groupby(["seed", "way"])}).unstack()
-print(least.to_string())
+least = pd.Series({key: least_keep(part) for key, part in sweep.groupby(["seed", "way"])}).unstack().rename_axis("seed")
+report.table(least.reset_index(), "least_keep", split=split_of(swept))
+
+# %% tags=["nbval-check-output"]
 report.claim(
     "whitened keeps AbsRel within the tolerance at a smaller share than plain SVD, on every seed",
-    least.whitened < least.svd,
+    least.whitened,
+    "<",
+    least.svd,
 )
-report.claim("ours: pivoted storage never needs a larger share than factors do", least.pivoted <= least.whitened)
+report.claim(
+    "ours: pivoted storage needs no larger share than factors do, on every seed", least.pivoted, "<=", least.whitened
+)
 
 # %% [markdown]
 # ## More than the decoder, and other calibrations
@@ -251,7 +269,7 @@ with report.stage("targets"):
     cases = [(seed, way, keep, targets) for seed in seeds for way, targets in pairs for keep in keeps[::2]]
     rows = pd.DataFrame([measured(*case) for case in tqdm(cases, "targets")])
 by_targets = pd.concat([sweep[sweep.way.isin(["svd", "whitened"])], rows])
-report.table(by_targets, "abs_rel_by_targets")
+report.table(by_targets, "abs_rel_by_targets", split=split_of(swept))
 drawn, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
 sns.lineplot(by_targets, x="keep_model", y="of_dense", hue="targets", style="way", ax=axis, **look | {"dashes": True})
 axis.axhline(1 + tolerated, color="0.3", ls=":")
@@ -269,29 +287,32 @@ with report.stage("calibrations"):
 together = sweep[(sweep.way == "whitened") & (sweep.keep <= 2 * headline_keep)]
 kinds = {"several views": together, "one view": pd.DataFrame(rows)}
 by_calibration = pd.concat([table.assign(calibration=kind) for kind, table in kinds.items()])
-report.table(by_calibration, "abs_rel_by_calibration")
+report.table(by_calibration, "abs_rel_by_calibration", split=split_of(swept))
 
 # %% tags=["nbval-check-output"]
 wide = by_calibration.pivot(index=["seed", "keep"], columns="calibration", values="abs_rel")
-lower = (wide["several views"] < wide["one view"]).mean()
 report.claim(
-    "ours: calibrating on several views at a time gives lower AbsRel than one by one, in most cases", lower > 0.5, lower
+    "ours: calibrating on several views at a time gives lower AbsRel than one by one, in most cases",
+    wide["several views"],
+    "<",
+    wide["one view"],
+    over="most",
 )
 
 # %% [markdown]
 # ## Refinement in two stages
 #
 # LoRA on one factor of every layer, merged, then on the other, towards the outputs of the dense model on calibration images: no
-# truth is used. The table `abs_rel_by_refinement`: on scenes of its own, more than above; `gap` is AbsRel less that of the
-# dense model.
+# truth is used. The table `abs_rel_by_refinement`: on more scenes than above; `gap` is AbsRel less that of the dense model.
+# Training differs between processors, so `refined_seeds` are more, and claims are about the mean over them.
 
 # %%
 rows, refined = [], {}
 recipe = Recipe(refine_steps, refine_batch, refine_learning_rate, weight_decay=0.0, precision=precision)
 with report.stage("refinement"):
-    for seed in seeds:
+    for seed in refined_seeds:
         smaller, _ = compressed(seed, "whitened", headline_keep)
-        scenes = list(load_source(refined_on, seed))
+        scenes = list(load_source(refined_on, seed, frozen))
         for name, own in {"original": model, "compressed": smaller}.items():
             rows.append({"seed": seed, "model": name} | depth_errors(own, scenes))
         batches = image_batches(view_windows(calibrating[seed], calibration_views, refine_samples, seed), refine_batch)
@@ -303,11 +324,18 @@ with report.stage("refinement"):
 by_refinement = pd.DataFrame(rows)
 dense_errors = by_refinement[by_refinement.model == "original"].set_index("seed").abs_rel
 by_refinement["gap"] = by_refinement.abs_rel - by_refinement.seed.map(dense_errors)
-report.table(by_refinement, "abs_rel_by_refinement")
+coarse = {"abs_rel": 0.2, "rmse": 0.2, "delta_1": 0.05, "gap": 0.5}  # after training
+report.table(by_refinement, "abs_rel_by_refinement", split=split_of(refined_on), rows=15, tolerance=coarse)
 
 # %% tags=["nbval-check-output"]
 gap = by_refinement.pivot(index="seed", columns="model", values="gap")
-report.claim("refinement narrows the gap to the dense model, on every seed", gap.refined < gap.compressed)
+report.claim(
+    "refinement narrows the gap to the dense model, in the mean over seeds",
+    gap.refined,
+    "<",
+    gap.compressed,
+    over="mean",
+)
 
 # %% [markdown]
 # ## Ranks by the entropy of the images
@@ -338,14 +366,16 @@ with report.stage("adaptive"):
         shares = {"keep_stored": spent["keep_computed"], "keep_computed": spent["keep_computed"], "gmac": cost / 1e9}
         rows.append({"seed": seed, "ranks": "one for all"} | shares | quality(fixed, seed))
 by_adaptation = pd.DataFrame(rows)
-report.table(by_adaptation, "abs_rel_by_adaptation")
+report.table(by_adaptation, "abs_rel_by_adaptation", split=split_of(swept))
 
 # %% tags=["nbval-check-output"]
 wide = by_adaptation.pivot(index="seed", columns="ranks", values="abs_rel")
 for other in ("one for all", "at random"):
     report.claim(
         f"as published: ranks by entropy have lower AbsRel than ranks {other} at the same mean share, on every seed",
-        wide["by entropy"] < wide[other],
+        wide["by entropy"],
+        "<",
+        wide[other],
     )
 
 # %% [markdown]
@@ -364,7 +394,7 @@ with report.stage("first forward"):
         seconds = time_first_pass(model.config, ranks, shape, precision, str(device))
         rows.append((name, 1e3 * seconds, profiled_views / seconds))
 first = pd.DataFrame(rows, columns=["model", "forward pass (ms)", "throughput (frames/sec)"])
-report.table(first, "first_forward", measured=list(first.columns[1:]))
+report.table(first, "first_forward", split=None, measured=list(first.columns[1:]))
 
 # %% [markdown]
 # ## The speed-up and its ceiling
@@ -398,11 +428,11 @@ with report.stage("fair times"):
             shares += [(views, name, p, operations[p], times[p]) for p in times]
 speed = pd.DataFrame(rows)
 parts = pd.DataFrame(shares, columns=["views", "model", "part", "share_of_operations", "share_of_time"])
-report.table(parts, "share_by_part", measured=["share_of_time"])
+report.table(parts, "share_by_part", split=None, measured=["share_of_time"])
 
 # %%
 clocked = ["forward_ms", "spread_ms", "frames_per_s", "speed_up", "peak_mb"]
-report.table(speed, "speed_up_by_views", rows=16, measured=clocked)
+report.table(speed, "speed_up_by_views", split=None, rows=16, measured=clocked)
 drawn, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
 compared = speed[speed.model != "original"]
 sns.lineplot(compared, x="views", y="speed_up", hue="model", marker="o", ax=left)
@@ -424,24 +454,25 @@ for name, own in models.items():
         counted = count_flops(build_forward(own, images)) / 2
         assert abs(counted / macs(views, saved[name]) - 1) < 0.01  # the formula
 wide = speed.pivot(index="views", columns="model", values="ceiling")
-print("operations counted equal the formula within 1 %")
-report.claim("the ceiling falls with the number of views", wide.drop(columns="original").diff().dropna() < 0)
+assert (wide.drop(columns="original").diff().dropna() < 0).all(axis=None)  # linear layers grow slower than attention
+print("operations counted equal the formula within 1 %, and the ceiling falls with the number of views")
 
 # %% [markdown]
 # ## Where the time goes
 #
 # Own times of operators in one warm forward pass, `profiled_views` views, original and SVD-π³. What an operator calls counts
-# there and not in it, so the bars of a model add up to its whole. Table and figure `operators`.
+# there and not in it, so the shares of a model add up to 1. The table `operators` has its longest twenty, the figure the longest
+# ten of the original.
 
 # %%
 with report.stage("profile"):
     images = torch.rand(shape, device=device)
     own = {"original": model, "SVD-π³": compressed(seeds[0], "whitened", headline_keep)[0]}
     tables = {name: pd.DataFrame(top_operators(build_forward(m, images, precision), device)) for name, m in own.items()}
-operators = pd.concat([table.assign(model=name) for name, table in tables.items()])[
+operators = pd.concat([table.head(20).assign(model=name) for name, table in tables.items()])[
     ["model", "operator", "calls", "self_ms", "share"]
 ]
-report.table(operators, "operators", measured=["operator", "calls", "self_ms", "share"])
+report.table(operators, "operators", split=None, measured=["operator", "calls", "self_ms", "share"])
 top = operators[operators.model == "original"].operator.head(10)
 drawn, axis = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
 sns.barplot(operators[operators.operator.isin(top)], y="operator", x="self_ms", hue="model", order=top, ax=axis)
@@ -467,16 +498,20 @@ class StandingStill(torch.nn.Module):
 controls = {"pose": {"cameras that stand still": StandingStill()}}
 found = {task: [] for task in evaluation}
 with report.stage("evaluation"):
-    for seed in tqdm(seeds, "seeds"):
+    for seed in tqdm(refined_seeds, "seeds"):
         judged = {"original": model, "SVD-π³": compressed(seed, "whitened", headline_keep)[0], "refined": refined[seed]}
         for task, source in [(task, source) for task, sources in evaluation.items() for source in sources]:
-            scenes, protocol = list(load_source(source, seed)), PROTOCOLS[source["layout"]]
+            scenes, protocol = list(load_source(source, seed, frozen)), PROTOCOLS[source["layout"]]
+            about = {"data": source["layout"], "split": split_of(source)}
             for name, own in (judged | controls.get(task, {})).items():
                 metrics = evaluate_pi3(own, scenes, protocol, [task], precision=precision)[task]
-                found[task].append({"data": source["layout"], "model": name, "seed": seed} | metrics)
+                found[task].append(about | {"model": name, "seed": seed} | metrics)
 tasks = {task: pd.DataFrame(rows) for task, rows in found.items()}
 for task, table in tasks.items():
-    report.table(table, task)
+    pairs = [name for name in table if "@" in name]  # shares of a few dozen pairs of views: they jump
+    errors = [name for name in table.select_dtypes(float) if name not in pairs]
+    coarse = {name: 0.05 if name.startswith(("delta", "nc")) else 0.2 for name in errors}  # of refined models
+    report.table(table, task, split=None, rows=20, tolerance=coarse, unstable=pairs)
 means = {task: table.groupby(["data", "model"], sort=False).mean(numeric_only=True) for task, table in tasks.items()}
 shown = {"mono_depth": ["abs_rel", "delta_1"], "video_depth": ["abs_rel", "delta_1"]}
 shown |= {"pose": ["ate", "rpe_rot", "auc@30"], "points": ["acc_mean", "comp_mean", "nc_mean"]}
@@ -484,14 +519,21 @@ pd.concat({task: means[task][columns] for task, columns in shown.items()}, axis=
 
 # %% tags=["nbval-check-output"]
 by_model = tasks["pose"].pivot_table(index="seed", columns="model", values="rpe_rot")
-better = by_model["original"] < by_model["cameras that stand still"]
-report.claim("ours: the dense model turns its cameras better than not at all (rpe_rot), on every seed", better)
+report.claim(
+    "ours: the dense model turns its cameras better than not at all (rpe_rot), on every seed",
+    by_model["original"],
+    "<",
+    by_model["cameras that stand still"],
+)
 lower = {"mono_depth": "abs_rel", "video_depth": "abs_rel", "pose": "ate", "points": "acc_mean"}
 for task, column in lower.items():
     by_model = tasks[task].pivot_table(index="seed", columns="model", values=column)
     report.claim(
-        f"ours: refined is better than compressed in {task} ({column}), on every seed",
-        by_model["refined"] < by_model["SVD-π³"],
+        f"ours: refined is better than compressed in {task} ({column}), in the mean over seeds",
+        by_model["refined"],
+        "<",
+        by_model["SVD-π³"],
+        over="mean",
     )
 
 # %% [markdown]
@@ -516,9 +558,9 @@ grid[:2, ::step, ::step] = True
 at = np.nonzero(grid & known.numpy())
 pixels = pd.DataFrame(dict(zip(("view", "row", "column"), at, strict=True)))
 for name in ("true", "original", "SVD-π³"):
-    pixels[f"depth, {name}"] = depths[name][at].round(3)
-    pixels[f"x, {name}"], _, pixels[f"z, {name}"] = clouds[name][at].round(3).T
-report.table(pixels, "points_and_depth", rows=3)
+    pixels[f"depth, {name}"] = depths[name][at]
+    pixels[f"x, {name}"], _, pixels[f"z, {name}"] = clouds[name][at].T
+report.table(pixels, "points_and_depth", split=split_of(swept), rows=3)
 drawn, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
 first_view = pixels[pixels["view"] == 0]
 for axis, below, name in zip(*axes, ("true", "original", "SVD-π³"), strict=True):
@@ -543,7 +585,7 @@ report.figure(drawn, "points_and_depth")
 
 # %%
 folder, rows = report.folder / "model", []
-for name, own in {"original": model, "SVD-π³, refined": refined[seeds[0]]}.items():
+for name, own in {"original": model, "SVD-π³, refined": refined[refined_seeds[0]]}.items():
     save_compressed(own, folder)
     with torch.device("meta"):
         architecture = Pi3(model.config)
@@ -551,7 +593,7 @@ for name, own in {"original": model, "SVD-π³, refined": refined[seeds[0]]}.ite
     one, two = (predict(m, scene.images, precision)["points"] for m in (own, again))
     rows.append((name, (folder / "model.safetensors").stat().st_size / 1e6, float((one - two).abs().max())))
     shutil.rmtree(folder)
-report.table(pd.DataFrame(rows, columns=["model", "megabytes", "largest_difference"]), "files")
+report.table(pd.DataFrame(rows, columns=["model", "megabytes", "largest_difference"]), "files", split=split_of(swept))
 
 # %% [markdown]
 # ## What this shows

@@ -14,9 +14,9 @@
 - `layout_files`: `Frame`, the files of one view; read depth and pose files.
 - `sintel`: the files of MPI Sintel.
 - `tum`: the files of TUM RGB-D and Bonn.
-- `scenes`: `render_scene`, rooms of boxes and balls with exact depth and poses.
+- `scenes`: `render_scene`, rooms of boxes and balls with exact depth and poses; `SPLIT_SEEDS`, which are in which split.
 - `solids`: the textured rooms, boxes and balls, and the rays that hit them.
-- `calibration`: windows of views and batches of images for calibration.
+- `calibration`: `load_source`, the scenes of a split; windows of views and batches of images for calibration.
 - `evaluation`: `evaluate_pi3`, metrics of four tasks over sequences; `PROTOCOLS`.
 - `predictions`: `predict`, the outputs of one pass; bring depth and points to another size.
 - `metrics`: errors of depth, poses and points.

@@ -6,30 +6,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank.io.checks import require
+from lowrank.io.checks import SPLITS, require, require_frozen
 from lowrank.pi3.data import Scene, load_scenes, rendered_scenes
+from lowrank.pi3.scenes import SPLIT_SEEDS
 
 RENDERED_LAYOUT = "scenes"
 
 
-def load_source(source: Mapping[str, Any], seed: int = 0) -> Iterator[Scene]:
+def split_of(source: Mapping[str, Any]) -> str:
+    """Return the split that a source belongs to: the one that it names, or else 'test'.
+
+    **Arguments**
+
+    - `source`: see `load_source`.
+
+    **Raises**
+
+    - `ValueError`: an unknown split.
+    """
+    split = source.get("split", "test")
+    require(split in SPLITS, "split", f"be one of {SPLITS}", split)
+    return split
+
+
+def load_source(source: Mapping[str, Any], seed: int = 0, frozen: str | None = None) -> Iterator[Scene]:
     """Load the scenes that a parameter set names.
 
     **Arguments**
 
-    - `source`: `layout` and the options of `load_scenes`; or layout 'scenes' and the options of `rendered_scenes`.
+    - `source`: `layout`, `split`, by default 'test', and the options of `load_scenes`; for layout 'scenes' those of
+      `rendered_scenes` but `first`, since the split decides the seeds of its scenes (`SPLIT_SEEDS`).
     - `seed`: rendered scenes of another seed are other scenes; data sets do not depend on it. Default 0.
+    - `frozen`: hash of the frozen choices, which opens the split 'test'. Default None: it is closed.
 
     **Raises**
 
-    - `ValueError`: no layout; unknown or missing options.
+    - `ValueError`: no layout; unknown or missing options; an unknown split, or one with fewer scenes; 'test' before the
+      choices are frozen.
     """
-    options = dict(source)
+    options, split = dict(source), split_of(source)
     require("layout" in options, "source", "name a layout", sorted(options))
+    require_frozen(split, frozen)
+    options.pop("split", None)
     layout = options.pop("layout")
     try:
         if layout == RENDERED_LAYOUT:
-            return rendered_scenes(options.pop("first", 0) + seed * options["scenes"], **options)
+            seeds = SPLIT_SEEDS[split][seed * options["scenes"] :]
+            most = f"be at most {len(seeds)}, what the split {split!r} has left for seed {seed}"
+            require(options["scenes"] <= len(seeds), "scenes", most, options["scenes"])
+            return rendered_scenes(seeds.start, **options)
         return load_scenes(layout, **options)
     except (TypeError, KeyError) as error:
         raise ValueError(

@@ -3,6 +3,7 @@
 A seed decides everything. One ray goes through the centre of each pixel.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,12 @@ from torch import Tensor
 from lowrank.io.checks import require
 from lowrank.pi3.solids import Solid
 
+SPLIT_SEEDS: Mapping[str, range] = {  # what scenes of these seeds are for; no seed is in two
+    "validation": range(100_000),
+    "train": range(100_000, 200_000),  # to calibrate and refine on
+    "test": range(200_000, 300_000),
+    "pretraining": range(1_000_000, 2_000_000),  # of the small model
+}
 ROOM_HALF_SIDES = (2.0, 3.0), (1.2, 1.6), (2.0, 3.0)  # least and most, x, y (down), z
 
 

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from lowrank.pi3.loss import geometry_loss
 from lowrank.pi3.model import Pi3, Pi3Config
-from lowrank.pi3.scenes import render_scene
+from lowrank.pi3.scenes import SPLIT_SEEDS, render_scene
 from lowrank.training.loop import Recipe
 
 SIDE, MOST_VIEWS = 64, 6
-FIRST_SEED = 10**6  # of the scenes to train on; smaller seeds are for calibration and evaluation
 SMALL_CONFIG = Pi3Config(
     patch_size=8,
     encoder_dim=96,
@@ -85,9 +84,10 @@ def scene_batches(done: int, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor, T
 
     **Returns** an iterator over batches, see `scene_batch`.
     """
+    first = SPLIT_SEEDS["pretraining"].start
     for step in range(done, recipe.steps):
         views = int(np.random.default_rng([recipe.seed, step]).integers(1, MOST_VIEWS + 1))
-        yield scene_batch(FIRST_SEED + step * recipe.batch_size, max(1, recipe.batch_size // views), views)
+        yield scene_batch(first + step * recipe.batch_size, max(1, recipe.batch_size // views), views)
 
 
 def scene_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from lowrank.pi3.calibration import load_source, split_of
 from lowrank.pi3.data import load_scenes, rendered_scenes
 from lowrank.pi3.layouts import LAYOUTS
-from lowrank.pi3.scenes import Views, look_at, render_scene
+from lowrank.pi3.scenes import SPLIT_SEEDS, Views, look_at, render_scene
 from lowrank.pi3.sintel import read_sintel_camera, read_sintel_depth
+from lowrank.pi3.small import SMALL_RECIPE
 
 HEIGHT, WIDTH = 28, 42
 NUMBERS = (0, 2, 10)  # of views: in another order by name than by number
@@ -524,3 +526,49 @@ def test_rendered_scenes_are_those_of_their_seeds() -> None:
         assert torch.equal(scene.poses, views.poses)
         assert scene.intrinsics.shape == (3, 3, 3)
         torch.testing.assert_close(scene.points.float(), views.points, atol=1e-5, rtol=0)
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+RENDERED = {"layout": "scenes", "scenes": 2, "views": 1, "side": 8}
+FROZEN = "0123456789abcdef"
+
+
+def test_no_rendered_scene_is_in_two_splits() -> None:
+    for one, split in SPLIT_SEEDS.items():
+        assert split.step == 1
+        for other in set(SPLIT_SEEDS) - {one}:
+            assert split.stop <= SPLIT_SEEDS[other].start or SPLIT_SEEDS[other].stop <= split.start
+    assert SMALL_RECIPE.steps * SMALL_RECIPE.batch_size <= len(SPLIT_SEEDS["pretraining"])
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_source_of_rendered_scenes_stays_in_its_split(split: str) -> None:
+    found = [list(load_source(RENDERED | {"split": split}, seed, FROZEN)) for seed in (0, 3)]
+    names = [int(scene.name) for scenes in found for scene in scenes]
+    assert names == [SPLIT_SEEDS[split].start + offset for offset in (0, 1, 6, 7)]
+    assert all(name in SPLIT_SEEDS[split] for name in names)
+
+
+@pytest.mark.parametrize("source", [RENDERED, RENDERED | {"split": "test"}, {"layout": "sintel", "folder": "x"}])
+def test_a_source_of_test_is_closed_until_choices_are_frozen(source: dict) -> None:
+    assert split_of(source) == "test"
+    for frozen in (None, "", "yes"):
+        with pytest.raises(ValueError, match=r"`frozen` must be 16 hex digits"):
+            load_source(source, 0, frozen)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "dev"}, "`split` must be one of .* got 'dev'"),
+        ({"split": "pretraining"}, "`split` must be one of .* got 'pretraining'"),
+        ({"split": "train", "first": 200_000}, "`source` must hold the options of layout 'scenes'"),
+        ({"split": "train", "scenes": 100_001}, "`scenes` must be at most 100000, .* got 100001"),
+    ],
+)
+def test_a_source_that_would_leave_its_split_is_named(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_source(RENDERED | changes)
+    with pytest.raises(ValueError, match="`scenes` must be at most 0, .* got 60000"):
+        load_source(RENDERED | {"split": "train", "scenes": 60_000}, seed=2)
