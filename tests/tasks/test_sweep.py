@@ -21,7 +21,7 @@ def sweep(tmp_path_factory) -> Sweep:
         task = load_task("digits", width=16, depth=2, dropout=0.0)
         torch.manual_seed(0)
         model = task.make_model()
-        train(model, task, Recipe(150, 32, 5e-3), progress=False)
+        train(model, task, Recipe(300, 32, 5e-3), progress=False)
         drawn = dict(samples=SAMPLES, batch_size=64, seed=0)
         moments = load_calibration(task, model, gradients="sampled", **drawn)
         labelled = load_calibration(task, model, gradients="labels", **drawn)
