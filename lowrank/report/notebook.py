@@ -76,8 +76,7 @@ class Report:
 
         **Returns** the hash of the choices, 16 hex digits, for `Task.open_test`.
         """
-        values = {name: value for name, value in self.parameters.items() if name != "set_name"}
-        self.frozen = hash_options({"parameters": values, "code": self.code})
+        self.frozen = hash_choices(self.notebook, self.parameters)
         return self.frozen
 
     def table(
@@ -202,6 +201,20 @@ class Report:
         with writing(self.folder / "run.json") as partial:
             partial.write_text(json.dumps(run, indent=1) + "\n", encoding="utf8")
         return pd.DataFrame(self.claims, columns=["claim", "verdict", "number"])
+
+
+def hash_choices(notebook: str, parameters: Mapping[str, Any]) -> str:
+    """Hash the choices that a notebook is run with: its code, and all parameters but the name of the set.
+
+    **Arguments**
+
+    - `notebook`: its stem.
+    - `parameters`: parameter name -> JSON value.
+
+    **Returns** 16 hex digits.
+    """
+    values = {name: value for name, value in parameters.items() if name != "set_name"}
+    return hash_options({"parameters": values, "code": hash_code([notebook_path(notebook)])})
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from processes import run_mounted
 
+from lowrank.io.checks import SPLITS
 from lowrank.io.dependencies import ROOT
 from lowrank.report import parameters as module
 from lowrank.report.__main__ import main
-from lowrank.report.parameters import set_names
+from lowrank.report.folders import published_folder
+from lowrank.report.notebook import hash_choices
+from lowrank.report.parameters import read_parameters, set_names
 
 NOTEBOOK = """# %% tags=["parameters"]
 set_name = "quick"
@@ -209,6 +213,20 @@ def test_committed_results_came_from_a_clean_tree() -> None:
         assert about["git_commit"], path
         assert about["git_dirty"] is False, path
         assert {f"{folder}/claims.csv", f"{folder}/{about['notebook']}.ipynb"} <= committed
+
+
+def test_published_tables_belong_to_the_present_choices_and_say_their_split() -> None:
+    runs = [path for path in published_folder().glob("*/*/run.json") if "frozen" in json.loads(path.read_text())]
+    for path in runs:
+        about = json.loads(path.read_text())
+        parameters = read_parameters(about["set"], about["notebook"])
+        # parameters or code of the notebook that changed after test was read would be chosen on test
+        assert about["frozen"] in (None, hash_choices(about["notebook"], parameters)), path
+        for name, declared in about["tables"].items():
+            table = pd.read_csv(path.with_name(f"{name}.csv"))
+            named = set(table["split"]) if "split" in table else set()
+            assert named == {declared["split"]} if declared["split"] else named <= set(SPLITS), (path, name)
+            assert about["frozen"] or "test" not in named, (path, name)
 
 
 COMMAND = """
