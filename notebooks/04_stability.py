@@ -28,7 +28,7 @@
 set_name = "digits-vit"  # the parameter set, which names the folder of results
 task = "digits"  # a key of lowrank.tasks.registry.TASKS
 task_options = {}  # options of that task's load function
-epochs = 28  # passes over the training samples, each of whole batches
+epochs = 42  # passes over the training samples, each of whole batches
 batch_size = 64  # samples
 learning_rate = 4e-3  # peak
 weight_decay = 0.05
@@ -39,10 +39,10 @@ clip = 1.0  # norm of the gradients
 label_smoothing = 0.0
 precision = "fp32"  # fp32 or bf16
 workers = 0  # processes that load data
-seeds = [0, 1, 2]  # of weights, batches and dropout
-control_seeds = [0, 1]  # of the trainings at a constant rate
-look_every = 2  # epochs between looks at the bases and at the held-out split
-evaluation_samples = 450  # of the held-out split, the first ones
+seeds = [0, 1, 2, 3]  # of weights, batches and dropout
+control_seeds = [0, 1, 2]  # of the trainings at a constant rate
+look_every = 3  # epochs between looks at the bases and at validation
+evaluation_samples = 450  # of validation and of test, the first ones, at most
 split_layers = []  # packed layers that are split into q, k and v first
 exclude = ["head", "patch_embed.*"]  # layers that OIALR leaves dense
 delay = 252  # optimiser steps at full rank
@@ -78,13 +78,14 @@ report = Report("04_stability", globals())
 #
 # `dense` and `constant rate` are watched: every `look_every` epochs each weight's basis and mixing are compared with the look
 # before. `OIALR` is the same training as `dense`, converted on the way. `static low rank` has two trained factors per layer
-# from the first step on, of ranks that store as much as OIALR's at its end.
+# from the first step on, of the largest ranks that store no more than OIALR does at its end. Looks during training are on
+# validation; test is measured once, after the last step.
 
 # %%
-data = load_task(task, **task_options)
+data = load_task(task, **task_options).open_test(report.freeze())
 per_epoch = len(data.split("train")) // batch_size
 metric = data.metric
-report.record(task=data.identity, metric=data.metric, steps_per_epoch=per_epoch)
+report.record(task=data.identity, rows=data.rows, metric=metric, steps_per_epoch=per_epoch)
 
 
 def fresh(seed):
@@ -101,14 +102,20 @@ def loss(model, batch):
 
 
 # %%
+def quality_on(split, model):
+    """Loss and metrics of a model on the first samples of a split."""
+    batches = data.batches(split, batch_size, samples=min(evaluation_samples, data.rows[split]))
+    return evaluate(model, batches, data.objective, data.metrics) | {"split": split}
+
+
 def trained(model, variant, seed, method=None):
-    """Trains a model in one of the ways: quality at every look, and what the monitor saw."""
+    """Trains a model in one of the ways: quality at every look and at the end, and what the monitor saw."""
     options = dict(warmup=warmup, decay_power=decay_power, floor=floor, clip=clip, precision=precision, workers=workers)
     decay = "constant" if variant == "constant rate" else "cosine"
     recipe = Recipe(epochs * per_epoch, batch_size, learning_rate, weight_decay, decay=decay, seed=seed, **options)
     monitor = BasisMonitor(look_every * per_epoch, progress=False)
     watched = variant in ("dense", "constant rate")
-    rows, done = [], 0
+    rows, done, about = [], 0, {"variant": variant, "seed": seed}
 
     def after_step(optimizer):
         nonlocal done
@@ -117,16 +124,15 @@ def trained(model, variant, seed, method=None):
         if watched:
             monitor.step(model)
         if done % (look_every * per_epoch) == 0:
-            batches = data.batches("validation", batch_size, samples=evaluation_samples)
             rate = optimizer.param_groups[0]["lr"] / learning_rate
-            quality = evaluate(model, batches, data.objective, data.metrics)
-            rows.append({"variant": variant, "seed": seed, "epoch": done // per_epoch, "rate": rate} | quality)
+            rows.append(about | {"epoch": done // per_epoch, "rate": rate} | quality_on("validation", model))
         return changed
 
     if watched:
         monitor.check(model)
     train(model, data, recipe, loss=loss, hooks=Hooks(after_step=after_step), progress=False)
-    return rows, [{"variant": variant, "seed": seed} | row for row in monitor.history]
+    rows.append(about | {"epoch": epochs, "rate": np.nan} | quality_on("test", model))
+    return rows, [about | row for row in monitor.history]
 
 
 # %%
@@ -176,7 +182,9 @@ print(
 # %%
 bases = pd.DataFrame(looks)
 bases.insert(2, "epoch", bases.pop("step") // per_epoch)
-report.table(bases, "stability_by_layer")
+# A weight close to a rank deficiency is masked on one machine and not on another.
+undetermined = ["stability", "r_similarity", "smallest_over_largest", "masked"]
+report.table(bases, "stability_by_layer", split=None, unstable=undetermined, tolerance=0.2)
 compared = bases[bases.epoch > 0]
 count = compared.layer.nunique()
 drawn, axes = plt.subplots(1, 2, figsize=(12, 1.6 + 0.24 * count), sharey=True, layout="constrained")
@@ -197,10 +205,11 @@ report.figure(drawn, "stability_by_layer")
 # %%
 published = pd.DataFrame({"done": [0.05, 0.1, 0.2, 0.5, 1.0], "stability": [0.87, 0.755, 0.82, 0.94, 1.0]})
 quality = pd.DataFrame(qualities)
+validated, tested = quality[quality.split == "validation"], quality[quality.split == "test"]
 means = compared.groupby(["variant", "seed", "epoch"], sort=False)[["stability", "r_similarity", "p_similarity"]].mean()
 curve = means.groupby(["variant", "epoch"], sort=False).stability.agg(["mean", "std"]).reset_index()
-curve = curve.merge(quality.groupby(["variant", "epoch"]).rate.first().reset_index())
-report.table(curve, "stability_by_epoch", rows=2 * epochs)
+curve = curve.merge(validated.groupby(["variant", "epoch"]).rate.first().reset_index())
+report.table(curve, "stability_by_epoch", split=None, rows=2 * epochs, unstable=["std"], tolerance={"mean": 0.05})
 drawn, (upper, lower) = plt.subplots(2, figsize=(7.5, 5), sharex=True, height_ratios=[3, 1], layout="constrained")
 for variant, own in curve.groupby("variant", sort=False):
     line = upper.plot(own.epoch, own["mean"], marker="o", label=f"{variant}, measured here")[0]
@@ -215,20 +224,17 @@ lower.set(xlabel="epoch", ylabel="rate / peak")
 report.figure(drawn, "stability_by_epoch")
 
 # %% tags=["nbval-check-output"]
-by_epoch = {variant: own.set_index("epoch")["mean"] for variant, own in curve.groupby("variant")}
-steady, control = by_epoch["dense"], by_epoch["constant rate"]
+by_seed = means.stability.unstack("epoch")
+steady, control = by_seed.xs("dense"), by_seed.xs("constant rate")
+last, half = steady.iloc[:, -1], control.loc[:, control.columns >= epochs / 2]
 print(f"{int((compared.masked != '').sum())} of {len(compared)} values masked as rank deficient")
-last, rise = steady.iloc[-1], steady.iloc[-1] - steady.min()
-report.claim("as published: stability rises from its lowest look to the last", last > steady.min() + 0.01, rise)
-report.claim("as published: the mean stability of the last look is at least 0.99", last >= 0.99, last)
-half = control[control.index >= epochs / 2]
-rise = half.iloc[-1] - half.iloc[0]
-report.claim("ours: at a constant rate stability rises over the second half", rise > 0, rise)
-report.claim(
-    "ours: at a constant rate the last stability is within 0.05 of that with decay",
-    control.iloc[-1] > last - 0.05,
-    last - control.iloc[-1],
-)
+text = "as published: stability rises by more than 0.01 from its lowest look to the last"
+report.claim(text, last, ">", steady.min(axis=1) + 0.01, over="mean")
+report.claim("as published: the stability of the last look is at least 0.99", last, ">=", 0.99, over="mean")
+text = "ours: at a constant rate stability rises over the second half"
+report.claim(text, half.iloc[:, -1], ">", half.iloc[:, 0], over="mean")
+text = "ours: at a constant rate the last stability is less than 0.05 below that with decay"
+report.claim(text, control.iloc[:, -1], ">", last[control.index] - 0.05, over="mean")
 
 # %% [markdown]
 # ## What mixes the bases
@@ -252,7 +258,7 @@ mixing = means.groupby(["variant", "epoch"], sort=False)[["r_similarity", "p_sim
 shares = compared.assign(share=compared.effective_rank / compared.layer.map(full)).groupby(["variant", "epoch"]).share
 mixing = mixing.merge(shares.mean().rename("effective_rank_share").reset_index())
 mixing = mixing.assign(r_floor=floors["qr"], p_floor=floors["polar"])
-report.table(mixing, "similarity_by_epoch", rows=2 * epochs)
+report.table(mixing, "similarity_by_epoch", split=None, rows=2 * epochs, tolerance=0.05)
 panels = {
     "r_similarity": "R similarity",
     "p_similarity": "P similarity",
@@ -267,14 +273,13 @@ for axis, column in zip(axes, ("r_floor", "p_floor"), strict=False):
 report.figure(drawn, "similarity_by_epoch")
 
 # %% tags=["nbval-check-output"]
-last = mixing[mixing.variant == "dense"].iloc[-1]
-report.claim(
-    "ours: at the last look P has moved further from 1 than the basis has",
-    last.p_similarity < steady.iloc[-1],
-    last.p_similarity,
-)
-above = pd.concat([mixing.r_similarity > mixing.r_floor, mixing.p_similarity > mixing.p_floor])
-report.claim("ours: both similarities stay above those of independent weights", above)
+looked = means.xs("dense")
+ends = looked.xs(last.name, level="epoch")
+text = "ours: at the last look P has moved further from 1 than the basis has"
+report.claim(text, ends.p_similarity, "<", ends.stability, over="mean")
+for kind, column, floor in (("R", "r_similarity", "qr"), ("P", "p_similarity", "polar")):
+    text = f"ours: {kind} similarity stays above that of independent weights, even at its lowest look"
+    report.claim(text, looked.groupby("seed")[column].min(), ">", floors[floor], over="mean")
 
 # %% [markdown]
 # ## Ranks fall once the bases are fixed
@@ -284,11 +289,13 @@ report.claim("ours: both similarities stay above those of independent weights", 
 
 # %%
 ranks = pd.DataFrame(histories)
-ranks = ranks.assign(epoch=ranks.step / per_epoch, rank_share=ranks["rank"] / ranks.full_rank, stability=np.nan)
+ranks = ranks.assign(epoch=ranks.step / per_epoch, rank_share=ranks["rank"] / ranks.full_rank)
 start = ranks.drop_duplicates(["seed", "layer"]).assign(epoch=0.0, rank_share=1.0, discarded=0.0)
 start["rank"] = start.full_rank
 ranks = pd.concat([start, ranks])
-report.table(ranks[["seed", "epoch", "layer", "rank", "rank_share", "discarded", "stability"]], "rank_by_epoch")
+columns = ["seed", "epoch", "layer", "rank", "rank_share", "discarded"]
+within = {"rank": 0.3, "rank_share": 0.3}
+report.table(ranks[columns], "rank_by_epoch", split=None, unstable=["discarded"], tolerance=within)
 short = ranks.assign(
     kind=ranks.layer.str.replace(r"^.*\.\d+\.", "", regex=True), run=ranks.layer + ranks.seed.astype(str)
 )
@@ -303,16 +310,16 @@ report.figure(drawn, "rank_by_epoch")
 # %% [markdown]
 # ## The comparison
 #
-# The table `quality_by_epoch`: held-out loss and metric of every look. Bands are one standard deviation over seeds; the dotted
-# line is the conversion.
+# The table `quality_by_epoch`: loss and metric of every look on validation, and of the last model on test. The figure shows
+# validation; bands are one standard deviation over seeds, and the dotted line is the conversion.
 
 # %%
-report.table(quality, "quality_by_epoch")
+report.table(quality, "quality_by_epoch", split=None, unstable=["loss", *data.metrics])
 drawn, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
-sns.lineplot(quality, x="epoch", y=metric, hue="variant", errorbar="sd", marker="o", ax=axis)
+sns.lineplot(validated, x="epoch", y=metric, hue="variant", errorbar="sd", marker="o", ax=axis)
 axis.axvline(delay / per_epoch, ls=":", color="0.3", label="conversion")
-low = quality[quality.epoch >= delay / per_epoch][metric].min()
-axis.set(ylim=(max(0, low - 0.1), None), ylabel=f"held-out {metric}")
+low = validated[validated.epoch >= delay / per_epoch][metric].min()
+axis.set(ylim=(max(0, low - 0.1), None), ylabel=f"validation {metric}")
 axis.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
 report.figure(drawn, "quality_by_epoch")
 
@@ -333,32 +340,27 @@ with report.stage("step time"):
     device = device_of(finals["dense"])
     times = time_in_turns({variant: step for variant, (step, _) in steps.items()}, repeats=20, device=device)
     peaks = {variant: peak_bytes(step, device) + held for variant, (step, held) in steps.items()}
-final = quality[quality.epoch == quality.epoch.max()].groupby("variant", sort=False)[metric].agg(["mean", "std"])
-table = pd.DataFrame(sizes).drop(columns="seed").groupby("variant", sort=False).mean()
-table = table.assign(trainable_share=table.trainable / table.dense, stored_share=table.stored / table.dense)
+final = tested.groupby("variant", sort=False)[metric].agg(["mean", "std"])
+counts = pd.DataFrame(sizes)
+counts = counts.assign(trainable_share=counts.trainable / counts.dense, stored_share=counts.stored / counts.dense)
+table = counts.drop(columns="seed").groupby("variant", sort=False).mean()
 table = final.rename(columns={"mean": metric, "std": "std"}).join(table)
 table["step_ms"] = pd.Series({variant: 1e3 * np.median(own) for variant, own in times.items()})
 table["memory_mb"] = pd.Series({variant: peak / 1e6 for variant, peak in peaks.items()})
-report.table(table.reset_index(), "comparison", measured=["step_ms", "memory_mb"])
+varying = dict(measured=["step_ms", "memory_mb"], unstable=["std"], tolerance=0.05)
+report.table(table.reset_index(), "comparison", split="test", **varying)
 
 # %% tags=["nbval-check-output"]
-oialr, whole, static = (table.loc[name] for name in ("OIALR", "dense", "static low rank"))
-behind, trains, stores = whole[metric] - oialr[metric], oialr.trainable_share, oialr.stored_share
-report.claim(
-    "ours: OIALR ends within 1 point of the dense training (mean)", oialr[metric] >= whole[metric] - 0.01, behind
-)
-report.claim("ours: OIALR trains at most 30 % of the dense parameters", trains <= 0.3, trains)
-report.claim("ours: at its end OIALR stores less than the dense model", stores < 1, stores)
-margin = np.nanmax([oialr["std"], static["std"], 0.0])
-report.claim(
-    "ours: OIALR beats static low rank of the same size, by more than one standard deviation",
-    oialr[metric] > static[metric] + margin,
-    oialr[metric] - static[metric],
-)
-ratio = oialr.step_ms / whole.step_ms
-report.claim(
-    "ours: after the last cut a training step takes less time than a dense one", ratio < 1, ratio, measured=True
-)
+by_seed = tested.pivot(index="seed", columns="variant", values=metric)
+stored = counts[counts.variant == "OIALR"]
+text = "ours: OIALR ends at most 1 point below the dense training"
+report.claim(text, by_seed["OIALR"], ">=", by_seed["dense"] - 0.01, over="mean")
+report.claim("ours: in every training OIALR trains at most 30 % of the parameters", stored.trainable_share, "<=", 0.3)
+report.claim("ours: at the end of every training OIALR stores less than the dense model", stored.stored_share, "<", 1)
+text = "ours: OIALR beats static low rank that stores no more"
+report.claim(text, by_seed["OIALR"], ">", by_seed["static low rank"], over="mean")
+text = "ours: after the last cut a training step takes less time than a dense one"
+report.claim(text, table.step_ms["OIALR"] / table.step_ms["dense"], "<", 1, measured=True)
 
 # %% [markdown]
 # ## What this shows
