@@ -27,13 +27,14 @@
 # %% tags=["parameters"]
 set_name = "docs-llama"  # the parameter set, which names the folder of results
 task = "docs_language"  # a key of lowrank.tasks.registry.TASKS
-task_options = {"packages": ["sklearn"], "validation_samples": 256}  # of what is fine-tuned on
+task_options = {"packages": ["sklearn"], "validation_samples": 256, "test_samples": 256}  # of what is fine-tuned on
 base_options = {"packages": ["matplotlib", "numpy", "pandas", "scipy"]}  # of its base, where they differ
 steps = 300  # optimiser steps of that training; 0 takes the model as it comes
 batch_size = 16  # samples
 learning_rate = 3e-3  # peak
 weight_decay = 0.01
 seed = 0
+retrain = False  # train the dense baseline anew instead of loading the shipped one
 precision = "fp32"  # fp32 or bf16, of all trainings
 checkpoints = ""  # folder where the base and the preliminary model stay; a temporary one if empty
 subset_ratio = 0.1  # share of the training samples for the preliminary fine-tuning, evenly spaced
@@ -57,8 +58,8 @@ lora_learning_rate = 1e-2  # peak, of adapters
 full_learning_rate = 3e-3  # peak, of full fine-tuning
 eva_samples = 64  # inputs for EVA
 variants = []  # of those below, the ones to train; empty for all
-evaluation_samples = 128  # of the held-out split, the first ones
-seeds = [0, 1, 2]  # of batches, new factors and random ranks
+evaluation_samples = 128  # of the test split, the first ones
+seeds = [0, 1, 2, 3, 4]  # of batches, new factors and random ranks
 
 # %%
 import tempfile
@@ -71,7 +72,6 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from scipy.stats import ttest_rel
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
@@ -85,6 +85,7 @@ from lowrank.nn.targets import depth_and_kind
 from lowrank.report.notebook import Report
 from lowrank.tasks.baseline import load_baseline
 from lowrank.tasks.evaluation import evaluate
+from lowrank.tasks.metrics import METRICS
 from lowrank.tasks.training import train
 from lowrank.training.loop import Hooks
 
@@ -97,18 +98,21 @@ report = Report("05_rank_config", globals())
 # `accumulation` forward passes to a step, and goes to another. Ranks are chosen with nothing else known of the task.
 
 # %%
-data = load_task(task, **task_options)
+data = load_task(task, **task_options).open_test(report.freeze())
 metric = data.metric
-report.record(task=data.identity, metric=metric)
+in_steps = data.headline.bounds is not None  # of a sample each, which another machine may put on the other side
+# Training amplifies the last digits of another machine: relative tolerances of what is measured after it.
+trained = {"loss": 0.01, metric: 0.05 if in_steps else 0.01}
 folder = Path(checkpoints or tempfile.mkdtemp())
 base_folder, tuned_folder = folder / "base", folder / "tuned"
 with report.stage("base model"):
     options = dict(precision=precision, seed=seed)
     recipe = Recipe(steps, batch_size, learning_rate, weight_decay, **options)
-    base = load_baseline(load_task(task, **task_options | base_options), recipe).model
-    base.save_pretrained(base_folder)
-    model_class = type(base)
-    del base
+    baseline = load_baseline(load_task(task, **task_options | base_options), recipe, retrain=retrain)
+    baseline.model.save_pretrained(base_folder)
+    model_class, origin = type(baseline.model), baseline.origin
+    del baseline
+report.record(task=data.identity, rows=data.rows, metric=metric, baseline=origin)
 
 
 def fresh(trainable=False):
@@ -119,8 +123,8 @@ def fresh(trainable=False):
 
 
 def quality_of(model):
-    """Loss and metrics on held-out samples."""
-    batches = data.batches("validation", batch_size, samples=evaluation_samples)
+    """Loss and metrics on test samples."""
+    batches = data.batches("test", batch_size, samples=evaluation_samples)
     return evaluate(model, batches, data.objective, data.metrics)
 
 
@@ -141,7 +145,8 @@ with report.stage("preliminary fine-tuning"):
     model.save_pretrained(tuned_folder)
 rows.append({"model": "after the preliminary fine-tuning"} | quality_of(model))
 del model
-report.table(pd.DataFrame(rows).assign(samples=[0, len(spaced)]), "preliminary")
+table = pd.DataFrame(rows).assign(samples=[0, len(spaced)])
+report.table(table, "preliminary", split="test", tolerance=trained)
 
 # %% [markdown]
 # ## What changed, and how much of it is noise
@@ -154,7 +159,9 @@ report.table(pd.DataFrame(rows).assign(samples=[0, len(spaced)]), "preliminary")
 with report.stage("spectra"):
     spectra = delta_spectra(base_folder, tuned_folder, data.layers, progress=False)
 rows = pd.DataFrame([{"layer": name} | s.row for name, s in spectra.items()])
-report.table(rows, "spectrum_by_layer")
+counts = dict.fromkeys(["rank_50", "rank_90", "rank_99", "signal_rank"], 0.1)  # may jump by one
+close = dict.fromkeys(["norm", "effective_rank"], 0.01)
+report.table(rows, "spectrum_by_layer", split=None, tolerance=counts | close)
 
 # %% [markdown]
 # The table `energy_by_rank` holds the curves of all layers: `sigma`, the singular value, its share of the largest, and the
@@ -171,7 +178,7 @@ curves = pd.concat(
 by_layer = curves.groupby("layer").sigma
 curves["sigma_share"] = curves.sigma / by_layer.transform("max")
 curves["energy"] = (curves.sigma**2).groupby(curves.layer).cumsum() / by_layer.transform(lambda s: (s**2).sum())
-report.table(curves, "energy_by_rank")
+report.table(curves, "energy_by_rank", split=None, tolerance=0.01)
 drawn, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
 style = dict(data=curves, x="rank", hue="kind", units="layer", estimator=None, lw=0.9, alpha=0.8)
 sns.lineplot(y="sigma_share", ax=left, legend=False, **style)
@@ -204,14 +211,11 @@ noisy = sum(s.status == "noise" for s in spectra.values())
 print(
     f"{len(spectra)} layers: {noisy} whose change looks like noise, {sum(s.total == 0 for s in spectra.values())} unchanged"
 )
-report.claim(
-    "as published: at threshold .9 the adapter has at most 5 % of the weights' parameters",
-    sizes.over_weights[0.9] <= 0.05,
-    sizes.over_weights[0.9],
-)
+text = "as published: at threshold .9 the adapter has at most 5 % of the weights' parameters"
+report.claim(text, sizes.over_weights[0.9], "<=", 0.05, noise=0.02)
 
 # %%
-report.table(sizes.reset_index(), "size_by_threshold")
+report.table(sizes.reset_index(), "size_by_threshold", split=None, tolerance=dict.fromkeys(sizes, 0.05))
 
 # %% [markdown]
 # ## Four ways to spend the same parameters
@@ -247,7 +251,7 @@ rows = [
     for name, row in own.modules.items()
 ]
 ranks = pd.DataFrame(rows)
-report.table(ranks, "rank_by_layer")
+report.table(ranks, "rank_by_layer", split=None, tolerance={"rank": 0.25, "energy": 0.1})
 drawn, axis = plt.subplots(figsize=(7, 1.5 + 0.22 * len(spectra)), layout="constrained")
 style = dict(x="rank", y="layer", hue="rule", size=6, jitter=False, dodge=True)
 sns.stripplot(ranks[ranks.layer.isin(shapes)], ax=axis, **style)
@@ -338,10 +342,11 @@ for name, draw in tqdm([(name, draw) for draw in seeds for name in chosen], "fin
         memory[name] = memory_of(model)
     del model
 quality = pd.DataFrame(results)
-report.table(quality, "quality_by_variant", measured=["step_ms"])
+close = trained | {"trainable": 0.01}
+report.table(quality, "quality_by_variant", split="test", measured=["step_ms"], tolerance=close)
 
 # %% [markdown]
-# The table `comparison`: mean and standard deviation over seeds of the held-out metric, trainable parameters, `step_ms`, the
+# The table `comparison`: mean and standard deviation over seeds of the test metric, trainable parameters, `step_ms`, the
 # least of the seeds' medians, as a machine may be busy with other things, and `memory_mb` of a training step: weights, the
 # optimiser's state and the most that is held beyond them.
 
@@ -354,36 +359,37 @@ table = quality.groupby("variant", sort=False).agg(
     step_ms=("step_ms", "min"),
 )
 table["memory_mb"] = pd.Series({name: peak / 1e6 for name, peak in memory.items()})
-report.table(table.reset_index(), "comparison", measured=["step_ms", "memory_mb"])
+report.table(
+    table.reset_index(),
+    "comparison",
+    split="test",
+    measured=["step_ms", "memory_mb"],
+    unstable=["std"],
+    tolerance={"mean": trained[metric], "loss": trained["loss"], "trainable": 0.01},
+)
 
 # %% [markdown]
 # Variants of one seed see the same batches, so they are compared seed by seed. The table `gain_by_variant`: one row per variant
-# and seed, `gain`, the held-out metric minus that of uniform ranks, signed so that more is better. A claim that one beats
-# another holds where a one-sided paired t-test over the seeds says so at 5 %.
+# and seed, `gain`, the test metric minus that of uniform ranks, signed so that more is better; in the loss where the metric has
+# no bounds, as perplexity has none. Claims judge the mean of such differences over the seeds by its 95 % interval.
 
 # %%
-signed = quality.assign(score=data.headline.sign * quality[metric])
+measure = "loss" if data.headline.bounds is None else metric
+signed = quality.assign(score=METRICS[measure].sign * quality[measure])
 score = signed[signed.variant != "base"].pivot(index="seed", columns="variant", values="score")[chosen]
 gains = score.sub(score["uniform"], axis=0).drop(columns="uniform")
 gains = gains.melt(ignore_index=False, value_name="gain").reset_index()[["variant", "seed", "gain"]]
-report.table(gains, "gain_by_variant")
+report.table(gains, "gain_by_variant", split="test", unstable=["gain"] if in_steps else [], tolerance={"gain": 0.05})
 drawn, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
 sns.stripplot(gains, x="gain", y="variant", color="0.6", size=5, jitter=False, ax=axis)
 sns.pointplot(gains, x="gain", y="variant", errorbar="sd", linestyle="none", ax=axis)
 axis.axvline(0, ls="--", color="0.3")
-axis.set(xlabel=f"gain in held-out {metric} over uniform ranks (seeds, mean and standard deviation)", ylabel="")
+axis.set(xlabel=f"gain in test {measure} over uniform ranks (seeds, mean and standard deviation)", ylabel="")
 report.figure(drawn, "gain_by_variant")
 
 # %% tags=["nbval-check-output"]
 sizes = quality.groupby("variant").trainable.max()
 assert max(sizes["uniform"], sizes["random"], sizes["budget"]) <= sizes["threshold"]
-
-
-def chance(one, other):
-    """The p-value of a paired one-sided t-test that one beats the other."""
-    return ttest_rel(score[one], score[other], alternative="greater").pvalue
-
-
 CLAIMS = {  # -> what is to beat what
     "ours: ranks by threshold beat uniform ranks of equal size": ("threshold", "uniform"),
     "ours: ranks by threshold beat random ranks of equal size": ("threshold", "random"),
@@ -395,16 +401,14 @@ CLAIMS = {  # -> what is to beat what
     "ours: ranks by budget beat those of EVA": ("budget", "EVA"),
     "ours: a warm start helps uniform ranks": ("uniform, warm", "uniform"),
 }
-for text, pair in CLAIMS.items():
-    if set(pair) <= set(chosen):
-        p = chance(*pair)
-        report.claim(text, p < 0.05, p)
-if "full" in chosen:
-    p = chance("full", "threshold")
-    report.claim("as published: full fine-tuning does not beat an adapter by threshold", not p < 0.05, p)
-    ratio = table.step_ms["threshold"] / table.step_ms["full"]
+for text, (one, other) in CLAIMS.items():
+    if {one, other} <= set(chosen):
+        report.claim(text, score[one], ">", score[other], over="mean")
+if {"full", "threshold"} <= set(chosen):
+    text = "as published: full fine-tuning does not beat an adapter by threshold"
+    report.claim(text, score["full"], "<=", score["threshold"], over="mean")
     text = "as published: a step with the adapter takes at most a third of the time of a full one"
-    report.claim(text, 3 * ratio <= 1, ratio, measured=True)
+    report.claim(text, table.step_ms["threshold"] / table.step_ms["full"], "<=", 1 / 3, measured=True)
 
 # %% [markdown]
 # ## Saved, reloaded, swapped
