@@ -206,8 +206,11 @@ def test_committed_results_came_from_a_clean_tree() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout, so nothing is committed")
     committed = set(git("ls-files", "outputs").split())
-    runs = [path for path in committed if path.endswith("/run.json")]
+    runs = [path for path in committed if path.count("/") == 3 and path.endswith("/run.json")]
     assert runs
+    if (bench := "outputs/bench/run.json") in committed:  # one entry per table
+        entries = json.loads(git("show", f"HEAD:{bench}"))
+        assert [name for name, entry in entries.items() if entry["git_dirty"] or not entry["git_commit"]] == []
     for path in runs:
         about, folder = json.loads(git("show", f"HEAD:{path}")), path.removesuffix("/run.json")
         assert about["git_commit"], path
