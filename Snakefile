@@ -4,6 +4,7 @@ from _thread import start_new_thread
 from pathlib import Path
 
 from lowrank.io.dependencies import hash_code, sources
+from lowrank.io.hashing import hash_files
 from lowrank.report.errors import ParameterError
 from lowrank.report.folders import outputs_folder
 from lowrank.report.parameters import jobs, notebook_path, read_parameters
@@ -16,8 +17,8 @@ except ParameterError as error:
     raise SystemExit(f"error: {error}")
 OUTPUTS, HERE = outputs_folder(), Path.cwd()
 OUTPUTS = OUTPUTS.relative_to(HERE) if OUTPUTS.is_relative_to(HERE) else OUTPUTS  # a clone that is moved keeps its results
-# Trained models that come with the package: another file makes results anew.
-MODELS = sorted(str(path) for path in Path("lowrank").glob("*/pretrained/*.safetensors"))
+# The trained models that come with the package: other ones make results anew.
+MODELS = hash_files(sorted(Path("lowrank").glob("*/pretrained/*.safetensors")))
 RESULT, DONE = f"{OUTPUTS}/{{set}}/{{notebook}}/run.json", f"{OUTPUTS}/.done/{{set}}-{{notebook}}"
 
 wildcard_constraints:
@@ -42,10 +43,11 @@ onerror:
 # The result is replaced as a whole by the runner, never deleted beforehand (`update`). That it is up to date is what
 # DONE says. Other code or other parameters make a result anew; other words do not.
 rule notebook:
-    input: lock="requirements.lock", models=MODELS
+    input: lock="requirements.lock"
     output: result=update(RESULT), done=touch(DONE)
     params:
         values=lambda w: VALUES[w.set, w.notebook],
+        models=MODELS,
         code=lambda w: hash_code(sources(notebook_path(w.notebook), Path("lowrank/report/run.py"))),
     threads: lambda w: NEEDS[w.set, w.notebook]["cpus"]
     resources:

@@ -4,13 +4,15 @@
 - `parameters`: parameter sets, and the parameters of a notebook in one set.
 - `resources`: memory, time and processors that a notebook needs, for a cluster.
 - `yaml_files`: YAML files in which no key appears twice.
-- `folders`: the one folder of results.
+- `folders`: the folder of published results, and that of your own runs.
 - `errors`: errors that a command reports in one line.
 - `notebook`: `Report`, which a notebook uses to write its figures, tables, claims and run.json.
+- `claims`: judge a comparison: it holds, fails, or is too close to call.
 - `run`: execute one notebook with one set.
 - `pair`: execute notebooks with their defaults and store them beside their sources.
 - `portable`: remove what ties an executed notebook to one machine.
-- `compare`: compare the tables of two folders of results.
+- `compare`: compare the results of a run with published ones.
+- `publish`: put the results of a run in the place of published ones.
 - `readme`: fill the marked blocks of the README and of docs/.
 - `tables`: the tables of notebooks 01 to 05 and 07 for those blocks.
 - `selection_tables`: the tables and the figure of notebook 06.

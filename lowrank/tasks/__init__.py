@@ -2,6 +2,7 @@
 
 - `registry`: `load_task`, and `TASKS`, the list of tasks.
 - `task`: `Task`, one data set with one model.
+- `splits`: divide samples by a hash of their names.
 - `evaluation`: objectives, `evaluate`, `perplexity`.
 - `metrics`: `Metric` and `METRICS`.
 - `training`: train a model on a task.

@@ -44,8 +44,7 @@ def load(
     """
     import transformers  # noqa: PLC0415
 
-    unknown = sorted(set(packages) - set(CORPUS_PACKAGES))
-    require(not unknown, "packages", f"be among {list(CORPUS_PACKAGES)}", unknown)
+    _check_packages(packages)
     tokenizer = train_tokenizer([p.text for p in read_corpus() if p.split == "train"], vocabulary, sentence=False)
 
     def make_model() -> nn.Module:
@@ -63,11 +62,9 @@ def load(
         )
         return transformers.LlamaForCausalLM(config)
 
-    texts = {split: _chunk(_texts(split, packages), tokenizer, length) for split in SPLITS}
-    held_out = {"validation": validation_samples, "test": test_samples}
     return Task(
         name="docs_language",
-        splits=texts | {split: _spread(texts[split], size, f"{split}_samples") for split, size in held_out.items()},
+        splits=_split_corpus(tokenizer, packages, length, validation=validation_samples, test=test_samples),
         make_model=make_model,
         objective="language_modelling",
         metrics=("perplexity",),
@@ -75,8 +72,18 @@ def load(
     )
 
 
-def _texts(split: str, packages: tuple[str, ...] | list[str]) -> list[str]:
-    return [p.text for p in read_corpus() if p.split == split and CORPUS_PACKAGES[p.package] in packages]
+def _check_packages(packages: tuple[str, ...] | list[str]) -> None:
+    unknown = sorted(set(packages) - set(CORPUS_PACKAGES))
+    require(not unknown, "packages", f"be among {list(CORPUS_PACKAGES)}", unknown)
+
+
+def _split_corpus(
+    tokenizer: Any, packages: tuple[str, ...] | list[str], length: int, **held_out: int
+) -> dict[str, Chunks | Subset]:
+    """Return all chunks of the training text, and as many of each other split as `held_out` says."""
+    used = [p for p in read_corpus() if CORPUS_PACKAGES[p.package] in packages]
+    chunks = {split: _chunk([p.text for p in used if p.split == split], tokenizer, length) for split in SPLITS}
+    return chunks | {split: _spread(chunks[split], size, f"{split}_samples") for split, size in held_out.items()}
 
 
 def _spread(chunks: Chunks, samples: int, argument: str) -> Subset:

@@ -42,10 +42,7 @@ def load(
     import transformers  # noqa: PLC0415
 
     samples = {"train": train_samples, "validation": validation_samples, "test": test_samples}
-    paragraphs = {
-        split: _balance([p for p in read_corpus() if p.split == split], size, f"{split}_samples")
-        for split, size in samples.items()
-    }
+    paragraphs = {split: _balance(split, size) for split, size in samples.items()}
     tokenizer = train_tokenizer([p.text for p in paragraphs["train"]], vocabulary, sentence=True)
 
     def make_model() -> nn.Module:
@@ -77,15 +74,15 @@ def _encode(paragraphs: list[Paragraph], tokenizer: Any, max_length: int) -> Enc
     return Encoded({**columns, "labels": [p.package for p in paragraphs]})
 
 
-def _balance(paragraphs: list[Paragraph], samples: int, argument: str) -> list[Paragraph]:
-    """Select `samples` paragraphs at random with a fixed seed, the same number from every package."""
+def _balance(split: str, samples: int) -> list[Paragraph]:
+    """Select `samples` paragraphs of a split at random with a fixed seed, the same number from every package."""
     each = samples // len(CORPUS_PACKAGES)
     generator = torch.Generator().manual_seed(0)
     selected: list[Paragraph] = []
     for label, package in enumerate(CORPUS_PACKAGES):
-        candidates = [p for p in paragraphs if p.package == label]
+        candidates = [p for p in read_corpus() if p.split == split and p.package == label]
         highest = len(CORPUS_PACKAGES) * len(candidates)
         rule = f"be in [{len(CORPUS_PACKAGES)}, {highest}] ({package!r} has {len(candidates)} paragraphs)"
-        require(1 <= each <= len(candidates), argument, rule, samples)
+        require(1 <= each <= len(candidates), f"{split}_samples", rule, samples)
         selected += [candidates[i] for i in torch.randperm(len(candidates), generator=generator)[:each].tolist()]
     return selected
