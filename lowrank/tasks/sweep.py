@@ -16,7 +16,7 @@ from lowrank.compression.replace import decompose, replace_layers
 from lowrank.compression.result import parameter_counts
 from lowrank.factorization.factorize import Factors
 from lowrank.factorization.rank_allocation import allocate_ranks
-from lowrank.nn.batches import compute_logits, device_of, get_labels, move_batch
+from lowrank.nn.batches import Batch, as_double, compute_logits, device_of, get_labels, move_batch
 from lowrank.tasks.evaluation import OBJECTIVES
 from lowrank.tasks.task import Task
 
@@ -133,16 +133,20 @@ class Sweep:
     def alone(self) -> list[dict[str, Any]]:
         """Return what truncating each layer alone does to the dense predictions, at `probe_keep` and in pivot storage.
 
+        Ranks hang on these divergences, which can be as small as float32's rounding: a float32 model is measured in float64.
+
         **Returns** one row per layer: `layer`, `rank`, `predicted` by half of the discarded two-sided energy, and `measured`, the
         divergence from the dense predictions; both per target.
         """
         configuration = Configuration("two_sided", "pivoted", self.biased)
-        spectra, divergence = self.spectra("two_sided", self.biased), self.task.divergence(self.model)
-        probes, targets = self._probes()
+        spectra, exact = self.spectra("two_sided", self.biased), _has_float64(self.model)
+        divergence = self.task.divergence(copy.deepcopy(self.model).double() if exact else self.model)
+        probes, targets = self._probes(exact)
         calibrated = self.config.calibration_samples * sum(targets) / self.config.probe_samples
         rows = []
         for name, rank in self.ranks(configuration, self.config.probe_keep).items():
             smaller = self.compressed(configuration, {name: rank})
+            smaller = smaller.double() if exact else smaller
             with torch.no_grad():
                 caused = sum(
                     divergence(smaller, batch).item() * count for batch, count in zip(probes, targets, strict=True)
@@ -151,14 +155,15 @@ class Sweep:
             rows.append({"layer": name, "rank": rank, "predicted": predicted, "measured": caused})
         return rows
 
-    def _probes(self) -> tuple[list[Any], list[int]]:
-        """Return training batches on the model's device, and the number of targets in each."""
+    def _probes(self, exact: bool) -> tuple[list[Batch], list[int]]:
+        """Return training batches on the model's device, in float64 if `exact`, and the number of targets in each."""
         config = self.config
         batches = self.task.batches("train", config.batch_size, samples=config.probe_samples, seed=config.seed + 1)
         probes = [move_batch(batch, device_of(self.model)) for batch in batches]
         losses = OBJECTIVES[self.task.objective].losses
         with torch.no_grad():
-            return probes, [len(losses(compute_logits(self.model, batch), get_labels(batch))) for batch in probes]
+            targets = [len(losses(compute_logits(self.model, batch), get_labels(batch))) for batch in probes]
+        return [as_double(batch) for batch in probes] if exact else probes, targets
 
     @cached_property
     def scales(self) -> dict[str, float]:
@@ -232,3 +237,8 @@ class Sweep:
                 assert row["keep_targeted"] <= keep + 1e-9
                 rows.append({"way": name, "keep": keep} | row)
         return rows
+
+
+def _has_float64(model: nn.Module) -> bool:
+    """Return True for a float32 model on a device that computes in float64; a half-precision one may be too large to copy."""
+    return device_of(model).type != "mps" and all(p.dtype == torch.float32 for p in model.parameters())
