@@ -98,9 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "reference", type=Path, nargs="?", metavar="REFERENCE", help="results to compare with; default: outputs/"
     )
-    compare.add_argument(
-        "--tolerance", type=float, help="relative, of fractions, instead of all declared ones; 0: equal"
-    )
+    compare.add_argument("--tolerance", type=float, help="relative, of numbers, instead of all declared ones; 0: equal")
     compare.add_argument("--all", action="store_true", help="name the tables within their tolerance, too")
     publish = add(_publish, "Put the results of your runs in the place of published ones in outputs/")
     publish.add_argument("sets", nargs="*", metavar="SET", help="sets or variants; default: all sets that were run")

@@ -18,7 +18,7 @@ from lowrank.io.checks import require
 from lowrank.report.claims import CLOSE
 from lowrank.report.pages import read_claims, read_run
 
-TOLERANCE = 1e-3  # relative, of a fraction without a declared one
+TOLERANCE = 1e-3  # relative, of a number without a declared one
 FLOOR = 1e-3  # values below this share of the largest of their column are compared with it, not with themselves
 EQUAL, WITHIN, BEYOND = "equal", "within", "beyond"
 
@@ -30,8 +30,8 @@ class Declaration:
     **Arguments**
 
     - `ignored`: columns that do not count.
-    - `tolerances`: column -> relative tolerance; whole numbers of these columns may differ, too.
-    - `tolerance`: relative tolerance of all other fractions.
+    - `tolerances`: column -> relative tolerance.
+    - `tolerance`: relative tolerance of the numbers in all other columns; text must be equal.
     """
 
     ignored: frozenset[str] = frozenset()
@@ -159,9 +159,7 @@ def relative_difference(values: pd.Series, reference: pd.Series) -> float:
 def _compare_column(values: pd.Series, reference: pd.Series, declaration: Declaration) -> tuple[float, float, str]:
     """Return the difference of a column, the same over its tolerance (at most 1 is within), and both in words."""
     name = str(values.name)
-    kinds = values.dtype.kind + reference.dtype.kind
-    numbers = set(kinds) <= set("iuf")
-    if numbers and ("f" in kinds or name in declaration.tolerances):
+    if {values.dtype.kind, reference.dtype.kind} <= set("iuf"):  # a fraction may be whole in all rows
         tolerance = declaration.tolerances.get(name, declaration.tolerance)
         found = relative_difference(values, reference)
         excess = found / tolerance if tolerance else math.inf if found else 0.0

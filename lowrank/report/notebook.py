@@ -101,8 +101,8 @@ class Report:
         - `rows`: number of rows to return. Default 12.
         - `measured`: columns of times or memory, which differ between any two runs. Default none.
         - `unstable`: columns of rounding noise or of chaotic curves, which differ between two machines. Default none.
-        - `tolerance`: relative, of all other fractions; or column -> tolerance, and `TOLERANCE` for the rest. Text and whole
-          numbers must be equal, unless their column has a tolerance. Default `TOLERANCE`.
+        - `tolerance`: relative, of all other numbers; or column -> tolerance, and `TOLERANCE` for the rest. Text must be equal.
+          Default `TOLERANCE`.
 
         **Returns** the first rows, to be shown.
 

@@ -79,7 +79,7 @@ def test_one_tolerance_may_replace_all_declared_ones(published, tmp_path) -> Non
     assert lines(results, published, 0) == [f"{NAME}: error differs by 0.008, tolerance 0"]
 
 
-def test_columns_have_tolerances_of_their_own_and_whole_numbers_only_then(published, tmp_path) -> None:
+def test_columns_have_tolerances_of_their_own(published, tmp_path) -> None:
     results = write(tmp_path / "results", TABLE.assign(rank=[1, 3]), tolerance={"rank": 0.5})
     assert lines(results, published) == []
     write(results, TABLE.assign(rank=[1, 3], error=[0.5, 0.2501]), tolerance={"rank": 0.5})
@@ -89,12 +89,19 @@ def test_columns_have_tolerances_of_their_own_and_whole_numbers_only_then(publis
         f"{NAME}: error differs by 0.004, tolerance 0.001"
     ]  # ... and not that of `rank`
     write(results, TABLE.assign(rank=[1, 3], error=[0.5, 0.26]))
-    assert lines(results, published) == [f"{NAME}: rank differs in 1 of 2 rows, and must be equal"]
+    assert lines(results, published) == [f"{NAME}: rank differs by 0.5, tolerance 0.01"]  # another rank is beyond
+
+
+def test_text_must_be_equal(published, tmp_path) -> None:
+    write(published, TABLE.assign(layer=["query", "key"]))
+    results = write(tmp_path / "results", TABLE.assign(layer=["query", "value"]))
+    assert lines(results, published) == [f"{NAME}: layer differs in 1 of 2 rows, and must be equal"]
 
 
 def test_fractions_that_happen_to_be_whole_are_fractions(published, tmp_path) -> None:
-    write(published, TABLE.assign(error=[1, 1]))
-    assert lines(write(tmp_path / "results", TABLE.assign(error=[1, 0.999])), published) == []
+    write(published, TABLE.assign(error=[1000, 1000]))
+    for other in (999.5, 1001):
+        assert lines(write(tmp_path / "results", TABLE.assign(error=[1000, other])), published) == []
 
 
 @pytest.mark.parametrize(
