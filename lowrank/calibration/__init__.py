@@ -2,6 +2,7 @@
 
 - `collect`: `collect_statistics`, one pass over the data.
 - `collector`: the running sums during that pass.
+- `skip_head`: `SkipHead`, leave a pass before the output head.
 - `on_demand`: `OnDemand`, statistics that are collected one block of layers at a time, to save memory.
 - `predictive_loss`: a loss that needs no labels, for the gradients at the outputs.
 - `hooks`: see the inputs of layers during a pass.

@@ -57,19 +57,19 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def watch_inputs(linears: Mapping[str, nn.Linear], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call a function with the input of each call of each layer, inside the block.
+def watch_calls(linears: Mapping[str, nn.Linear], visit: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call a function with the input and the output of each call of each layer, inside the block.
 
     **Arguments**
 
     - `linears`: layer name -> layer.
-    - `visit`: `(name, input) -> None`.
+    - `visit`: `(name, input, output) -> None`.
     """
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
-        return lambda module, args, kwargs: visit(name, args[0] if args else kwargs["input"])
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
+        return lambda module, args, kwargs, output: visit(name, args[0] if args else kwargs["input"], output)
 
-    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in linears.items()]
+    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in linears.items()]
     try:
         yield
     finally:
@@ -91,7 +91,7 @@ def visit_inputs(
     """
     linears = find_linears(model, layers)
     mask: Tensor | None = None
-    with eval_mode(model), watch_inputs(linears, lambda name, value: visit(name, token_rows(value, mask, name))):
+    with eval_mode(model), watch_calls(linears, lambda name, value, _: visit(name, token_rows(value, mask, name))):
         for batch in batches:
             batch = move_batch(batch, device_of(model))
             mask = get_token_mask(batch)

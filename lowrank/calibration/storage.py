@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowrank.factorization.moments import MOMENTS, LayerStatistics
+from lowrank.factorization.moments import LayerStatistics
 from lowrank.io.files import open_safetensors, writing
 from lowrank.io.hashing import hash_model, hash_tensors
 from lowrank.nn.targets import find_linears
 
-FORMAT = "lowrank.statistics/2"
+FORMAT = "lowrank.statistics/3"
 
 
 def hash_statistics(statistics: LayerStatistics) -> str:
@@ -24,7 +24,7 @@ def hash_statistics(statistics: LayerStatistics) -> str:
 def save_statistics(path: Path | str, statistics: Mapping[str, LayerStatistics], model: nn.Module, data: str) -> None:
     """Write statistics to one safetensors file, with the hash of the model that they belong to.
 
-    Shared moments are written once. The file appears whole or not at all.
+    Shared moments are written once, and the side of each layer beside them. The file appears whole or not at all.
 
     **Arguments**
 
@@ -35,12 +35,13 @@ def save_statistics(path: Path | str, statistics: Mapping[str, LayerStatistics],
     """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, object]] = {}
-    leaders: dict[int, str] = {}
+    keys: dict[int, str] = {}  # a tensor that layers share is stored under its first name
     for name, layer in statistics.items():
-        leader = leaders.setdefault(layer.gram.data_ptr(), name)
-        layers[name] = {"leader": leader, "tokens": layer.tokens}
-        moments = layer.moments(shared=None if leader == name else False)
-        tensors |= {f"{name}/{field}": value.contiguous().cpu() for field, value in moments.items()}
+        names = {
+            field: keys.setdefault(value.data_ptr(), f"{name}/{field}") for field, value in layer.moments().items()
+        }
+        layers[name] = {"tokens": layer.tokens, "side": layer.side, "moments": names}
+        tensors |= {names[field]: value.contiguous().cpu() for field, value in layer.moments().items()}
     metadata = {"format": FORMAT, "model": hash_model(model), "data": data, "layers": json.dumps(layers)}
     with writing(path) as partial:
         save_file(tensors, partial, metadata=metadata)
@@ -71,12 +72,9 @@ def load_statistics(path: Path | str, model: nn.Module, data: str | None = None)
     linears = find_linears(model, layers)
     statistics: dict[str, LayerStatistics] = {}
     for name, layer in layers.items():
-        stored = {
-            field: tensors.get(f"{layer['leader'] if rules['shared'] else name}/{field}")
-            for field, rules in MOMENTS.items()
-        }
+        stored = {"gram": None} | {field: tensors[key] for field, key in layer["moments"].items()}
         statistics[name] = LayerStatistics(tokens=layer["tokens"], **stored)  # pyright: ignore[reportArgumentType]
-        inputs = len(statistics[name].gram)
+        inputs = len(statistics[name].mean)
         if inputs != linears[name].in_features:
             raise ValueError(f"`model` must have {inputs} inputs at {name!r}, got {linears[name].in_features}.")
     return statistics

@@ -4,12 +4,12 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank.calibration.on_demand import OnDemand
 from lowrank.factorization.factorize import Factors
 from lowrank.factorization.methods import METHODS
-from lowrank.factorization.moments import LayerStatistics, all_finite
+from lowrank.factorization.moments import MOMENTS, SIZES, LayerStatistics, all_finite
 from lowrank.factorization.storages import STORAGES
 from lowrank.io.checks import require
 from lowrank.nn.targets import find_shared_weights, is_conv1d
@@ -116,13 +116,14 @@ def check_statistics(
 
 
 def _check_sizes(name: str, layer: nn.Linear, moments: LayerStatistics) -> None:
-    out, inputs = layer.weight.shape
-    outputs: Tensor | None = moments.gradient_gram
-    sizes = (out if outputs is None else len(outputs), len(moments.gram))
-    if sizes != (out, inputs):
-        raise ValueError(
-            f"`statistics` must be of this model: layer {name!r} has shape {(out, inputs)}, got moments for {sizes}."
-        )
+    for field, value in moments.moments().items():
+        size = layer.weight.shape[SIZES[MOMENTS[field]["of"]]]
+        if value.dim() and value.shape[-1] != size + MOMENTS[field]["random"]:
+            shape = tuple(layer.weight.shape)
+            raise ValueError(
+                f"`statistics` must be of this model: layer {name!r} has shape {shape}, got {MOMENTS[field]['label']} of size "
+                f"{value.shape[-1]}."
+            )
 
 
 def check_factors(

@@ -13,7 +13,7 @@ from lowrank.compression.checks import Statistics, check_layers, check_statistic
 from lowrank.compression.configuration import Configuration
 from lowrank.compression.replace import replace_layers, spectrum_of
 from lowrank.compression.result import CompressionResult, measure_model
-from lowrank.factorization.methods import needs_gradients
+from lowrank.factorization.methods import READS, needs_gradients
 from lowrank.factorization.rank_allocation import allocate_ranks
 from lowrank.io.checks import require
 from lowrank.nn.batches import Batch
@@ -68,9 +68,11 @@ def compress(
     configuration = _choose(targeted, choices, batches, statistics)
     check_layers(model, targeted, dict.fromkeys(targeted, 1) if ranks is None else ranks)
     if statistics is None and batches is not None:
-        gradients = configuration.allocation == "spectrum" or needs_gradients(configuration.method)
+        methods = {configuration.method} | ({"two_sided"} if configuration.allocation == "spectrum" else set())
         bar = iter(tqdm(batches, "statistics", unit="batch", leave=False, disable=not progress))
-        statistics = collect_statistics(model, bar, targeted, loss=(loss or predictive_loss()) if gradients else None)
+        weighed = (loss or predictive_loss()) if any(map(needs_gradients, methods)) else None
+        side = "smaller" if methods <= READS.keys() else "inputs"  # a method of the user's may read any field
+        statistics = collect_statistics(model, bar, targeted, loss=weighed, side=side, methods=methods)
     check_statistics(targeted, configuration.method, configuration.storage, statistics, configuration.centre)
     if ranks is None:
         ranks = _allocate(targeted, keep or 0, configuration, statistics, progress)
@@ -114,7 +116,7 @@ def _best_method(
         require(batches is not None, "batches", rule, batches)
         return "two_sided"
     first = statistics.get(next(iter(layers)))
-    return "whitened" if first is None or first.gradient_gram is None else "two_sided"
+    return "two_sided" if first is not None and first.has_gradients else "whitened"
 
 
 def _allocate(

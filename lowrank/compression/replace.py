@@ -11,7 +11,14 @@ from lowrank.compression.architecture import LAYER_KINDS
 from lowrank.compression.checkpoint import RECORD
 from lowrank.compression.checks import Statistics, check_factors, check_layers, check_statistics, find_layers
 from lowrank.compression.configuration import Configuration
-from lowrank.factorization.factorize import Factors, Weighting, factorize, weighted_norm
+from lowrank.factorization.factorize import (
+    Factors,
+    Weighting,
+    factorize,
+    measured_norm,
+    weighted_norm,
+    weighted_spectrum,
+)
 from lowrank.factorization.methods import METHODS
 from lowrank.factorization.moments import LayerStatistics, centre_moments
 from lowrank.factorization.rank_allocation import kept_parameters
@@ -73,7 +80,7 @@ def spectrum_of(layer: nn.Linear, name: str, method: str, statistics: Statistics
     **Returns** `(min(out, in),)`, float64, on the CPU.
     """
     weighting = _weigh(layer, name, method, _moments(layer, name, statistics, centre))
-    return factorize(layer.weight.detach().double(), 1, weighting).spectrum.cpu()
+    return weighted_spectrum(layer.weight, weighting).cpu()
 
 
 def replace_layers(
@@ -89,8 +96,9 @@ def replace_layers(
 
     This is the strict step inside `compress`. A layer whose factors would hold as many parameters as its weight stays as it is,
     bit for bit. Each dense weight is freed as soon as its factors exist: peak extra memory is one layer plus the statistics. For
-    a weight (m, n) that is about 40 m n bytes in float64, and 16 m^2 more for `two_sided`. With `OnDemand` it is 8 n^2 for each
-    distinct input of one block, and as much again for the widest while they are collected. The last layer is replaced first, so
+    a weight (m, n) that is about 40 m n bytes in float64, and 16 min(m, n)^2 more for `two_sided`. With `OnDemand` it is
+    8 min(m, n)^2 for each layer of one block, once for those that share an input, and as much again for the largest while they
+    are collected. The last layer is replaced first, so
     that statistics on demand see the inputs of the dense model. Output gradients pass through layers that are already
     replaced: collect them beforehand.
 
@@ -107,7 +115,8 @@ def replace_layers(
     **Returns** one row per layer, in the order of the model: `layer`, `out`, `in`, `rank`, `storage` ('dense' if the layer
     was left), `method`, `centre`, `parameters` of the weight as stored, `indices` beside them, `dense_parameters`, `keep`;
     `predicted_error` and `measured_error`, the norm of the difference in the method's own norm, from the spectrum and from the
-    stored layer, relative to the norm of W; `statistics`, their hash.
+    stored layer, relative to the norm of W; `measured_on`, 'moments', or 'sketch' if what storing changes was seen on a sketch
+    of the inputs; `statistics`, their hash.
 
     **Raises**
 
@@ -153,15 +162,14 @@ def _replace_layer(
     moments = centre_moments(moments) if centre and moments is not None else moments
     weighting = _weigh(layer, name, configuration.method, moments)
     weight = layer.weight.detach().double()
-    factors = factors or factorize(weight, rank, weighting)
+    factors = factors or factorize(weight, rank, weighting, spectrum=False)
     bias = None if layer.bias is None else layer.bias.detach()
     replacement = FACTORED_LAYERS[configuration.storage].from_factors(factors, bias, layer.weight.dtype)
-    difference = weight - replacement.dense()
     if centre and bias is not None and moments is not None:
-        replacement.set_bias(bias.double() + difference @ moments.mean.to(difference.device))
+        mean = moments.mean.to(weight)
+        replacement.set_bias(bias.double() + weight @ mean - replacement.multiply(mean[:, None])[:, 0])
     replacement.requires_grad_(layer.weight.requires_grad).train(layer.training)
     replace_module(model, name, replacement)
-    scale = factors.spectrum.norm().item() or 1.0
     return row | {
         "rank": rank,
         "storage": configuration.storage,
@@ -169,17 +177,26 @@ def _replace_layer(
         "parameters": parameters,
         "indices": STORAGES[configuration.storage].indices(rank),
         "keep": parameters / (out * inputs),
-        "predicted_error": factors.error / scale,
-        "measured_error": weighted_norm(difference, weighting) / scale,
+        "predicted_error": factors.error / (factors.norm or 1.0),
+        **_measure(weight, factors, replacement, weighting),
         "statistics": identity,
     }
+
+
+def _measure(weight: Tensor, factors: Factors, replacement: Any, weighting: Weighting) -> dict[str, Any]:
+    """Return the relative error of a stored layer, and on what it was measured."""
+    if weighting.inputs_sketch is None:
+        error, measured_on = weighted_norm(weight - replacement.dense(), weighting), "moments"
+    else:
+        error, measured_on = measured_norm(weight, factors, replacement.multiply, weighting), "sketch"
+    return {"measured_error": error / (factors.norm or 1.0), "measured_on": measured_on}
 
 
 def _dense_row(name: str, layer: nn.Linear, method: str) -> dict[str, Any]:
     out, inputs = layer.weight.shape
     sizes = {"layer": name, "out": out, "in": inputs, "rank": min(out, inputs), "storage": "dense", "method": method}
     counts = {"centre": False, "parameters": out * inputs, "indices": 0, "dense_parameters": out * inputs, "keep": 1.0}
-    return sizes | counts | {"predicted_error": 0.0, "measured_error": 0.0, "statistics": None}
+    return sizes | counts | {"predicted_error": 0.0, "measured_error": 0.0, "measured_on": None, "statistics": None}
 
 
 def _moments(layer: nn.Linear, name: str, statistics: Statistics | None, centre: bool) -> LayerStatistics | None:

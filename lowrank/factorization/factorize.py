@@ -1,4 +1,4 @@
-"""Truncate a weight to a rank in a weighted norm: the only file with matrix decompositions of weights.
+"""Truncate a weight to a rank in a weighted norm.
 
 Minimise ||H (W - W') S||_F over the weights W' of a rank. A `Weighting` says what H and S are, see
 `lowrank.factorization.methods`. Nothing is inverted but H: the inputs enter through G = S S^T alone, and W' is a projection of
@@ -6,13 +6,22 @@ W, so that a G without full rank needs no care.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from lowrank.factorization.block_sums import outer_sum
+from lowrank.factorization.decompositions import (
+    apply,
+    leading,
+    leading_by_pullback,
+    leading_plain,
+    multiply,
+    root_of,
+    solve,
+)
 from lowrank.factorization.moments import all_finite, gram_norm
 from lowrank.io.checks import require
 
@@ -21,22 +30,29 @@ class Weighting(NamedTuple):
     """Hold how much each output and each input of a weight counts, as second moments.
 
     The norm of a difference D of two weights is ||H D S||_F. Each side is None (all count alike), a diagonal `(size,)` or a
-    matrix `(size, size)`; float64, on the device of the weight.
+    matrix `(size, size)`; float64, on the device of the weight. `image` and `pullback` say the same of one weight W from its
+    other side. Sketches measure the norm of a D that those do not reach.
 
     **Arguments**
 
     - `outputs`: H^T H, `(out,)` >= 0 or `(out, out)` positive definite.
     - `inputs`: S S^T, `(in,)` >= 0 or `(in, in)` positive semidefinite.
+    - `image`: W S S^T W^T, `(out, out)`, in place of `inputs`.
+    - `pullback`: W^T H^T H W, `(in, in)`, in place of `outputs`.
+    - `outputs_sketch`: rows whose second moment estimates H^T H, `(k, out)`; only read if `outputs` is None.
+    - `inputs_sketch`: rows whose second moment estimates S S^T, `(k, in)`.
     """
 
     outputs: Tensor | None = None
     inputs: Tensor | None = None
+    image: Tensor | None = None
+    pullback: Tensor | None = None
+    outputs_sketch: Tensor | None = None
+    inputs_sketch: Tensor | None = None
 
 
-ALIKE = Weighting()  # every output and every input counts the same
-
-
-ALIKE = Weighting()  # the Frobenius norm
+ALIKE = Weighting()  # every output and every input counts the same: the Frobenius norm
+SIDES = {"outputs": 0, "inputs": 1, "image": 0, "pullback": 1, "outputs_sketch": 0, "inputs_sketch": 1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +63,14 @@ class Factors:
 
     - `left`: B, `(out, rank)`.
     - `right`: A, `(rank, in)`.
-    - `spectrum`: all singular values of H W S, descending, float64, `(min(out, in),)`.
+    - `spectrum`: all singular values of H W S, descending, float64, `(min(out, in),)`; or the leading ones alone.
+    - `rest`: sum of the squares of the singular values that `spectrum` leaves out. Default 0.
     """
 
     left: Float[Tensor, "out rank"]
     right: Float[Tensor, "rank in"]
-    spectrum: Float[Tensor, " full"]
+    spectrum: Float[Tensor, " values"]
+    rest: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -62,7 +80,12 @@ class Factors:
     @property
     def error(self) -> float:
         """Return ||H (W - B A) S||_F as the discarded singular values predict it."""
-        return self.spectrum[self.rank :].norm().item()
+        return (self.spectrum[self.rank :].square().sum().item() + self.rest) ** 0.5
+
+    @property
+    def norm(self) -> float:
+        """Return ||H W S||_F."""
+        return (self.spectrum.square().sum().item() + self.rest) ** 0.5
 
     def dense(self) -> Float[Tensor, "out in"]:
         """Return left @ right, multiplied in float64 and rounded once to the dtype of the factors."""
@@ -80,10 +103,12 @@ class Factors:
         - `ValueError`: a rank out of range.
         """
         require(1 <= rank <= self.rank, "rank", f"be in [1, {self.rank}]", rank)
-        return Factors(self.left[:, :rank], self.right[:rank], self.spectrum)
+        return replace(self, left=self.left[:, :rank], right=self.right[:rank])
 
 
-def factorize(weight: Float[Tensor, "out in"], rank: int, weighting: Weighting = ALIKE) -> Factors:
+def factorize(
+    weight: Float[Tensor, "out in"], rank: int, weighting: Weighting = ALIKE, *, spectrum: bool = True
+) -> Factors:
     """Return the factors of a rank that minimise ||H (W - B A) S||_F.
 
     With U the leading left singular vectors of H W S, B = H^-1 U and A = U^T H W. If no input weighs more than another and H is
@@ -95,6 +120,7 @@ def factorize(weight: Float[Tensor, "out in"], rank: int, weighting: Weighting =
     - `weight`: W, `(out, in)`, any floating dtype.
     - `rank`: int in [1, min(out, in)].
     - `weighting`: what outputs and inputs count for; by default all count alike, which is the plain SVD.
+    - `spectrum`: compute all singular values. False computes no more than the factors need, which is faster. Default True.
 
     **Returns** `Factors` in the dtype and on the device of `weight`, with the spectrum of H W S.
 
@@ -103,24 +129,57 @@ def factorize(weight: Float[Tensor, "out in"], rank: int, weighting: Weighting =
     - `ValueError`: a rank out of range; a weight that is not a finite matrix; a weighting of another size; outputs that do not
       count at all, if their H has to be inverted.
     """
-    w = _check_weight(weight, rank)
-    outputs, inputs = _check_sides(weighting, w)
-    if outputs is None and inputs is None:
-        u, spectrum, _ = torch.linalg.svd(w, full_matrices=False)
-        left, right = u[:, :rank], u[:, :rank].T @ w
-    elif outputs is None:
-        left, spectrum = _leading(w, rank, lambda core: _multiply(core, inputs))
-        right = left.T @ w
-    elif inputs is None and outputs.dim() == 1:
-        basis, spectrum = _leading(w.T.contiguous(), rank, lambda core: core * outputs)
+    rule = f"be in [1, {min(weight.shape)}] for a weight of shape {tuple(weight.shape)}"
+    _check_weight(weight)
+    require(1 <= rank <= min(weight.shape), "rank", rule, rank)
+    return _factorize(weight, rank, weighting, None if spectrum else rank)
+
+
+def weighted_spectrum(weight: Float[Tensor, "out in"], weighting: Weighting = ALIKE) -> Float[Tensor, " full"]:
+    """Return all singular values of H W S, descending, without the factors: about a third of the time.
+
+    **Arguments**
+
+    - `weight`: W, `(out, in)`, any floating dtype.
+    - `weighting`: what outputs and inputs count for.
+
+    **Returns** `(min(out, in),)`, float64.
+
+    **Raises**
+
+    - `ValueError`: as for `factorize`.
+    """
+    _check_weight(weight)
+    return _factorize(weight, 0, weighting, 0).spectrum
+
+
+def _factorize(weight: Tensor, rank: int, weighting: Weighting, pairs: int | None) -> Factors:
+    """Return the factors of a rank, from `pairs` eigenpairs at least (None for all); at rank 0 the spectrum alone."""
+    w = weight.detach().double()
+    sides = _check_sides(weighting, w)
+    quick = None
+    whitened = sides.inputs is not None and sides.inputs.dim() == 2 and sides.outputs is sides.pullback is None
+    if pairs and whitened and len(w) > len(w.T):
+        quick = leading_by_pullback(w, rank, outer_sum(w), sides.inputs, pairs)  # no decomposition of the tall W
+    if quick and bool(quick[2][rank - 1] > 0):  # else some directions are not excited
+        left, right, spectrum, energy = quick
+    elif sides.pullback is not None:
+        left, right, spectrum, energy = leading_by_pullback(w, rank, sides.pullback, sides.inputs, pairs)
+    elif sides.outputs is None and sides.inputs is None and sides.image is None:
+        left, right, spectrum = leading_plain(w, rank)
+        energy = spectrum.square().sum()
+    elif sides.inputs is None and sides.image is None and sides.outputs is not None and sides.outputs.dim() == 1:
+        basis, spectrum, energy = leading(w.T.contiguous(), rank, sides.outputs, None, pairs)
         left, right = w @ basis, basis.T
     else:
-        root = _root(outputs)
-        matrix = root @ w if root.dim() == 2 else root[:, None] * w
-        basis, spectrum = _leading(matrix, rank, lambda core: _multiply(core, inputs))
-        left = torch.linalg.solve_triangular(root, basis, upper=True) if root.dim() == 2 else basis / root[:, None]
-        right = basis.T @ matrix
-    return Factors(left.to(weight.dtype), right.to(weight.dtype), spectrum)
+        root = None if sides.outputs is None else root_of(sides.outputs)
+        matrix = apply(root, w)
+        image = None if sides.image is None else apply(root, apply(root, sides.image).T)
+        basis, spectrum, energy = leading(matrix, rank, sides.inputs, image, pairs)
+        left, right = solve(root, basis), basis.T @ matrix
+    spectrum = spectrum[: min(weight.shape)]
+    rest = (energy - spectrum.square().sum()).clamp_min(0.0).item() if len(spectrum) < min(weight.shape) else 0.0
+    return Factors(left.to(weight.dtype), right.to(weight.dtype), spectrum, rest)
 
 
 def weighted_norm(difference: Float[Tensor, "out in"], weighting: Weighting = ALIKE) -> float:
@@ -129,84 +188,82 @@ def weighted_norm(difference: Float[Tensor, "out in"], weighting: Weighting = AL
     **Arguments**
 
     - `difference`: D, `(out, in)`, any floating dtype.
-    - `weighting`: what outputs and inputs count for.
+    - `weighting`: what outputs and inputs count for, as `outputs` and `inputs`.
 
     **Raises**
 
-    - `ValueError`: a weighting of another size.
+    - `ValueError`: a weighting of another size, or with `image` or `pullback`, which know one weight only: see
+      `measured_norm`.
     """
     d = difference.detach().double()
-    outputs, inputs = _check_sides(weighting, d)
+    outputs, inputs, image, pullback, *_ = _check_sides(weighting, d)
+    other = next((name for name, side in (("image", image), ("pullback", pullback)) if side is not None), None)
+    require(other is None, "weighting", "hold `outputs` and `inputs`: see `measured_norm`", other)
     if inputs is not None and inputs.dim() == 1:
         d, inputs = d * inputs.sqrt(), None
     if outputs is not None and outputs.dim() == 1:
         d, outputs = d * outputs.sqrt()[:, None], None
     if outputs is not None:
-        return (_multiply(outputs @ d, inputs) * d).sum().clamp_min(0.0).sqrt().item()
+        return (multiply(outputs @ d, inputs) * d).sum().clamp_min(0.0).sqrt().item()
     return d.norm().item() if inputs is None else gram_norm(d, inputs)
 
 
-def _check_weight(weight: Tensor, rank: int) -> Tensor:
-    """Return the weight in float64."""
+def measured_norm(
+    weight: Float[Tensor, "out in"],
+    factors: Factors,
+    stored: Callable[[Tensor], Tensor],
+    weighting: Weighting,
+) -> float:
+    """Return ||H (W - W') S||_F of the weight W' that is stored for some factors, without a product of the size of G.
+
+    The error of B A is exact: the energy of H W S less the energy that B A captures. What storing B A changes is seen on the
+    sketch: the difference of two norms on it, so that their common error cancels.
+
+    **Arguments**
+
+    - `weight`: W, `(out, in)`, float64.
+    - `factors`: B and A in float64, of `factorize` with this weighting.
+    - `stored`: `(in, k) -> (out, k)`, multiplies columns by W' in float64.
+    - `weighting`: the weighting, with `inputs_sketch`, and `outputs_sketch` if it has a `pullback`.
+    """
+    sides = _check_sides(weighting, weight)
+    left, right = factors.left, factors.right
+    if sides.inputs is not None:
+        captured = (multiply(right, sides.inputs) * right).sum()
+    else:
+        columns = left if sides.outputs is None else multiply(left.T, sides.outputs).T
+        captured = (multiply(columns.T, sides.image).T * columns).sum()
+    exact = factors.norm**2 - captured
+    if sides.inputs_sketch is None:
+        raise ValueError("`weighting` must have `inputs_sketch`, got None: see collect_statistics with side='smaller'.")
+    columns = sides.inputs_sketch.T
+    change = weight @ columns
+    rounded = _square(change - stored(columns), sides) - _square(change - left @ (right @ columns), sides)
+    return (exact + rounded).clamp_min(0.0).sqrt().item()
+
+
+def _square(columns: Tensor, sides: Weighting) -> Tensor:
+    """Return ||H Y||^2 of some columns Y."""
+    if sides.outputs is not None:
+        return (multiply(columns.T, sides.outputs).T * columns).sum()
+    return (columns if sides.outputs_sketch is None else sides.outputs_sketch @ columns).square().sum()
+
+
+def _check_weight(weight: Tensor) -> None:
     if weight.dim() != 2:
         raise ValueError(f"`weight` must have two dimensions, got shape {tuple(weight.shape)}.")
-    rule = f"be in [1, {min(weight.shape)}] for a weight of shape {tuple(weight.shape)}"
-    require(1 <= rank <= min(weight.shape), "rank", rule, rank)
     if not all_finite(weight):
         raise ValueError("`weight` must be finite, got NaN or infinity.")
-    return weight.detach().double()
 
 
 def _check_sides(weighting: Weighting, weight: Tensor) -> Weighting:
     """Return the weighting on the device of the weight, in float64."""
-    for name, side, size in zip(Weighting._fields, weighting, weight.shape, strict=True):
-        if side is not None and tuple(side.shape) not in ((size,), (size, size)):
+    for name, side in weighting._asdict().items():
+        size = weight.shape[SIDES[name]]
+        shapes = ((size,), (size, size)) if name in ("outputs", "inputs") else ((size, size),)
+        if side is not None and (side.shape[-1] != size if "sketch" in name else tuple(side.shape) not in shapes):
             raise ValueError(f"`weighting.{name}` must be of size {size}, got shape {tuple(side.shape)}.")
+    for one, other in (("outputs", "pullback"), ("inputs", "image"), ("image", "pullback")):
+        if getattr(weighting, one) is not None and getattr(weighting, other) is not None:
+            raise ValueError(f"`weighting` must hold `{one}` or `{other}`, got both.")
     return Weighting(*(side if side is None else side.to(weight) for side in weighting))
-
-
-def _multiply(matrix: Tensor, inputs: Tensor | None) -> Tensor:
-    if inputs is None:
-        return matrix
-    return matrix * inputs if inputs.dim() == 1 else matrix @ inputs
-
-
-def _root(outputs: Tensor) -> Tensor:
-    """Return H with H^T H = outputs: the roots of a diagonal, or an upper triangular matrix."""
-    if outputs.dim() == 1:
-        if not bool((outputs > 0).all()):
-            raise ValueError("`weighting.outputs` must be > 0 if inputs are weighted too, got a value <= 0.")
-        return outputs.sqrt()
-    root, failed = torch.linalg.cholesky_ex(outputs)
-    if bool(failed):
-        raise ValueError("`weighting.outputs` must be positive definite, got a matrix without Cholesky factor.")
-    return root.T
-
-
-def _leading(matrix: Tensor, rank: int, weighted: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the `rank` leading eigenvectors of M G M^T and the square roots of all its eigenvalues, descending.
-
-    `weighted` maps M to M G. Directions that G does not excite are ordered by the plain SVD of what the others leave of M.
-    """
-    tall = matrix.shape[0] > matrix.shape[1]
-    reflectors = torch.geqrf(matrix) if tall else None  # M = Q R: work on the cheaper side, never form Q
-    core = reflectors[0][: matrix.shape[1]].triu() if reflectors else matrix
-    product = weighted(core) @ core.T
-    product = (product + product.T).div_(2)  # two of them in memory, not three
-    values, basis = torch.linalg.eigh(product)
-    values, basis = values.flip(0).clamp_min(0.0), basis.flip(1)
-    excited = int((values > values[0] * torch.finfo(values.dtype).eps * len(values)).sum())
-    values[excited:] = 0.0  # rounding, not energy
-    if excited < rank:
-        basis = _fill(core, basis[:, :excited])
-    basis = basis[:, :rank]
-    if reflectors:
-        basis = torch.ormqr(*reflectors, nn.functional.pad(basis, (0, 0, 0, matrix.shape[0] - matrix.shape[1])))
-    return basis, values.sqrt()
-
-
-def _fill(core: Tensor, basis: Tensor) -> Tensor:
-    """Complete the basis to a square one, by the left singular vectors of what it leaves of the matrix."""
-    complement = torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
-    u = torch.linalg.svd(complement.T @ core, full_matrices=False).U
-    return torch.cat([basis, complement @ u], dim=1)

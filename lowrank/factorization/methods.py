@@ -10,6 +10,9 @@ a rank, and `weighted_norm` measures that norm. The methods differ in nothing el
 | `fwsvd` | diag(row Fisher)^(1/2) | I |
 | `whitened` | I | S S^T = G |
 | `two_sided` | H^T H = E[g g^T], with a ridge | S S^T = G |
+
+Statistics on the side of the outputs hold W S S^T W^T in place of S S^T, and those of a layer with more outputs than inputs may
+hold W^T H^T H W in place of H^T H: the same norm of the same W, from the smaller matrices.
 """
 
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lowrank.factorization.block_sums import SKETCH_ROWS
 from lowrank.factorization.factorize import Weighting
 from lowrank.factorization.moments import LayerStatistics, read_moment
 
@@ -84,16 +88,17 @@ def whitened(statistics: LayerStatistics | None, weight: Tensor) -> Weighting:
 
     **Arguments**
 
-    - `statistics`: its `gram`, `(in, in)`, is used.
+    - `statistics`: its `gram`, `(in, in)`, or its `output_gram`, `(out, out)`, is used.
     - `weight`: W, `(out, in)`; its shape and device are used.
 
     **Raises**
 
     - `ValueError`: statistics that are missing, of another size, without tokens or not finite.
 
-    **Reference** Chen et al., DRONE, NeurIPS 2021; Wang et al., SVD-LLM, ICLR 2025, arXiv:2403.07378.
+    **Reference** Chen et al., DRONE, NeurIPS 2021; Wang et al., SVD-LLM, ICLR 2025, arXiv:2403.07378. From the outputs: Yu and
+    Wu, AFM, AAAI 2023.
     """
-    return Weighting(inputs=read_moment(statistics, "gram", weight))
+    return Weighting(**_weigh_inputs(statistics, weight))
 
 
 def two_sided(statistics: LayerStatistics | None, weight: Tensor) -> Weighting:
@@ -105,8 +110,9 @@ def two_sided(statistics: LayerStatistics | None, weight: Tensor) -> Weighting:
 
     **Arguments**
 
-    - `statistics`: its `gram`, `(in, in)`, and `gradient_gram`, `(out, out)`, are used.
-    - `weight`: W, `(out, in)`; its shape and device are used.
+    - `statistics`: its `gram`, `(in, in)`, or `output_gram`, `(out, out)`, and its `gradient_gram`, `(out, out)`, or
+      `input_gradient_gram`, `(in, in)`, are used.
+    - `weight`: W, `(out, in)`.
 
     **Raises**
 
@@ -114,16 +120,53 @@ def two_sided(statistics: LayerStatistics | None, weight: Tensor) -> Weighting:
 
     **Reference** Martens and Grosse, KFAC, ICML 2015, arXiv:1503.05671, section 3, for the weighting.
     """
-    inputs = read_moment(statistics, "gram", weight)
+    inputs = _weigh_inputs(statistics, weight)
+    if statistics is not None and statistics.gradient_gram is None and statistics.input_gradient_gram is not None:
+        return Weighting(**inputs, **_weigh_pullback(statistics, weight))
     outputs = read_moment(statistics, "gradient_gram", weight)
     mean = outputs.diagonal().mean()
     eye = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
     if statistics is None or not mean > 0:  # no gradient reaches the layer
-        return Weighting(eye, inputs)
-    return Weighting((outputs + RIDGE * mean * eye) / statistics.tokens, inputs)
+        return Weighting(**inputs, outputs=eye)
+    return Weighting(**inputs, outputs=(outputs + RIDGE * mean * eye) / statistics.tokens)
+
+
+def _weigh_inputs(statistics: LayerStatistics | None, weight: Tensor) -> dict[str, Tensor]:
+    """Return S S^T from the inputs or W S S^T W^T from the outputs, and a sketch of S if there is one."""
+    if statistics is None or statistics.output_gram is None:
+        weighting = {"inputs": read_moment(statistics, "gram", weight)}
+    else:
+        weighting = {"image": read_moment(statistics, "output_gram", weight)}
+    if statistics is not None and statistics.input_sketch is not None:
+        weighting["inputs_sketch"] = read_moment(statistics, "input_sketch", weight)[:, :-1]
+    return weighting
+
+
+def _weigh_pullback(statistics: LayerStatistics, weight: Tensor) -> dict[str, Tensor]:
+    """Return W^T H^T H W, and a sketch of H, with the ridge that `two_sided` adds to the second moments of the gradients."""
+    w = weight.detach().double()
+    moments = read_moment(statistics, "input_gradient_gram", weight)
+    mean = read_moment(statistics, "gradient_square", weight) / len(w)
+    signs = torch.randint(0, 2, (SKETCH_ROWS, len(w)), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1)
+    random = signs.to(w) / SKETCH_ROWS**0.5  # its second moment estimates the identity
+    if not mean > 0:
+        return {"pullback": w.T @ w, "outputs_sketch": random}
+    sketch = read_moment(statistics, "gradient_sketch", weight)[:, :-1]
+    ridge = RIDGE * mean
+    return {
+        "pullback": (moments + ridge * (w.T @ w)) / statistics.tokens,
+        "outputs_sketch": torch.cat([sketch, ridge.sqrt() * random]) / statistics.tokens**0.5,
+    }
 
 
 METHODS: dict[str, Method] = {"svd": svd, "asvd": asvd, "fwsvd": fwsvd, "whitened": whitened, "two_sided": two_sided}
+READS: dict[str, tuple[str, ...]] = {  # method -> what it reads of full statistics; a method not listed may read all
+    "svd": (),
+    "asvd": ("abs_mean",),
+    "fwsvd": ("row_fisher",),
+    "whitened": ("gram",),
+    "two_sided": ("gram", "gradient_gram"),
+}
 
 
 def needs_gradients(method: str) -> bool:

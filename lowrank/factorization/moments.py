@@ -8,31 +8,35 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowrank.factorization.block_sums import outer_sum, sum_abs, sum_rows, sum_squared_gradients
+from lowrank.factorization import block_sums as sums
 from lowrank.io.checks import require
+
+Vectors = Literal["input", "output", "gradient", "pullback"]
 
 
 def _moment(
     label: str,
-    merge: Literal["sum", "mean"],
-    shared: bool,
-    over_tokens: Callable[[Tensor], Tensor] | None = None,
+    of: Vectors,
+    merge: Literal["sum", "mean"] = "sum",
+    over_tokens: Callable[..., Tensor] | None = None,
     over_samples: Callable[[Tensor, Tensor], Tensor] | None = None,
+    random: bool = False,
 ) -> dict[str, Any]:
     """Declare a field of `LayerStatistics`: every sum, file, hash and check follows from this.
 
-    `label`: its name in errors. `merge`: whether it is a sum or a mean over tokens. `shared`: True if it is of the input, which
-    layers can share, and False if it is of the gradient at the output. Its sum is over tokens, from rows `(tokens, size)` of the
-    input or of the gradient, or over samples, from inputs and gradients `(samples, tokens, size)`.
+    `label`: its name in errors. `of`: what it is a moment of: the input x, the output y before the bias, the gradient g at the
+    output, or the gradient g W that is sent back. `merge`: a sum or a mean over tokens. Its sum is over tokens, from rows
+    `(tokens, size)`, or over samples, from inputs and gradients `(samples, tokens, size)`. `random`: the sum draws signs.
     """
-    return dict(label=label, merge=merge, shared=shared, over_tokens=over_tokens, over_samples=over_samples)
+    return dict(label=label, of=of, merge=merge, over_tokens=over_tokens, over_samples=over_samples, random=random)
 
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
     """Hold the moments of a layer over calibration tokens; `a + b` joins two disjoint parts of the data.
 
-    The last two need a loss; g is its gradient at the layer's output.
+    `gram` is on the side of the inputs, `output_gram` on that of the outputs; both give the same factors. Gradients g at the
+    layer's output need a loss. A field is None if it was not collected.
 
     **Arguments**
 
@@ -40,50 +44,88 @@ class LayerStatistics:
     - `tokens`: int N, the number of tokens.
     - `mean`: mean of x, `(in,)`, float64.
     - `abs_mean`: mean of |x|, `(in,)`, float64.
-    - `gradient_gram`: sum of g g^T over tokens, `(out, out)`, float64, or None.
-    - `row_fisher`: sum over samples of the squared gradient of the weight, summed over each of its rows, `(out,)`, float64, or
-      None.
+    - `input_square`: sum of |x|^2 over tokens = tr G, a float64 scalar.
+    - `input_sketch`: sums of tokens under random signs, `(64, in + 1)`, float64; Z^T Z estimates G. The last column sums the
+      signs alone.
+    - `output_gram`: K = W G W^T, the sum of y y^T over tokens with y the output before its bias, `(out, out)`, float64.
+    - `output_mean`: mean of y, `(out,)`, float64.
+    - `gradient_gram`: F = sum of g g^T over tokens, `(out, out)`, float64.
+    - `row_fisher`: sum over samples of the squared gradient of the weight, summed over each of its rows, `(out,)`, float64.
+    - `input_gradient_gram`: M = W^T F W, the second moment of the gradients that this layer sends to its input, `(in, in)`,
+      float64; it takes the place of F if the layer has more outputs than inputs.
+    - `gradient_square`: sum of |g|^2 over tokens = tr F, a float64 scalar.
+    - `gradient_sketch`: as `input_sketch`, of the gradients g, `(64, out + 1)`, float64.
     """
 
-    gram: Float[Tensor, "n n"] = field(metadata=_moment("second moments of the inputs", "sum", True, outer_sum))
+    gram: Float[Tensor, "n n"] | None = field(
+        metadata=_moment("second moments of the inputs", "input", over_tokens=sums.outer_sum)
+    )
     tokens: int
-    mean: Float[Tensor, " n"] = field(metadata=_moment("mean x", "mean", True, sum_rows))
-    abs_mean: Float[Tensor, " n"] = field(metadata=_moment("mean |x|", "mean", True, sum_abs))
+    mean: Float[Tensor, " n"] = field(metadata=_moment("mean x", "input", "mean", sums.sum_rows))
+    abs_mean: Float[Tensor, " n"] | None = field(
+        default=None, metadata=_moment("mean |x|", "input", "mean", sums.sum_abs)
+    )
     gradient_gram: Float[Tensor, "m m"] | None = field(
-        default=None, metadata=_moment("second moments of the output gradients", "sum", False, outer_sum)
+        default=None, metadata=_moment("second moments of the output gradients", "gradient", over_tokens=sums.outer_sum)
     )
     row_fisher: Float[Tensor, " m"] | None = field(
-        default=None, metadata=_moment("row Fisher information", "sum", False, over_samples=sum_squared_gradients)
+        default=None, metadata=_moment("row Fisher information", "gradient", over_samples=sums.sum_squared_gradients)
+    )
+    input_square: Float[Tensor, ""] | None = field(
+        default=None, metadata=_moment("sum of squared inputs", "input", over_tokens=sums.sum_squares)
+    )
+    input_sketch: Float[Tensor, "k1 n1"] | None = field(
+        default=None, metadata=_moment("sketch of the inputs", "input", over_tokens=sums.sum_signed, random=True)
+    )
+    output_gram: Float[Tensor, "m m"] | None = field(
+        default=None, metadata=_moment("second moments of the outputs", "output", over_tokens=sums.outer_sum)
+    )
+    output_mean: Float[Tensor, " m"] | None = field(
+        default=None, metadata=_moment("mean y", "output", "mean", sums.sum_rows)
+    )
+    input_gradient_gram: Float[Tensor, "n n"] | None = field(
+        default=None,
+        metadata=_moment("second moments of the gradients sent back", "pullback", over_tokens=sums.outer_sum),
+    )
+    gradient_square: Float[Tensor, ""] | None = field(
+        default=None, metadata=_moment("sum of squared output gradients", "gradient", over_tokens=sums.sum_squares)
+    )
+    gradient_sketch: Float[Tensor, "k2 m1"] | None = field(
+        default=None,
+        metadata=_moment("sketch of the output gradients", "gradient", over_tokens=sums.sum_signed, random=True),
     )
 
     def __add__(self, other: "LayerStatistics") -> "LayerStatistics":
         """Return the statistics of both parts of the data together."""
-        if self.gram.shape != other.gram.shape:
-            raise ValueError(
-                f"`other` must have moments of shape {tuple(self.gram.shape)}, got {tuple(other.gram.shape)}."
-            )
         tokens, merged = self.tokens + other.tokens, {}
         for name, rules in MOMENTS.items():
             a, b = getattr(self, name), getattr(other, name)
             if (a is None) != (b is None):
                 raise ValueError(f"`other` must hold {rules['label']} exactly if this one does.")
+            if a is not None and a.shape != b.shape:
+                raise ValueError(f"`other` must have {rules['label']} of shape {tuple(a.shape)}, got {tuple(b.shape)}.")
             if a is not None:
                 mean = rules["merge"] == "mean"
                 merged[name] = (a * self.tokens + b * other.tokens) / tokens if mean else a + b
-        return LayerStatistics(tokens=tokens, **merged)
+        return replace(self, tokens=tokens, **merged)
 
-    def moments(self, *, shared: bool | None = None) -> dict[str, Tensor]:
-        """Return field name -> tensor for the fields that are not None.
+    def moments(self) -> dict[str, Tensor]:
+        """Return field name -> tensor for the fields that are not None."""
+        return {name: value for name in MOMENTS if (value := getattr(self, name)) is not None}
 
-        **Arguments**
+    @property
+    def side(self) -> Literal["inputs", "outputs"]:
+        """Return the side of the weight whose second moments are held: those of the inputs or of the outputs."""
+        return "inputs" if self.output_gram is None else "outputs"
 
-        - `shared`: True for those of the input, False for those of the gradients; by default both.
-        """
-        names = [name for name, rules in MOMENTS.items() if shared in (None, rules["shared"])]
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+    @property
+    def has_gradients(self) -> bool:
+        """Return True if the second moments of the output gradients are held, on either side."""
+        return self.gradient_gram is not None or self.input_gradient_gram is not None
 
 
 MOMENTS = {item.name: item.metadata for item in fields(LayerStatistics) if item.metadata}  # field -> see `_moment`
+SIZES = {"input": 1, "output": 0, "gradient": 0, "pullback": 1}  # vectors -> the side of the weight they are as long as
 
 
 def read_moment(statistics: LayerStatistics | None, name: str, weight: Float[Tensor, "out in"]) -> Tensor:
@@ -101,19 +143,25 @@ def read_moment(statistics: LayerStatistics | None, name: str, weight: Float[Ten
 
     - `ValueError`: a field that is missing, of another size or not finite; no tokens.
     """
-    label, shared = MOMENTS[name]["label"], MOMENTS[name]["shared"]
+    rules = MOMENTS[name]
     if statistics is None:
-        raise ValueError(f"`statistics` must hold {label}, got None: see collect_statistics.")
-    value, size = getattr(statistics, name), weight.shape[1 if shared else 0]
-    if value is None:
-        raise ValueError(f"`statistics` must hold {label}: pass `loss` to collect_statistics.")
-    if len(value) != size:
+        raise ValueError(f"`statistics` must hold {rules['label']}, got None: see collect_statistics.")
+    value, size = getattr(statistics, name), weight.shape[SIZES[rules["of"]]]
+    if value is not None and value.dim() and value.shape[-1] != size + rules["random"]:
         shape = tuple(weight.shape)
         raise ValueError(
-            f"`statistics` must have {label} of size {size} for a weight of shape {shape}, got {len(value)}."
+            f"`statistics` must have {rules['label']} of size {size} for a weight of shape {shape}, got {value.shape[-1]}."
         )
     _check(statistics, name)
     return value.double().to(weight.device)
+
+
+def _how_to_get(statistics: LayerStatistics, name: str) -> str:
+    if MOMENTS[name]["of"] in ("gradient", "pullback") and not statistics.has_gradients:
+        return "pass `loss` to collect_statistics"
+    if name in ("gram", "gradient_gram"):
+        return f"they are on the side of the {statistics.side}, pass `side='inputs'` to collect_statistics"
+    return "name the method in `methods` of collect_statistics"
 
 
 def read_gram(statistics: LayerStatistics) -> Float[Tensor, "n n"]:
@@ -121,13 +169,15 @@ def read_gram(statistics: LayerStatistics) -> Float[Tensor, "n n"]:
 
     **Raises**
 
-    - `ValueError`: no tokens, or moments that are not finite.
+    - `ValueError`: statistics on the side of the outputs, no tokens, or moments that are not finite.
     """
     _check(statistics, "gram")
-    return statistics.gram.double()
+    return statistics.gram.double()  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _check(statistics: LayerStatistics, name: str) -> None:
+    if getattr(statistics, name) is None:
+        raise ValueError(f"`statistics` must hold {MOMENTS[name]['label']}: {_how_to_get(statistics, name)}.")
     if statistics.tokens < 1:
         raise ValueError(f"`statistics` must count at least one token, got {statistics.tokens}.")
     if not all_finite(getattr(statistics, name)):
@@ -140,32 +190,56 @@ def all_finite(values: Tensor) -> bool:
 
 
 def centre_moments(statistics: LayerStatistics) -> LayerStatistics:
-    """Replace G by the second moment about the mean, G - N mu mu^T.
+    """Replace G by the second moment about the mean, G - N mu mu^T; on the side of the outputs, K likewise.
 
-    The effect of a layer on the mean input is then left to its bias: b + (W - W') mu restores it exactly. The mean itself is kept
-    for that, so centre statistics only once.
+    The effect on the mean input is left to the bias, b + (W - W') mu. The mean is kept for that: centre statistics only once.
     """
-    gram = read_gram(statistics)
-    return replace(statistics, gram=gram - statistics.tokens * torch.outer(statistics.mean, statistics.mean))
+    centred: dict[str, Tensor] = {}
+    if statistics.output_gram is not None and statistics.output_mean is not None:
+        _check(statistics, "output_gram")
+        mean = statistics.output_mean
+        centred["output_gram"] = statistics.output_gram.double() - statistics.tokens * torch.outer(mean, mean)
+    else:
+        mean = statistics.mean
+        centred["gram"] = read_gram(statistics) - statistics.tokens * torch.outer(mean, mean)
+    if statistics.input_square is not None:
+        centred["input_square"] = statistics.input_square - statistics.tokens * statistics.mean.square().sum()
+    if (sketch := statistics.input_sketch) is not None:
+        centred["input_sketch"] = torch.cat([sketch[:, :-1] - sketch[:, -1:] * statistics.mean, sketch[:, -1:]], dim=1)
+    return replace(statistics, **centred)  # pyright: ignore[reportArgumentType]
 
 
-def shrink_moments(statistics: LayerStatistics, shrinkage: float) -> LayerStatistics:
-    """Replace G by G + shrinkage * tr(G)/n * I.
+def shrink_moments(
+    statistics: LayerStatistics, shrinkage: float, weight: Float[Tensor, "m n"] | None = None
+) -> LayerStatistics:
+    """Replace G by G + shrinkage * tr(G)/n * I; on the side of the outputs, K by K + shrinkage * tr(G)/n * W W^T.
 
     **Arguments**
 
     - `statistics`: of one layer; not changed.
-    - `shrinkage`: float >= 0, relative to the mean eigenvalue. For fewer tokens than about 5 per input; no method needs it
-      numerically.
+    - `shrinkage`: float >= 0, relative to the mean eigenvalue, for fewer tokens than about 5 per input.
+    - `weight`: W, `(out, in)`; needed on the side of the outputs. Default None.
 
     **Raises**
 
-    - `ValueError`: `shrinkage` below 0, no tokens, or moments that are not finite.
+    - `ValueError`: `shrinkage` below 0, no tokens, moments that are not finite; no weight on the side of the outputs.
     """
     require(shrinkage >= 0.0, "shrinkage", "be >= 0", shrinkage)
-    gram = read_gram(statistics).clone()
-    gram.diagonal().add_(shrinkage * gram.diagonal().mean())
-    return replace(statistics, gram=gram)
+    if statistics.side == "inputs" or statistics.output_gram is None or statistics.input_square is None:
+        gram = read_gram(statistics).clone()
+        added = shrinkage * gram.diagonal().mean()
+        gram.diagonal().add_(added)
+        shrunk = {"gram": gram}
+    else:
+        if weight is None:
+            raise ValueError("`weight` must be given for statistics on the side of the outputs, got None.")
+        w = weight.detach().to(statistics.output_gram)
+        added = shrinkage * statistics.input_square / len(statistics.mean)
+        shrunk = {"output_gram": statistics.output_gram + added * (w @ w.T)}
+    if (sketch := statistics.input_sketch) is not None:  # rows whose second moment is the added one
+        eye = torch.eye(sketch.shape[1] - 1, sketch.shape[1], dtype=sketch.dtype, device=sketch.device)
+        shrunk["input_sketch"] = torch.cat([sketch, added.sqrt() * eye])
+    return replace(statistics, **shrunk)
 
 
 def second_moment_eigh(
@@ -180,7 +254,8 @@ def second_moment_eigh(
 
     **Returns** eigenvalues, ascending, clipped at 0, and eigenvectors as columns, float64.
     """
-    values, vectors = torch.linalg.eigh(shrink_moments(statistics, shrinkage).gram / statistics.tokens)
+    read_gram(statistics)
+    values, vectors = torch.linalg.eigh(read_gram(shrink_moments(statistics, shrinkage)) / statistics.tokens)
     return values.clamp_min(0.0), vectors
 
 

@@ -5,6 +5,8 @@ enough to compress with. The error of a nearly low-rank layer is decided below t
 it, at about twice the cost.
 """
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,33 +16,45 @@ from lowrank.factorization.moments import MOMENTS, LayerStatistics
 
 BLOCK_TOKENS = 4096  # tokens per product: bounds its memory, and in float32 its rounding
 SLAB = 1024  # rows of a product that are widened to float64 at a time
+OF_ROWS = ("gram", "mean", "abs_mean")  # the fields that inputs alone give, on their own side
 
 
 class RunningMoments:
-    """Add up the moments of vectors, block by block, in float64.
+    """Add up some moments of vectors, block by block, in float64.
 
     **Arguments**
 
+    - `fields`: names of fields of `LayerStatistics`, all of the same vectors.
     - `size`: int, length of a vector.
     - `device`: device of the sums; a block is multiplied on its own device.
     - `products`: least dtype in which a block is multiplied, float32 or float64.
-    - `shared`: True to sum the fields of the input, False those of the gradients at the output. Default True.
+    - `stream`: int, sets the random signs apart from those of other processes. Default 0.
     """
 
-    def __init__(self, size: int, device: torch.device, products: torch.dtype, shared: bool = True) -> None:
-        self.device, self.products, self.tokens = device, products, 0
-        self.declared = {name: rules for name, rules in MOMENTS.items() if rules["shared"] == shared}
+    def __init__(
+        self, fields: Iterable[str], size: int, device: torch.device, products: torch.dtype, stream: int = 0
+    ) -> None:
+        self.device, self.products, self.stream, self.tokens = device, products, stream, 0
+        self.declared = {name: MOMENTS[name] for name in fields}
+        self.generator = torch.Generator()
         nothing = torch.zeros(0, size, dtype=torch.float64, device=device)
-        self.sums = {name: (rules["over_tokens"] or sum_rows)(nothing) for name, rules in self.declared.items()}
+        self.sums = {name: self._sum(name, nothing) for name in self.declared}
 
     def add(self, rows: Float[Tensor, "tokens n"]) -> None:
         """Add vectors to the sums over tokens."""
         for block in rows.detach().split(BLOCK_TOKENS):
             block = block.to(torch.promote_types(block.dtype, self.products))
+            if self.tokens == 0:
+                self.generator.manual_seed(_seed(block, self.stream))
             for name, rules in self.declared.items():
                 if rules["over_tokens"] is not None:
-                    _accumulate(self.sums[name], rules["over_tokens"](block))
-        self.tokens += len(rows)
+                    _accumulate(self.sums[name], self._sum(name, block))
+            self.tokens += len(block)
+
+    def _sum(self, name: str, block: Tensor) -> Tensor:
+        rules = self.declared[name]
+        compute = rules["over_tokens"] or sum_rows
+        return compute(block, self.generator) if rules["random"] else compute(block)
 
     def add_samples(self, inputs: Float[Tensor, "samples tokens n"], rows: Float[Tensor, "samples tokens m"]) -> None:
         """Add whole samples to the sums over samples.
@@ -57,27 +71,35 @@ class RunningMoments:
 
     def all_finite(self) -> bool:
         """Return whether all sums are finite so far; of a matrix the diagonal tells."""
-        lines = (total.diagonal() if total.dim() == 2 else total for total in self.sums.values())
+        lines = (total.diagonal() if name.endswith("gram") else total for name, total in self.sums.items())
         return bool(torch.stack([line.isfinite().all() for line in lines]).all())
 
     def finish(self) -> dict[str, Tensor]:
         """Return field name -> moment: matrices made symmetric, means divided by the number of tokens."""
         moments = {}
         for name, total in self.sums.items():
-            moments[name] = (total + total.T).div_(2) if total.dim() == 2 else total
+            moments[name] = (total + total.T).div_(2) if name.endswith("gram") else total
             if self.declared[name]["merge"] == "mean":
                 moments[name] = moments[name] / self.tokens
         return moments
 
 
+def _seed(block: Tensor, stream: int) -> int:
+    """Return a seed that other data do not share: sketches that are added must have independent signs."""
+    return (int(block.double().sum().view(torch.int64)) + stream) % 2**63
+
+
 def _accumulate(total: Tensor, part: Tensor) -> None:
     """Add in slabs, so that no second float64 matrix is in memory."""
+    if total.dim() == 0:
+        total += part.to(total.device)
+        return
     for into, slab in zip(total.split(SLAB), part.to(total.device).split(SLAB), strict=True):
         into += slab
 
 
 def statistics_of_rows(rows: Float[Tensor, "tokens n"]) -> LayerStatistics:
     """Return the statistics of input vectors `(tokens, n)`, multiplied in float64."""
-    moments = RunningMoments(rows.shape[-1], rows.device, torch.float64)
+    moments = RunningMoments(OF_ROWS, rows.shape[-1], rows.device, torch.float64)
     moments.add(rows)
-    return LayerStatistics(tokens=moments.tokens, **moments.finish())
+    return LayerStatistics(tokens=moments.tokens, **moments.finish())  # pyright: ignore[reportArgumentType]

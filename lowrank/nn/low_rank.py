@@ -75,6 +75,10 @@ class LowRankLinear(nn.Module):
         """Compute W' = B A, `(out, in)`, in float64, without gradients."""
         return self.left.weight.detach().double() @ self.right.weight.detach().double()
 
+    def multiply(self, columns: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
+        """Compute W' X for float64 columns, `(in, k)`, in float64, without gradients and without forming W'."""
+        return self.left.weight.detach().double() @ (self.right.weight.detach().double() @ columns)
+
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Compute B (A x) + b for `x`, `(..., in)`."""
         return self.left(self.right(x))
@@ -165,7 +169,14 @@ class PivotedLinear(nn.Module):
 
     def dense(self) -> Float[Tensor, "out in"]:
         """Compute W', `(out, in)`, in float64, without gradients."""
-        rows = self.right.weight.detach().double()
+        return self._complete(self.right.weight.detach().double())
+
+    def multiply(self, columns: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
+        """Compute W' X for float64 columns, `(in, k)`, in float64, without gradients and without forming W'."""
+        return self._complete(self.right.weight.detach().double() @ columns)
+
+    def _complete(self, rows: Tensor) -> Tensor:
+        """Return all rows of a product from those of the pivots, `(rank, k)`, float64."""
         return self._join(rows.T, (self.left.weight.detach().double() @ rows).T).T
 
     def update_others(self) -> None:

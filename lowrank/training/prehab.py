@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lowrank.factorization.moments import LayerStatistics, all_finite
+from lowrank.factorization.moments import LayerStatistics, all_finite, read_moment
 from lowrank.factorization.rank_allocation import allocate_ranks
 from lowrank.io.checks import require
 from lowrank.nn.batches import Batch
@@ -177,10 +177,9 @@ def _select_layers(model: nn.Module, statistics: Mapping[str, LayerStatistics]) 
 
 
 def _check_layer(name: str, layer: nn.Linear, statistics: LayerStatistics) -> None:
-    if len(statistics.gram) != layer.in_features or not all_finite(statistics.gram):
-        raise ValueError(
-            f"`statistics` must be of this model and finite: layer {name!r} has {layer.in_features} inputs, got moments for "
-            f"{len(statistics.gram)}{'' if all_finite(statistics.gram) else ' with NaN or infinity'}."
-        )
+    try:
+        read_moment(statistics, "gram", layer.weight)
+    except ValueError as error:
+        raise ValueError(f"{error} (layer {name!r})") from error
     if not all_finite(layer.weight):
         raise ValueError(f"`model` must have finite weights, got NaN or infinity in layer {name!r}.")

@@ -431,28 +431,36 @@ def test_files_bring_everything_back(model, saved) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["s.safetensors"]
 
 
-def test_files_bring_every_moment_and_its_hash_back(mixing, generator, tmp_path) -> None:
-    statistics = collect_statistics(mixing, token_batches(generator, padded=False), loss=token_loss)
+SIDES = ("inputs", "outputs", "smaller")
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_files_bring_every_moment_and_its_hash_back(mixing, generator, tmp_path, side) -> None:
+    statistics = collect_statistics(mixing, token_batches(generator, padded=False), loss=token_loss, side=side)
     save_statistics(tmp_path / "s.safetensors", statistics, mixing, "some data")
     again = load_statistics(tmp_path / "s.safetensors", mixing)
     for name, layer in statistics.items():
-        assert again[name].moments().keys() == MOMENTS.keys()
+        assert (again[name].moments().keys(), again[name].side) == (layer.moments().keys(), layer.side)
         assert all(torch.equal(again[name].moments()[field], value) for field, value in layer.moments().items())
         assert hash_statistics(again[name]) == hash_statistics(layer)
 
 
 def test_the_hash_of_statistics_depends_on_every_field(mixing, generator) -> None:
-    layer = collect_statistics(mixing, token_batches(generator, padded=False), ["head"], loss=token_loss)["head"]
-    changed = [replace(layer, **{field: value * 1.5}) for field, value in layer.moments().items()]
-    absent = [replace(layer, gradient_gram=None), replace(layer, row_fisher=None), replace(layer, tokens=1)]
-    hashes = [hash_statistics(statistics) for statistics in (layer, *changed, *absent)]
-    assert len(set(hashes)) == len(hashes) == 1 + len(MOMENTS) + 3
+    batches, every = token_batches(generator, padded=False), {}
+    for side in SIDES:
+        for layer in collect_statistics(mixing, batches, ["head", "blocks.0.up"], loss=token_loss, side=side).values():
+            changed = [replace(layer, **{field: value * 1.5}) for field, value in layer.moments().items()]
+            absent = [replace(layer, **{field: None}) for field in layer.moments() if field != "mean"]
+            hashes = [hash_statistics(each) for each in (layer, *changed, *absent, replace(layer, tokens=1))]
+            assert len(set(hashes)) == len(hashes)
+            every |= layer.moments()
+    assert every.keys() == MOMENTS.keys()
 
 
 def test_every_field_declares_how_it_merges() -> None:
     assert [item.name for item in fields(LayerStatistics) if item.name not in MOMENTS] == ["tokens"]
-    assert {name for name, about in MOMENTS.items() if about["merge"] == "mean"} == {"mean", "abs_mean"}
-    assert {name for name, about in MOMENTS.items() if not about["shared"]} == {"gradient_gram", "row_fisher"}
+    assert {name for name, about in MOMENTS.items() if about["merge"] == "mean"} == {"mean", "abs_mean", "output_mean"}
+    assert all((about["over_tokens"] is None) != (about["over_samples"] is None) for about in MOMENTS.values())
 
 
 def test_files_are_refused_for_another_model_or_data(model, saved) -> None:
@@ -473,7 +481,7 @@ def test_damaged_and_foreign_files_are_refused(model, saved, tmp_path) -> None:
         with pytest.raises(ValueError, match="`path` must be a whole safetensors file"):
             load_statistics(path, model)
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ValueError, match="must have format 'lowrank.statistics/2', got None"):
+    with pytest.raises(ValueError, match="must have format 'lowrank.statistics/3', got None"):
         load_statistics(tmp_path / "foreign.safetensors", model)
     with pytest.raises(FileNotFoundError, match=r"nowhere.safetensors.*does not exist"):
         load_statistics(tmp_path / "nowhere.safetensors", model)

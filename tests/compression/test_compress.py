@@ -87,7 +87,8 @@ def test_each_choice_can_be_overridden(choices: dict[str, Any], expected: Config
 
 def test_it_is_the_strict_form_with_statistics_and_ranks_of_its_own() -> None:
     model, dense, batches, result = compressed("bert")
-    statistics = collect_statistics(dense, batches, LAYERS, loss=predictive_loss())
+    options = {"loss": predictive_loss(), "side": "smaller", "methods": ["two_sided"]}
+    statistics = collect_statistics(dense, batches, LAYERS, **options)
     rows = replace_layers(dense, result.ranks, result.configuration, statistics)
     assert rows == result.layers
     assert hash_model(dense) == hash_model(model)

@@ -727,9 +727,9 @@ def test_each_dense_weight_goes_as_its_factors_come(monkeypatch) -> None:
     weights = [weakref.ref(layer.weight) for layer in model]
     alive: list[int] = []
 
-    def watched(*arguments: Any) -> Any:
+    def watched(*arguments: Any, **options: Any) -> Any:
         alive.append(sum(weight() is not None for weight in weights))
-        return factorize(*arguments)
+        return factorize(*arguments, **options)
 
     monkeypatch.setattr("lowrank.compression.replace.factorize", watched)
     replace_layers(model, dict.fromkeys(given, 3), "whitened", given)

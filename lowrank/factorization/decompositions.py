@@ -1,0 +1,171 @@
+"""Leading directions of a weight in a weighted norm, from eigendecompositions of the smaller side."""
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.factorization.gram import eigh
+
+
+def multiply(matrix: Tensor, moments: Tensor | None) -> Tensor:
+    """Return M G.
+
+    **Arguments**
+
+    - `matrix`: M, `(m, n)`.
+    - `moments`: G, `(n, n)`, a diagonal `(n,)`, or None for the identity.
+    """
+    if moments is None:
+        return matrix
+    return matrix * moments if moments.dim() == 1 else matrix @ moments
+
+
+def apply(root: Tensor | None, matrix: Tensor) -> Tensor:
+    """Return H M.
+
+    **Arguments**
+
+    - `root`: H, see `root_of`; None for the identity.
+    - `matrix`: M.
+    """
+    if root is None:
+        return matrix
+    return root @ matrix if root.dim() == 2 else root[:, None] * matrix
+
+
+def solve(root: Tensor | None, basis: Tensor) -> Tensor:
+    """Return H^-1 U.
+
+    **Arguments**
+
+    - `root`: H, see `root_of`; None for the identity.
+    - `basis`: U.
+    """
+    if root is None:
+        return basis
+    return torch.linalg.solve_triangular(root, basis, upper=True) if root.dim() == 2 else basis / root[:, None]
+
+
+def root_of(outputs: Tensor) -> Tensor:
+    """Return H with H^T H = outputs: the roots of a diagonal, or an upper triangular matrix.
+
+    **Arguments**
+
+    - `outputs`: a diagonal `(m,)` > 0 or a positive definite matrix, `(m, m)`.
+
+    **Raises**
+
+    - `ValueError`: a diagonal with values <= 0; a matrix that is not positive definite.
+    """
+    if outputs.dim() == 1:
+        if not bool((outputs > 0).all()):
+            raise ValueError("`weighting.outputs` must be > 0 if inputs are weighted too, got a value <= 0.")
+        return outputs.sqrt()
+    root, failed = torch.linalg.cholesky_ex(outputs)
+    if bool(failed):
+        raise ValueError("`weighting.outputs` must be positive definite, got a matrix without Cholesky factor.")
+    return root.T
+
+
+def leading_plain(w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the factors of the plain truncation of W, and all singular values.
+
+    **Arguments**
+
+    - `w`: W, `(m, n)`, float64.
+    - `rank`: int >= 0.
+    """
+    if rank == 0:
+        return w[:, :0], w[:0], torch.linalg.svdvals(w)
+    u, spectrum, _ = torch.linalg.svd(w, full_matrices=False)
+    return u[:, :rank], u[:, :rank].T @ w, spectrum
+
+
+def leading(
+    matrix: Tensor, rank: int, inputs: Tensor | None, image: Tensor | None, pairs: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return leading eigenvectors of M G M^T, the roots of its eigenvalues, descending, and its trace.
+
+    Directions that G does not excite are ordered by the plain SVD of what the others leave of M.
+
+    **Arguments**
+
+    - `matrix`: M, `(m, n)`, float64.
+    - `rank`: int >= 0, the number of eigenvectors.
+    - `inputs`: G, a matrix, a diagonal or None for the identity.
+    - `image`: M G M^T, `(m, m)`, if it is known.
+    - `pairs`: how many eigenpairs to compute at least, None for all.
+    """
+    tall = image is None and matrix.shape[0] > matrix.shape[1]
+    reflectors = torch.geqrf(matrix) if tall else None  # M = Q R: work on the cheaper side, never form Q
+    core = reflectors[0][: matrix.shape[1]].triu() if reflectors else matrix
+    image = multiply(core, inputs) @ core.T if image is None else image
+    values, basis = eigh(image, pairs)
+    excited = _excited(values, len(image))
+    values[excited:] = 0.0  # rounding, not energy
+    if excited < rank:
+        basis = _fill(core, basis[:, :excited])
+    basis = basis[:, :rank]
+    if reflectors and rank == 0:
+        basis = matrix[:, :0]
+    elif reflectors:
+        basis = torch.ormqr(*reflectors, nn.functional.pad(basis, (0, 0, 0, matrix.shape[0] - matrix.shape[1])))
+    return basis, values.sqrt(), image.trace()
+
+
+def _excited(values: Tensor, size: int) -> int:
+    """Return how many eigenvalues are more than rounding."""
+    return int((values > values[0] * torch.finfo(values.dtype).eps * size).sum())
+
+
+def _fill(core: Tensor, basis: Tensor) -> Tensor:
+    """Complete the basis to a square one, by the left singular vectors of what it leaves of the matrix."""
+    complement = torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
+    u = torch.linalg.svd(complement.T @ core, full_matrices=False).U
+    return torch.cat([basis, complement @ u], dim=1)
+
+
+def leading_by_pullback(
+    w: Tensor, rank: int, moments: Tensor, inputs: Tensor | None, pairs: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the factors of H W S, its spectrum and its energy from M = W^T H^T H W.
+
+    Nothing of the size of the outputs is decomposed. With V, sigma^2 the leading eigenpairs of S^T M S, the columns of
+    E = S V / sigma are orthonormal under M, B = W E and A = E^T M. What inputs do not excite is completed by the leading
+    directions of H (W - B A).
+
+    **Arguments**
+
+    - `w`: W, `(m, n)`, float64.
+    - `rank`: int >= 0.
+    - `moments`: M, `(n, n)`, positive semidefinite.
+    - `inputs`: S S^T, a matrix, a diagonal or None for the identity.
+    - `pairs`: how many eigenpairs to compute at least, None for all.
+    """
+    root = None if inputs is None else _factor(inputs)  # S^T
+    inner = apply(root, apply(root, moments).T)
+    values, vectors = eigh(inner, pairs)
+    excited = _excited(values, len(inner))
+    values[excited:] = 0.0
+    kept = min(rank, excited)
+    basis = vectors[:, :kept] / values[:kept].sqrt()
+    basis = basis if root is None else root.T @ basis if root.dim() == 2 else root[:, None] * basis
+    upper, failed = torch.linalg.cholesky_ex(basis.T @ moments @ basis, upper=True)
+    if not bool(failed):  # rounding made E slightly oblique, which would cost accuracy in B A
+        basis = torch.linalg.solve_triangular(upper, basis, upper=True, left=False)
+    left, right = w @ basis, basis.T @ moments
+    if kept < rank:
+        _, rest = eigh(moments - right.T @ right)
+        rest = rest[:, : rank - kept]
+        left, right = torch.cat([left, w @ rest - left @ (right @ rest)], dim=1), torch.cat([right, rest.T])
+    return left, right, values.sqrt(), inner.trace()
+
+
+def _factor(inputs: Tensor) -> Tensor:
+    """Return S^T with S S^T = inputs: the roots of a diagonal, an upper triangular matrix, or an eigen factor."""
+    if inputs.dim() == 1:
+        return inputs.sqrt()
+    factor, failed = torch.linalg.cholesky_ex(inputs, upper=True)
+    if not bool(failed):
+        return factor
+    values, vectors = eigh(inputs)
+    return values.sqrt()[:, None] * vectors.T
