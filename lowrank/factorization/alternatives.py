@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowrank.factorization.factorize import Factors, factorize
 from lowrank.factorization.methods import whitened
-from lowrank.factorization.moments import LayerStatistics, output_norm, second_moment_eigh
+from lowrank.factorization.moments import LayerStatistics, output_norm, read_gram, second_moment_eigh
 from lowrank.factorization.running_moments import statistics_of_rows
 
 
@@ -43,7 +43,7 @@ def cholesky_inverse(weight: Float[Tensor, "out in"], rank: int, statistics: Lay
 
     - `torch.linalg.LinAlgError`: Cholesky fails again after the addition.
     """
-    gram = statistics.gram.float().double()  # as rounded by a sum in float32
+    gram = read_gram(statistics).float().double()  # as rounded by a sum in float32
     try:
         factor = torch.linalg.cholesky(gram)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
@@ -101,12 +101,13 @@ def stress_cases(statistics: LayerStatistics, few: Float[Tensor, "tokens n"]) ->
 
     **Returns** name of the case -> `LayerStatistics`.
     """
-    channels = torch.logspace(0, -6, len(statistics.gram), dtype=torch.float64, device=statistics.gram.device)
+    gram = read_gram(statistics)
+    channels = torch.logspace(0, -6, len(gram), dtype=torch.float64, device=gram.device)
     return {
         "as measured": statistics,
-        "scaled by 1e-4": replace(statistics, gram=statistics.gram * 1e-8),
+        "scaled by 1e-4": replace(statistics, gram=gram * 1e-8),
         "half as many tokens as inputs": statistics_of_rows(few),
-        "channels from 1 to 1e-6": replace(statistics, gram=channels[:, None] * statistics.gram * channels),
+        "channels from 1 to 1e-6": replace(statistics, gram=channels[:, None] * gram * channels),
     }
 
 

@@ -152,8 +152,7 @@ def read_moment(statistics: LayerStatistics | None, name: str, weight: Float[Ten
         raise ValueError(
             f"`statistics` must have {rules['label']} of size {size} for a weight of shape {shape}, got {value.shape[-1]}."
         )
-    _check(statistics, name)
-    return value.double().to(weight.device)
+    return _check(statistics, name).double().to(weight.device)
 
 
 def _how_to_get(statistics: LayerStatistics, name: str) -> str:
@@ -171,17 +170,18 @@ def read_gram(statistics: LayerStatistics) -> Float[Tensor, "n n"]:
 
     - `ValueError`: statistics on the side of the outputs, no tokens, or moments that are not finite.
     """
-    _check(statistics, "gram")
-    return statistics.gram.double()  # pyright: ignore[reportOptionalMemberAccess]
+    return _check(statistics, "gram").double()
 
 
-def _check(statistics: LayerStatistics, name: str) -> None:
-    if getattr(statistics, name) is None:
+def _check(statistics: LayerStatistics, name: str) -> Tensor:
+    value = getattr(statistics, name)
+    if value is None:
         raise ValueError(f"`statistics` must hold {MOMENTS[name]['label']}: {_how_to_get(statistics, name)}.")
     if statistics.tokens < 1:
         raise ValueError(f"`statistics` must count at least one token, got {statistics.tokens}.")
-    if not all_finite(getattr(statistics, name)):
+    if not all_finite(value):
         raise ValueError(f"`statistics` must be finite, got NaN or infinity in the {MOMENTS[name]['label']}.")
+    return value
 
 
 def all_finite(values: Tensor) -> bool:
@@ -195,11 +195,11 @@ def centre_moments(statistics: LayerStatistics) -> LayerStatistics:
     The effect on the mean input is left to the bias, b + (W - W') mu. The mean is kept for that: centre statistics only once.
     """
     centred: dict[str, Tensor] = {}
-    if statistics.output_gram is not None and statistics.output_mean is not None:
-        _check(statistics, "output_gram")
-        mean = statistics.output_mean
-        centred["output_gram"] = statistics.output_gram.double() - statistics.tokens * torch.outer(mean, mean)
-    else:
+    if (mean := statistics.output_mean) is not None:
+        centred["output_gram"] = _check(statistics, "output_gram").double() - statistics.tokens * torch.outer(
+            mean, mean
+        )
+    elif statistics.gram is not None:
         mean = statistics.mean
         centred["gram"] = read_gram(statistics) - statistics.tokens * torch.outer(mean, mean)
     if statistics.input_square is not None:

@@ -5,7 +5,7 @@ enough to compress with. The error of a nearly low-rank layer is decided below t
 it, at about twice the cost.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float
@@ -53,7 +53,7 @@ class RunningMoments:
 
     def _sum(self, name: str, block: Tensor) -> Tensor:
         rules = self.declared[name]
-        compute = rules["over_tokens"] or sum_rows
+        compute: Callable[..., Tensor] = rules["over_tokens"] or sum_rows
         return compute(block, self.generator) if rules["random"] else compute(block)
 
     def add_samples(self, inputs: Float[Tensor, "samples tokens n"], rows: Float[Tensor, "samples tokens m"]) -> None:

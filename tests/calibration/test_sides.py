@@ -248,6 +248,14 @@ def test_compress_gives_the_same_model_from_either_side(kind, method, storage) -
     assert torch.allclose(model(x), twin(x), atol=1e-8)
 
 
+@pytest.mark.parametrize("method", ["svd", "asvd", "fwsvd"])
+def test_methods_that_read_no_second_moment_can_restore_the_mean_output(method) -> None:
+    model, batches = setting("wide")
+    wanted = torch.cat([model(batch) for batch in batches]).mean((0, 1))
+    compress(model, batches, keep=0.5, loss=loss, method=method, centre=True, progress=False)
+    assert torch.allclose(torch.cat([model(batch) for batch in batches]).mean((0, 1)), wanted, atol=1e-10)
+
+
 def test_the_wrong_side_is_named() -> None:
     model, batches = setting("wide")
     weight = model.get_submodule(NAME).weight.detach()
