@@ -12,12 +12,13 @@ from statistics import median
 
 import pytest
 import torch
-from shared import bert, llama, peak_megabytes, recorder
+from shared import bert, llama, peak_megabytes, ratio, recorder
 from torch import Tensor, nn
 
 from lowrank.calibration.collect import collect_statistics
 from lowrank.calibration.on_demand import OnDemand
-from lowrank.compression.configuration import Configuration
+from lowrank.calibration.predictive_loss import predictive_loss
+from lowrank.compression.compress import compress
 from lowrank.compression.replace import replace_layers
 from lowrank.factorization.factorize import Factors
 from lowrank.factorization.rank_allocation import allocate_ranks, rank_for_keep
@@ -85,41 +86,44 @@ MODELS = {
 }
 
 
+@pytest.mark.parametrize("keep", [0.5, 0.3])
 @pytest.mark.parametrize("case", MODELS)
-def test_compressing_against_the_svd_llm_recipe(case: str, benchmark) -> None:
+def test_compressing_against_the_svd_llm_recipe(case: str, keep: float, benchmark) -> None:
     torch.manual_seed(0)
     model = MODELS[case]()
     batches = [{"input_ids": torch.randint(0, 8000, (16, 128))} for _ in range(4)]
-    ranks = allocate_ranks({name: tuple(layer.weight.shape) for name, layer in find_linears(model).items()}, 0.5)
-    statistics, grams = collect_statistics(model, batches), svd_llm_moments(model, ranks, batches)
+    ranks = allocate_ranks({name: tuple(layer.weight.shape) for name, layer in find_linears(model).items()}, keep)
 
     def ours(storage: str = "factors") -> None:
-        replace_layers(copy.deepcopy(model), ranks, Configuration("whitened", storage), statistics)
+        how = dict(method="whitened", storage=storage, centre=False, progress=False)
+        compress(copy.deepcopy(model), batches, ranks=ranks, **how)
 
-    seconds = time_in_turns(
-        {
-            "forward": lambda: forward(model, batches),
-            "our moments": lambda: collect_statistics(model, batches),
-            "their moments": lambda: svd_llm_moments(model, ranks, batches),
-            "our factors": ours,
-            "pivoted": lambda: ours("pivoted"),
-            "their factors": lambda: svd_llm_factors(copy.deepcopy(model), ranks, grams),
-        },
-        repeats=3,
-        warmup=1,
-    )
-    took = {name: median(times) for name, times in seconds.items()}
-    case = f"{case}, {sum(batch['input_ids'].numel() for batch in batches)} tokens"
-    ours_all, theirs_all = (took[f"{whose} moments"] + took[f"{whose} factors"] for whose in ("our", "their"))
-    row("compress: SVD-LLM recipe over ours, moments included", case, "time ratio", theirs_all / ours_all)
-    row("compress: the same, moments given", case, "time ratio", took["their factors"] / took["our factors"])
-    row("compress: the same if our decomposition took no time", case, "time ratio", theirs_all / took["our moments"])
-    row("compress: forward passes, in both, of our time", case, "share", took["forward"] / ours_all)
+    def theirs() -> None:
+        svd_llm_factors(copy.deepcopy(model), ranks, svd_llm_moments(model, ranks, batches))
+
+    smaller = dict(side="smaller", methods=["whitened"])
+    calls = {
+        "theirs": theirs,
+        "ours": ours,
+        "pivoted": lambda: ours("pivoted"),
+        "moments": lambda: collect_statistics(model, batches, **smaller),
+        "forward": lambda: forward(model, batches),
+    }
+    seconds = time_in_turns(calls, repeats=3, warmup=1)
+    case = f"{case}, {sum(batch['input_ids'].numel() for batch in batches)} tokens, keep {keep}"
     row(
-        "compress: pivoted over factor storage, moments given",
+        "compress: SVD-LLM recipe over ours, moments included",
         case,
         "time ratio",
-        took["pivoted"] / took["our factors"],
+        *ratio(seconds["theirs"], seconds["ours"]),
+    )
+    row("the same with pivoted storage", case, "time ratio", *ratio(seconds["theirs"], seconds["pivoted"]))
+    row("the same if factors took no time", case, "time ratio", *ratio(seconds["theirs"], seconds["moments"]))
+    row(
+        "the same if all took no time but forward passes",
+        case,
+        "time ratio",
+        *ratio(seconds["theirs"], seconds["forward"]),
     )
     benchmark.pedantic(lambda: None, rounds=1)
 
@@ -155,39 +159,70 @@ def test_layers_against_dense(shape: tuple[int, int], keep: float, benchmark) ->
 SIZE = dict(hidden=2048, layers=8, vocabulary=32000)
 
 
-def _compress_large(answer) -> None:
-    """A model of hundreds of millions of bfloat16 parameters, compressed block by block: (model MB, peak over it MB)."""
+def _large(sizes: dict[str, int]) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """A model of bfloat16 parameters with random values, and a batch; the forward pass has been run."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = llama(**SIZE).to(torch.bfloat16)
+        model = llama(**sizes).to(torch.bfloat16)
     model = model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
     for buffer in model.buffers():
         buffer.data.fill_(0.5)
-    shapes = {name: tuple(layer.weight.shape) for name, layer in find_linears(model).items()}
-    batches = [{"input_ids": torch.randint(0, SIZE["vocabulary"], (1, 128))}]
-    size = sum(p.numel() for p in model.parameters())
+    batches = [{"input_ids": torch.randint(0, sizes["vocabulary"], (1, 128))}]
     with torch.no_grad():
         model(**batches[0])  # what a forward pass takes is not what compressing takes
+    return model, batches
+
+
+def _compress_on_demand(answer, side: str) -> None:
+    """A model compressed block by block: (parameters, peak over it in MB)."""
+    model, batches = _large(SIZE)
+    shapes = {name: tuple(layer.weight.shape) for name, layer in find_linears(model).items()}
+    size = sum(p.numel() for p in model.parameters())
+    options = dict(side=side) | (dict(methods=["whitened"]) if side == "smaller" else {})
     with peak_megabytes() as peak:
-        replace_layers(model, allocate_ranks(shapes, 0.5), "whitened", OnDemand(model, batches))
-    hidden, widest = min(shapes.values())[1], max(inputs for _, inputs in shapes.values())
-    moments = 8 * (3 * hidden**2 + widest**2)  # of a block: inputs of attention, of its output, of the MLP's two sides
-    answer.put((size, peak(), (moments + 8 * max(5 * hidden * widest, widest**2)) / 1e6))
+        replace_layers(model, allocate_ranks(shapes, 0.5), "whitened", OnDemand(model, batches, **options))
+    answer.put((size, peak()))
+
+
+def _compress_block(answer, side: str) -> None:
+    """One block of the shapes of Llama-2-7B, `two_sided`: (parameters, peak over the model in MB)."""
+    model, batches = _large(dict(hidden=4096, layers=1, vocabulary=1000, intermediate=11008, kv_heads=32))
+    size = sum(p.numel() for p in model.parameters())
+    with peak_megabytes() as peak:
+        loss = predictive_loss()
+        moments = collect_statistics(model, batches, loss=loss, side=side, methods=["two_sided"])
+        compress(model, keep=0.5, statistics=moments, method="two_sided", allocation="uniform", progress=False)
+    answer.put((size, peak()))
+
+
+def _in_a_process(function, *arguments: object) -> tuple[float, float]:
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=function, args=(answer, *arguments))
+    process.start()
+    found = answer.get(timeout=1800)
+    process.join()
+    return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a part of a process needs Linux")
 def test_memory_of_compressing_a_large_model(benchmark) -> None:
-    context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=_compress_large, args=(answer,))
-    process.start()
-    size, peak, formula = answer.get(timeout=1800)
-    process.join()
+    size, peak = _in_a_process(_compress_on_demand, "smaller")
+    _, before = _in_a_process(_compress_on_demand, "inputs")
     case = f"Llama of {size / 1e6:.0f} M bfloat16 parameters, {SIZE['layers']} layers"
     row("compress, peak memory beyond the model", case, "MB", peak)
-    row("the same by the formula of compress's docstring", case, "MB", formula)
+    row("the same with moments of the inputs", case, "MB", before)
     row("a second copy of the model would be", case, "MB", 2 * size / 1e6)
     row("all factors in float64 would be", case, "MB", 8 * size * 0.5 / 1e6)
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a part of a process needs Linux")
+def test_memory_of_a_block_of_a_7b_model(benchmark) -> None:
+    size, peak = _in_a_process(_compress_block, "smaller")
+    case = f"a block of the shapes of Llama-2-7B, {size / 1e6:.0f} M bfloat16 parameters, two_sided"
+    row("statistics and compress, peak memory beyond the model", case, "MB", peak)
+    row("the second moments alone with those of the inputs", case, "MB", 8 * (7 * 4096**2 + 3 * 11008**2) / 1e6)
     benchmark.pedantic(lambda: None, rounds=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shared import bert, llama, peak_megabytes, recorder
+from shared import bert, llama, peak_megabytes, ratio, recorder
 
 from lowrank.calibration.collect import collect_statistics
 from lowrank.factorization.alternatives import cholesky_inverse, compare_alternatives, projector
@@ -20,6 +20,7 @@ from lowrank.nn.batches import eval_mode
 from lowrank.nn.profiling import time_in_turns
 
 ROUNDS = 3
+RATIOS = 7  # rounds of the ratios that a spread is given of
 row, table = recorder("whitening")
 
 
@@ -53,15 +54,17 @@ def test_statistics_against_a_forward_pass(case: str, benchmark) -> None:
             for batch in data:
                 model(**batch)
 
-    plain, single, double = take_turns(
-        forward,
-        lambda: collect_statistics(model, data),
-        lambda: collect_statistics(model, data, products=torch.float64),
-    )
-    row("pass with statistics over a plain forward pass", case, "time ratio", single / plain)
-    row("the same, products in float64", case, "time ratio", double / plain)
-    benchmark.extra_info["ratio"] = single / plain
-    benchmark.pedantic(lambda: collect_statistics(model, data), rounds=1)
+    smaller = dict(side="smaller", methods=["whitened"])
+    calls = {
+        "plain": forward,
+        "pass with statistics on the smaller side": lambda: collect_statistics(model, data, **smaller),
+        "the same, products in float64": lambda: collect_statistics(model, data, **smaller, products=torch.float64),
+        "pass with statistics of the inputs": lambda: collect_statistics(model, data),
+    }
+    seconds = time_in_turns(calls, repeats=RATIOS, warmup=1)
+    for name in list(calls)[1:]:
+        row(f"{name} over a plain forward pass", case, "time ratio", *ratio(seconds[name], seconds["plain"]))
+    benchmark.pedantic(lambda: collect_statistics(model, data, **smaller), rounds=1)
 
 
 def _peak(count: int, collect: bool, answer) -> None:

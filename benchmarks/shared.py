@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 import pandas as pd
 import pytest
@@ -25,12 +26,13 @@ def recorder(name: str, *columns: str) -> tuple[Callable[..., None], object]:
     **Arguments**
 
     - `name`: of the table.
-    - `columns`: by default `what`, `case`, `figure` and `value`.
+    - `columns`: by default `what`, `case`, `figure`, `value`, and `spread`, which may be left out.
     """
     rows: list[dict[str, object]] = []
 
     def row(*values: object) -> None:
-        rows.append(dict(zip(columns or ("what", "case", "figure", "value"), values, strict=True)))
+        names = columns or ("what", "case", "figure", "value", "spread")[: len(values)]
+        rows.append(dict(zip(names, values, strict=True)))
 
     @pytest.fixture(scope="module", autouse=True)
     def table() -> Iterator[None]:
@@ -43,6 +45,17 @@ def recorder(name: str, *columns: str) -> tuple[Callable[..., None], object]:
             numbers.to_csv(BENCH / f"{name}.csv", index=False, float_format="%.3g")
 
     return row, table
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, str]:
+    """Return the median ratio of the times of two functions that took turns, and the least and the largest of a round.
+
+    **Arguments**
+
+    - `ours`, `theirs`: seconds, one per round; the ratio is the first over the second.
+    """
+    ratios = sorted(one / other for one, other in zip(ours, theirs, strict=True))
+    return median(ratios), f"{ratios[0]:.3g} to {ratios[-1]:.3g}"
 
 
 def record_run(name: str, provenance: dict[str, object]) -> None:
@@ -81,15 +94,17 @@ def bert(hidden: int, layers: int) -> nn.Module:
     return transformers.BertModel(config)
 
 
-def llama(hidden: int, layers: int, vocabulary: int = 8000) -> nn.Module:
+def llama(
+    hidden: int, layers: int, vocabulary: int = 8000, intermediate: int | None = None, kv_heads: int | None = None
+) -> nn.Module:
     import transformers  # noqa: PLC0415
 
     config = transformers.LlamaConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 256,
-        intermediate_size=11 * hidden // 4,
+        num_key_value_heads=kv_heads or hidden // 256,
+        intermediate_size=intermediate or 11 * hidden // 4,
         vocab_size=vocabulary,
     )
     return transformers.LlamaForCausalLM(config)

@@ -11,7 +11,8 @@ def benchmarks() -> str:
     """Tabulate the measured ratios, one to a row; then those of single layers side by side."""
     tables = [pd.read_csv(path) for path in sorted((published_folder() / "bench").glob("*.csv"))]
     ratios = pd.concat(table for table in tables if "value" in table)
-    parts = [ratios.assign(value=[f"{value:.3g}" for value in ratios.value]).to_markdown(index=False)]
+    shown = ratios.assign(value=[f"{value:.3g}" for value in ratios.value], spread=ratios.get("spread", ""))
+    parts = [shown[["what", "case", "figure", "value", "spread", "device"]].fillna("").to_markdown(index=False)]
     for layers in (table for table in tables if "speedup" in table):
         layers["cell"] = layers.speedup.map("{:.2f}".format) + layers.share.map(" ({:.0%})".format)
         layers["way"] = layers.storage + layers.multiple.map(", multiples of {}".format)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowrank.factorization.moments import LayerStatistics, second_moment_eigh
+from lowrank.factorization.moments import LayerStatistics, read_gram, second_moment_eigh
 from lowrank.nn.surgery import replace_module
 
 
@@ -103,10 +103,11 @@ def whiten_layers(
             parameter.requires_grad_(flag and others)
         for name, layer in layers.items():
             moments = statistics[name]
+            gram = read_gram(moments)
             if id(moments.gram) not in factors:
                 values, vectors = second_moment_eigh(moments, shrinkage)
                 roots = (values / values.mean()).sqrt()  # D in units of the weight, whatever the scale of the inputs
-                factors[id(moments.gram)] = moments.gram, vectors * roots, (vectors / roots).T.to(layer.weight)
+                factors[id(moments.gram)] = gram, vectors * roots, (vectors / roots).T.to(layer.weight)
             _, factor, inverse = factors[id(moments.gram)]
             layer.weight.requires_grad_(False)
             whitened[name] = WhitenedLinear(layer, factor, inverse)
