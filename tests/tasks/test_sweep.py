@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from lowrank.compression.allocator import TRUSTED
 from lowrank.compression.configuration import Configuration
 from lowrank.factorization.methods import METHODS
 from lowrank.tasks.baseline import load_calibration
 from lowrank.tasks.registry import load_task
-from lowrank.tasks.sweep import TRUSTED, Sweep, SweepConfig, best_combination
+from lowrank.tasks.sweep import Sweep, SweepConfig, best_combination
 from lowrank.tasks.training import train
 from lowrank.training.loop import Recipe
 
@@ -74,7 +75,7 @@ def test_the_spectrum_predicts_the_divergence_of_small_truncations(sweep: Sweep)
     assert 0.1 < ratios.median() < 10  # per target, on both sides
     logs = torch.tensor([[row["measured"], row["predicted"]] for row in rows]).log()
     assert torch.corrcoef(logs.T)[0, 1] > 0.8
-    scales = torch.tensor(list(sweep.scales.values()))
+    scales = torch.tensor(list(sweep.allocator.scales.values()))
     assert scales.max() / scales.min() <= TRUSTED**2 * (1 + 1e-9)
 
 
