@@ -15,9 +15,9 @@ from lowrank.nn.batches import Batch, count_samples
 
 HELD_OUT = 32  # calibration samples on which a rule measures
 # (alpha, gamma) of 'depth'. The first is 'spectrum'.
-DEPTH_TERMS = ((0.0, 0.0), *((alpha, gamma) for alpha in (0.0, 1.0, 3.0) for gamma in (0.75, 2.0, 7.0)))
+DEPTH_TERMS = ((0.0, 0.0), *((alpha, gamma) for alpha in (0.0, 1.0, 3.0) for gamma in (0.5, 2.0, 7.0)))
 # Of 'linear': the first block keeps 1 + this times the mean share, the last 1 - this times. The first is 'uniform'.
-STEEPNESS = (0.0, -0.5, -0.25, 0.25, 0.5)
+STEEPNESS = (0.0, -0.25, 0.25, 0.5, 0.75)
 
 
 class Rule(NamedTuple):
@@ -121,12 +121,12 @@ def _linear(allocator: Allocator, configuration: Configuration, keep: float) -> 
     last = max(*positions.values(), 1)
     candidates = []
     for steepness in STEEPNESS:
-        spectra = {  # targets fall from 1 + 2 keep steepness to 1, or rise as much
-            name: spectrum_for_share(
-                shape,
-                configuration.storage,
-                1 + keep * (abs(steepness) + steepness * (1 - 2 * positions[name] / last)),
-            )
+        targets = {  # from 1 + 2 keep steepness down to 1, or up from 1 as far
+            name: 1 + keep * (abs(steepness) + steepness * (1 - 2 * position / last))
+            for name, position in positions.items()
+        }
+        spectra = {
+            name: spectrum_for_share(shape, configuration.storage, targets[name])
             for name, shape in allocator.shapes.items()
         }
         candidates.append(({"steepness": steepness}, allocator.spend(configuration, keep, spectra=spectra)))
