@@ -71,7 +71,7 @@ def compress(
     targeted = find_linears(model, layers if ranks is None else ranks)
     configuration = _choose(targeted, choices, batches, statistics)
     check_layers(model, targeted, dict.fromkeys(targeted, 1) if ranks is None else ranks)
-    rule, probes = RULES[configuration.allocation], []
+    rule, probes, trials = RULES[configuration.allocation], [], []
     if ranks is None and rule.measures:
         text = f"be given for allocation {configuration.allocation!r}, which measures on samples held out"
         require(batches is not None, "batches", text, batches)
@@ -84,13 +84,13 @@ def compress(
     if ranks is None:
         config = AllocationConfig(in_memory=rule.measures, progress=progress)
         known = Allocator(model, tuple(targeted), statistics, probes, config=config)
-        ranks = choose_ranks(known, configuration, keep or 0)
+        ranks, trials = choose_ranks(known, configuration, keep or 0), known.trials
         del known  # with the factors that it may hold
     before = measure_model(model, sum(layer.weight.numel() for layer in targeted.values()))
     targeted.clear()  # each dense weight is freed as soon as its factors exist
     rows = replace_layers(model, ranks, configuration, statistics, progress=progress)
     after = measure_model(model, sum(row["parameters"] for row in rows))
-    return CompressionResult(rows, configuration, before, after)
+    return CompressionResult(rows, configuration, before, after, trials)
 
 
 def _choose(

@@ -130,11 +130,23 @@ class Sweep:
         return [row | {"predicted": row["predicted"] / calibrated} for row in self.allocator.alone]
 
     def factors(self, method: str, centre: bool = False) -> dict[str, Factors]:
-        """Return the full-rank factors of every targeted layer, see `Allocator.factors`."""
+        """Return the full-rank factors of every targeted layer, see `Allocator.factors`.
+
+        **Arguments**
+
+        - `method`: a key of `METHODS`.
+        - `centre`: in the norm of the centred inputs.
+        """
         return self.allocator.factors(method, centre)
 
     def spectra(self, method: str, centre: bool = False) -> dict[str, Tensor]:
-        """Return layer name -> singular values of the matrix that a method truncates, see `Allocator.spectra`."""
+        """Return layer name -> singular values of the matrix that a method truncates, see `Allocator.spectra`.
+
+        **Arguments**
+
+        - `method`: a key of `METHODS`.
+        - `centre`: in the norm of the centred inputs.
+        """
         return self.allocator.spectra(method, centre)
 
     def ranks(self, configuration: Configuration, keep: float) -> dict[str, int]:

@@ -112,13 +112,15 @@ def test_every_allocation_has_a_rule_and_the_search_covers_the_published_range()
 def test_compress_spends_the_budget_by_every_rule(rule: str, family: str) -> None:
     model, _, _ = made(family)
     batches = calibration(family, 9)
-    options = dict(allocation=rule, layers=LAYERS, progress=False)
+    options: dict[str, Any] = dict(allocation=rule, layers=LAYERS, progress=False)
     result = compress(model, iter(batches), 0.7, **options)
     assert result.configuration.allocation == rule
+    assert (len(result.trials) > 1) == (rule in ("depth", "linear"))
     assert 0.65 < result.keep_targeted <= 0.7
     again, _, _ = made(family)
     multiples = compress(again, batches, 0.7, multiple=4, **options)
     assert 0.5 < multiples.keep_targeted <= 0.7
+    assert f"ranks: {rule} in multiples of 4\n" in str(multiples)
     for row in multiples.layers:
         assert row["storage"] == "dense" or row["rank"] % 4 == 0
 
