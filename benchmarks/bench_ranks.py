@@ -22,7 +22,7 @@ RULES = ("uniform", "first_dense", "linear", "spectrum", "measured", "depth")
 SETS = {  # keeps that cost something, and probe samples: a text has a target per token, an image or a class only one
     "digits-vit": ((0.5, 0.3, 0.2, 0.1), 128),
     "docs-llama": ((0.5, 0.3, 0.2), 32),
-    "docs-bert": ((0.1, 0.05, 0.03), 128),
+    "docs-bert": ((0.1, 0.05, 0.03), 64),
 }
 
 

@@ -69,6 +69,7 @@ class Allocator:
     config: AllocationConfig = AllocationConfig()
     trials: list[dict[str, Any]] = field(default_factory=list, init=False)
     _factors: dict[tuple[str, bool], dict[str, Factors]] = field(default_factory=dict, init=False)
+    _spectra: dict[tuple[str, bool], dict[str, Tensor]] = field(default_factory=dict, init=False)
     _best: dict[tuple[Configuration, float], dict[str, int]] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -107,12 +108,21 @@ class Allocator:
         - `method`: a key of `METHODS`.
         - `centre`: in the norm of the centred inputs.
         """
-        if self.config.in_memory:
-            return {name: factors.spectrum.cpu() for name, factors in self.factors(method, centre).items()}
+        key = method, centre
+        if key not in self._spectra:
+            if self.config.in_memory:
+                found = {name: factors.spectrum.cpu() for name, factors in self.factors(method, centre).items()}
+            else:
+                found = dict(self._decompose_in_turn(method, centre))
+            self._spectra[key] = found
+        return self._spectra[key]
+
+    def _decompose_in_turn(self, method: str, centre: bool) -> Iterator[tuple[str, Tensor]]:
         moments, linears = self.statistics_for(method), find_linears(self.model, self.shapes)
         check_statistics(linears, method, "factors", moments, centre)
         bar = tqdm(linears.items(), "spectra", unit="layer", leave=False, disable=not self.config.progress)
-        return {name: spectrum_of(layer, name, method, moments, centre) for name, layer in bar}
+        for name, layer in bar:
+            yield name, spectrum_of(layer, name, method, moments, centre)
 
     def compressed(self, configuration: Configuration, ranks: Mapping[str, int]) -> nn.Module:
         """Return a copy of the model with layers replaced at given ranks.

@@ -138,6 +138,7 @@ def test_compress_and_an_allocator_choose_the_same_ranks(rule: str) -> None:
         known = Allocator(model, LAYERS, statistics, hold_out(batches)[0], config=config)
         ranks = choose_ranks(known, configuration, 0.6)
         assert hash_model(model) == before
+        assert known.spectra("two_sided", True) is known.spectra("two_sided", True)  # decomposed once
         assert compress(copy.deepcopy(model), batches, 0.6, allocation=rule, layers=LAYERS).ranks == ranks
 
 
