@@ -5,6 +5,7 @@
 - `skip_head`: `SkipHead`, leave a pass before the output head.
 - `on_demand`: `OnDemand`, statistics that are collected one block of layers at a time, to save memory.
 - `predictive_loss`: a loss that needs no labels, for the gradients at the outputs.
+- `divergence`: how far the predictions of a model are from those of the dense one.
 - `hooks`: see the inputs of layers during a pass.
 - `output_error`: the output error of replaced weights, measured without second moments.
 - `storage`: statistics as a file, and their hash.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.nn.batches import Batch, get_token_mask, run_model, select_output
+from lowrank.nn.batches import Batch, drop_padding, run_model, select_output
 
 
 def predictive_loss(seed: int = 0) -> Callable[[nn.Module, Batch], Tensor]:
@@ -29,18 +29,23 @@ def predictive_loss(seed: int = 0) -> Callable[[nn.Module, Batch], Tensor]:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         output = run_model(model, batch)
         prediction = select_output(output).float()
-        losses = _categorical if _is_categorical(model, output, prediction) else _gaussian
-        per_position = losses(prediction, generator)
-        mask = get_token_mask(batch)
-        if mask is not None and mask.shape == per_position.shape:
-            per_position = per_position[mask]
-        return per_position.sum()
+        losses = _categorical if is_categorical(model, output, prediction) else _gaussian
+        return drop_padding(losses(prediction, generator), batch).sum()
 
     return loss
 
 
-def _is_categorical(model: Any, output: Any, prediction: Tensor) -> bool:
-    """Logits have a name in the output of a transformers model, and as many entries as a timm model has classes."""
+def is_categorical(model: Any, output: Any, prediction: Tensor) -> bool:
+    """Return whether the prediction of a model is the logits of a categorical distribution.
+
+    Logits have a name in the output of a transformers model, and as many entries as a timm model has classes.
+
+    **Arguments**
+
+    - `model`: the model.
+    - `output`: what it returned.
+    - `prediction`: the tensor that matters of it, see `select_output`.
+    """
     named = hasattr(output, "logits") or getattr(model, "num_classes", 0) == prediction.shape[-1]
     return named and prediction.shape[-1] > 1
 

@@ -3,6 +3,9 @@
 - `compress`: `compress`, the one call: statistics, ranks within a budget, factored layers.
 - `configuration`: `Configuration`, how to compress: method, storage, centring, allocation of ranks.
 - `replace`: the strict steps: `decompose`, `replace_layers` at given ranks, `fold` back to dense layers.
+- `allocation`: `choose_ranks`, the rules that choose ranks within a budget, and `RULES`, their names.
+- `allocator`: `Allocator`, what the rules ask about a model, computed once.
+- `depth`: how much the errors of a block count by its place in the model.
 - `result`: `CompressionResult`, what a compression did, and `parameter_counts`.
 - `checks`: what can be wrong, found before a model is changed.
 - `checkpoint`: `save_compressed` and `load_compressed`, a folder with safetensors and a JSON record.

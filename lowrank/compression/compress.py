@@ -9,17 +9,16 @@ from tqdm import tqdm
 
 from lowrank.calibration.collect import collect_statistics
 from lowrank.calibration.predictive_loss import predictive_loss
+from lowrank.compression.allocation import RULES, choose_ranks, hold_out
+from lowrank.compression.allocator import AllocationConfig, Allocator
 from lowrank.compression.checks import Statistics, check_layers, check_statistics
 from lowrank.compression.configuration import Configuration
-from lowrank.compression.replace import replace_layers, spectrum_of
+from lowrank.compression.replace import replace_layers
 from lowrank.compression.result import CompressionResult, measure_model
 from lowrank.factorization.methods import READS, needs_gradients
-from lowrank.factorization.rank_allocation import allocate_ranks
 from lowrank.io.checks import require
 from lowrank.nn.batches import Batch
 from lowrank.nn.targets import BLOCKS, find_linears
-
-FLOOR = 0.1  # share of its uniform rank that every layer keeps when ranks follow the spectrum
 
 
 def compress(
@@ -41,12 +40,16 @@ def compress(
     spectra of all layers. The gradients need no labels: the model draws its targets itself. Cost: one forward and one backward
     pass per batch, and two decompositions per layer.
 
+    Rules for ranks that measure ('measured', 'depth', 'linear') hold out the first batches, of 32 samples or more, and compare
+    compressed copies of the model with the dense one on them: about ten copies, one after the other, and for 'measured' one per
+    layer. No layer is decomposed again for a copy, so the factors of all layers are in memory until ranks are chosen.
+
     **Arguments**
 
     - `model`: any PyTorch module with `nn.Linear` layers.
     - `batches`: calibration data: mappings as transformers models take them, (inputs, labels), or inputs; see
       `lowrank.nn.batches`. At least 5 tokens per input of the widest layer are advised. Not needed for `svd`, nor with
-      `statistics`.
+      `statistics`, unless the rule for ranks measures.
     - `keep`: share of the targeted weights' parameters to keep, in (0, 1]; or pass `ranks`.
     - `ranks`: layer name -> int, instead of `keep`.
     - `statistics`: layer name -> `LayerStatistics` from `collect_statistics`, instead of `batches`.
@@ -54,7 +57,8 @@ def compress(
     - `loss`: `(model, batch) -> scalar`, summed over the batch, whose gradients weigh the outputs; by default the model's own
       prediction.
     - `progress`: show a bar over batches and layers.
-    - `choices`: fields of `Configuration` that differ from the combination above: `method`, `storage`, `centre`, `allocation`.
+    - `choices`: fields of `Configuration` that differ from the combination above: `method`, `storage`, `centre`, `allocation`,
+      `multiple`.
 
     **Returns** `CompressionResult`; `print` shows it as a table.
 
@@ -67,20 +71,28 @@ def compress(
     targeted = find_linears(model, layers if ranks is None else ranks)
     configuration = _choose(targeted, choices, batches, statistics)
     check_layers(model, targeted, dict.fromkeys(targeted, 1) if ranks is None else ranks)
+    rule, probes, trials = RULES[configuration.allocation], [], []
+    if ranks is None and rule.measures:
+        text = f"be given for allocation {configuration.allocation!r}, which measures on samples held out"
+        require(batches is not None, "batches", text, batches)
+        probes, batches = hold_out(batches or ())
     if statistics is None and batches is not None:
-        methods = {configuration.method} | ({"two_sided"} if configuration.allocation == "spectrum" else set())
+        methods = {configuration.method, *rule.methods}
         bar = iter(tqdm(batches, "statistics", unit="batch", leave=False, disable=not progress))
         weighed = (loss or predictive_loss()) if any(map(needs_gradients, methods)) else None
         side = "smaller" if methods <= READS.keys() else "inputs"  # a method of the user's may read any field
         statistics = collect_statistics(model, bar, targeted, loss=weighed, side=side, methods=methods)
     check_statistics(targeted, configuration.method, configuration.storage, statistics, configuration.centre)
     if ranks is None:
-        ranks = _allocate(targeted, keep or 0, configuration, statistics, progress)
+        config = AllocationConfig(in_memory=rule.measures, progress=progress)
+        known = Allocator(model, tuple(targeted), statistics, probes, config=config)
+        ranks, trials = choose_ranks(known, configuration, keep or 0), known.trials
+        del known  # with the factors that it may hold
     before = measure_model(model, sum(layer.weight.numel() for layer in targeted.values()))
     targeted.clear()  # each dense weight is freed as soon as its factors exist
     rows = replace_layers(model, ranks, configuration, statistics, progress=progress)
     after = measure_model(model, sum(row["parameters"] for row in rows))
-    return CompressionResult(rows, configuration, before, after)
+    return CompressionResult(rows, configuration, before, after, trials)
 
 
 def _choose(
@@ -102,10 +114,7 @@ def _choose(
         "centre": with_data and method in ("whitened", "two_sided") and biased,
         "allocation": "spectrum" if method == "two_sided" else "uniform",
     }
-    configuration = Configuration(**best | dict(choices))
-    rule = "be 'uniform' or 'spectrum' (others need a Sweep)"
-    require(configuration.allocation in ("uniform", "spectrum"), "allocation", rule, configuration.allocation)
-    return configuration
+    return Configuration(**best | dict(choices))
 
 
 def _best_method(
@@ -117,19 +126,3 @@ def _best_method(
         return "two_sided"
     first = statistics.get(next(iter(layers)))
     return "two_sided" if first is not None and first.has_gradients else "whitened"
-
-
-def _allocate(
-    layers: Mapping[str, nn.Linear],
-    keep: float | int,
-    configuration: Configuration,
-    statistics: Statistics | None,
-    progress: bool,
-) -> dict[str, int]:
-    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-    if configuration.allocation == "uniform":
-        return allocate_ranks(shapes, keep, storage=configuration.storage)
-    check_statistics(layers, "two_sided", configuration.storage, statistics, configuration.centre)
-    bar = tqdm(layers.items(), "spectra", unit="layer", leave=False, disable=not progress)
-    spectra = {name: spectrum_of(layer, name, "two_sided", statistics, configuration.centre) for name, layer in bar}
-    return allocate_ranks(shapes, keep, spectra, storage=configuration.storage, floor=FLOOR)

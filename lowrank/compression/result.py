@@ -1,6 +1,6 @@
 """Say what a compression did: one row per layer, and the totals of the targeted layers, the model and its bytes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +52,15 @@ class CompressionResult:
     - `layers`: one row per layer, as `replace_layers` returns them; ready for a DataFrame.
     - `configuration`: how the model was compressed.
     - `before`, `after`: what the model stored and stores.
+    - `trials`: one row per candidate that was measured to choose ranks: its settings, such as `alpha` and `gamma`, and the
+      `divergence` of the whole model. Default none.
     """
 
     layers: list[dict[str, Any]]
     configuration: Configuration
     before: ModelSize
     after: ModelSize
+    trials: Sequence[Mapping[str, Any]] = ()
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -97,8 +100,9 @@ class CompressionResult:
     def _totals(self) -> list[str]:
         how = self.configuration
         centred = ", centred" if how.centre else ""
+        multiples = f" in multiples of {how.multiple}" if how.multiple > 1 else ""
         return [
-            f"{how.method}, {how.storage}{centred}, ranks: {how.allocation}",
+            f"{how.method}, {how.storage}{centred}, ranks: {how.allocation}{multiples}",
             f"{len(self.layers)} targeted layers: {_change(self.before.targeted, self.after.targeted)} parameters",
             f"whole model: {_change(self.before.model, self.after.model)} parameters",
             f"whole model: {_change(self.before.bytes, self.after.bytes)} bytes",

@@ -4,7 +4,7 @@
 after.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -76,6 +76,8 @@ def allocate_ranks(
     storage: str = "factors",
     weights: Mapping[str, float] | None = None,
     floor: float = 0.5,
+    multiple: int = 1,
+    dense: Collection[str] = (),
 ) -> dict[str, int]:
     """Choose ranks that spend one budget of parameters over several layers.
 
@@ -87,6 +89,9 @@ def allocate_ranks(
     Without `spectra`, every layer keeps the same share of its parameters (uniform), and what rounding down leaves over goes to
     the layers that are furthest below.
 
+    Layers that must stay dense are paid first. The others divide what is left, and their uniform ranks are those of the share
+    that is left to them.
+
     **Arguments**
 
     - `shapes`: layer -> (out, in).
@@ -96,19 +101,42 @@ def allocate_ranks(
     - `storage`: a key of `STORAGES`. Default 'factors'.
     - `weights`: layer -> w_l >= 0. Default 1 for each layer.
     - `floor`: in [0, 1], the share of its uniform rank that every layer keeps at least. Default 0.5.
+    - `multiple`: int >= 1; every rank is a multiple of this, or full, which is stored dense. Default 1.
+    - `dense`: layers that keep full rank inside the budget. Default none.
 
     **Returns** layer -> rank, in the order of `shapes`; together within the budget, and short of it by less than the cheapest
-    rank that could be added.
+    step that could be added.
 
     **Raises**
 
-    - `ValueError`: `keep` or `floor` outside its range, a budget too small for rank 1 everywhere, spectra or weights of other
-      layers or lengths.
+    - `ValueError`: `keep`, `floor` or `multiple` outside its range; a budget too small for the dense layers and the least rank of
+      every other; spectra or weights of other layers or lengths; an unknown layer in `dense`.
 
     **Reference** the Lagrange condition of the problem above; floors as in Swift-SVD, arXiv:2604.01609.
     """
     require(0.0 < keep <= 1.0, "keep", "be in (0, 1]", keep)
     require(0.0 <= floor <= 1.0, "floor", "be in [0, 1]", floor)
+    require(multiple >= 1 and multiple == int(multiple), "multiple", "be a whole number >= 1", multiple)
+    unknown = sorted(set(dense) - shapes.keys())
+    require(not unknown, "dense", "name layers of `shapes`", unknown)
+    weights = _check_layers(shapes, spectra, weights)
+    share = _share_left(shapes, keep, dense)
+    curves = {}
+    for name, shape in shapes.items():
+        values = None if spectra is None else _check_spectrum(name, shape, spectra[name])
+        curve, uniform = _curve(shape, _storage(storage), values, weights[name]), share * shape[0] * shape[1]
+        curves[name] = curve.at([-1]) if name in dense else curve.at_least(floor, uniform, multiple)
+    return _spend(curves, keep, int(keep * _dense_parameters(shapes.values()) + 1e-9))
+
+
+def _dense_parameters(shapes: Iterable[Shape]) -> int:
+    return sum(out * inputs for out, inputs in shapes)
+
+
+def _check_layers(
+    shapes: Mapping[str, Shape], spectra: Mapping[str, Any] | None, weights: Mapping[str, float] | None
+) -> Mapping[str, float]:
+    """Check that every layer has its spectrum and its weight, and return the weights."""
     for argument, values in (("spectra", spectra), ("weights", weights)):
         missing = next((name for name in shapes if values is not None and name not in values), None)
         if missing is not None:
@@ -116,20 +144,30 @@ def allocate_ranks(
     weights = weights or dict.fromkeys(shapes, 1.0)
     if wrong := next((name for name in shapes if not 0.0 <= weights[name] < float("inf")), None):
         raise ValueError(f"`weights` must be finite and >= 0, got {weights[wrong]} for layer {wrong!r}.")
-    curves = {}
-    for name, shape in shapes.items():
-        values = None if spectra is None else _check_spectrum(name, shape, spectra[name])
-        curves[name] = _curve(shape, keep, _storage(storage), floor, values, weights[name])
-    budget = int(keep * sum(out * inputs for out, inputs in shapes.values()) + 1e-9)
-    return _spend(curves, keep, budget)
+    return weights
+
+
+def _share_left(shapes: Mapping[str, Shape], keep: float | int, dense: Collection[str]) -> float:
+    """Return the share of the other layers' parameters that the dense layers leave; exactly `keep` if there are none."""
+    fixed = _dense_parameters(shapes[name] for name in dense)
+    return keep - (1 - keep) * fixed / max(_dense_parameters(shapes.values()) - fixed, 1)
 
 
 class _Curve(NamedTuple):
-    """Costs and gains of the ranks of one layer, from the least rank it must have to dense."""
+    """Costs and gains of the ranks that one layer may have, the last one dense."""
 
     ranks: np.ndarray
     costs: np.ndarray
     gains: np.ndarray
+
+    def at(self, positions: Any) -> "_Curve":
+        return _Curve(self.ranks[positions], self.costs[positions], self.gains[positions])
+
+    def at_least(self, floor: float, uniform: float, multiple: int) -> "_Curve":
+        """Return the multiples and dense, from a share of the rank that the parameters of a uniform share buy."""
+        curve = self.at((self.ranks % multiple == 0) | (self.costs == self.costs[-1]))
+        least = max(1, int(floor * (curve.costs <= uniform + 1e-9).sum() + 1e-9))
+        return curve.at(slice(least - 1, None))
 
 
 def _check_spectrum(name: str, shape: Shape, spectrum: Any) -> np.ndarray:
@@ -141,20 +179,17 @@ def _check_spectrum(name: str, shape: Shape, spectrum: Any) -> np.ndarray:
     return values
 
 
-def _curve(
-    shape: Shape, keep: float | int, storage: Storage, floor: float, spectrum: np.ndarray | None, weight: float
-) -> _Curve:
+def _curve(shape: Shape, storage: Storage, spectrum: np.ndarray | None, weight: float) -> _Curve:
     out, inputs = shape
     ranks = np.arange(1, min(shape) + 1)
     costs = storage.parameters(out, inputs, ranks)
     smaller = costs < out * inputs
     ranks, costs = np.append(ranks[smaller], min(shape)), np.append(costs[smaller], out * inputs)
-    least = max(1, int(floor * (costs <= keep * out * inputs + 1e-9).sum() + 1e-9))  # of its uniform rank
     if spectrum is None:
         gains = -((1 - costs / (out * inputs)) ** 2) * out * inputs  # the best next parameter: in the emptiest layer
     else:
         gains = weight * (spectrum**2).cumsum()[ranks - 1]
-    return _Curve(ranks[least - 1 :], costs[least - 1 :], gains[least - 1 :])
+    return _Curve(ranks, costs, gains)
 
 
 def _spend(curves: Mapping[str, _Curve], keep: float | int, budget: int) -> dict[str, int]:

@@ -103,6 +103,12 @@ def get_labels(batch: Batch) -> Tensor:
     return batch["labels"] if isinstance(batch, Mapping) else batch[1]
 
 
+def count_samples(batch: Batch) -> int:
+    """Return the number of samples in a batch: the length of its first tensor."""
+    first = batch if isinstance(batch, Tensor) else next(iter(batch.values() if isinstance(batch, Mapping) else batch))
+    return len(first)
+
+
 def get_token_mask(batch: Batch) -> Tensor | None:
     """Return the `attention_mask` of a batch: `(batch, tokens)`, bool, False on padding; None if it has no mask.
 
@@ -114,6 +120,20 @@ def get_token_mask(batch: Batch) -> Tensor | None:
     if mask is not None and mask.dim() != 2:
         raise ValueError(f"`attention_mask` must have shape (batch, tokens), got {tuple(mask.shape)}.")
     return None if mask is None else mask.bool()
+
+
+def drop_padding(values: Tensor, batch: Batch) -> Tensor:
+    """Return the values at positions that are not padding; all of them, if the batch has no mask of their shape.
+
+    **Arguments**
+
+    - `values`: one per position, `(batch, tokens)` where there is a mask.
+    - `batch`: the batch that they come from.
+
+    **Returns** `(positions,)`, or the values as they are.
+    """
+    mask = get_token_mask(batch)
+    return values if mask is None or mask.shape != values.shape else values[mask]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowrank.calibration.divergence import at_least_float32, class_divergence
 from lowrank.io.checks import require
 from lowrank.nn.batches import Batch, compute_logits, device_of, eval_mode, get_labels, move_batch
 from lowrank.tasks.metrics import METRICS, Metric
@@ -35,34 +36,25 @@ class Objective(NamedTuple):
     divergence: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def _at_least_float32(outputs: Tensor) -> Tensor:
-    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-
-
 def _classification_losses(outputs: Tensor, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(_at_least_float32(outputs), targets, reduction="none")
+    return functional.cross_entropy(at_least_float32(outputs), targets, reduction="none")
 
 
 def _sample_classes(outputs: Tensor, generator: torch.Generator) -> Tensor:
-    probabilities = _at_least_float32(outputs).softmax(-1).flatten(0, -2).cpu()
+    probabilities = at_least_float32(outputs).softmax(-1).flatten(0, -2).cpu()
     classes = torch.multinomial(probabilities, 1, generator=generator)
     return classes.view(outputs.shape[:-1]).to(outputs.device)
 
 
-def _class_divergence(outputs: Tensor, teacher: Tensor, targets: Tensor | None = None) -> Tensor:
-    ours, theirs = (_at_least_float32(side).log_softmax(-1) for side in (outputs, teacher))
-    return functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-
-
 def _squared_difference(outputs: Tensor, targets: Tensor) -> Tensor:
     return (
-        _at_least_float32(outputs).squeeze(-1) - _at_least_float32(targets).reshape(outputs.squeeze(-1).shape)
+        at_least_float32(outputs).squeeze(-1) - at_least_float32(targets).reshape(outputs.squeeze(-1).shape)
     ).square()
 
 
 def _sample_values(outputs: Tensor, generator: torch.Generator) -> Tensor:
     """Sample with variance 1/2, for which the squared error is the negative log-likelihood."""
-    means = _at_least_float32(outputs).squeeze(-1)
+    means = at_least_float32(outputs).squeeze(-1)
     return means + 0.5**0.5 * torch.randn(means.shape, generator=generator).to(means)
 
 
@@ -70,7 +62,7 @@ def _next_token_losses(outputs: Tensor, targets: Tensor) -> Tensor:
     """Compare position t with token t + 1; shapes are `(batch, tokens, vocabulary)` and `(batch, tokens)`."""
     following = targets[:, 1:].reshape(-1)
     losses = functional.cross_entropy(
-        _at_least_float32(outputs[:, :-1]).flatten(0, 1), following, reduction="none", ignore_index=IGNORED
+        at_least_float32(outputs[:, :-1]).flatten(0, 1), following, reduction="none", ignore_index=IGNORED
     )
     return losses[following != IGNORED]
 
@@ -81,13 +73,16 @@ def _sample_tokens(outputs: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _next_token_divergence(outputs: Tensor, teacher: Tensor, targets: Tensor | None) -> Tensor:
-    divergences = _class_divergence(outputs[:, :-1], teacher[:, :-1])
+    divergences = class_divergence(outputs[:, :-1], teacher[:, :-1])
     return divergences.reshape(-1) if targets is None else divergences[targets[:, 1:] != IGNORED]
 
 
 OBJECTIVES = {
     "classification": Objective(
-        _classification_losses, lambda outputs: outputs.argmax(-1), _sample_classes, _class_divergence
+        _classification_losses,
+        lambda outputs: outputs.argmax(-1),
+        _sample_classes,
+        lambda outputs, teacher, targets: class_divergence(outputs, teacher),
     ),
     "regression": Objective(
         _squared_difference,

@@ -1,26 +1,22 @@
 """Compress one dense model in many configurations and at many budgets, and measure the quality of each."""
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank.compression.allocation import choose_ranks
+from lowrank.compression.allocator import AllocationConfig, Allocator
 from lowrank.compression.checks import Statistics
 from lowrank.compression.configuration import Configuration
-from lowrank.compression.replace import decompose, replace_layers
 from lowrank.compression.result import parameter_counts
 from lowrank.factorization.factorize import Factors
-from lowrank.factorization.rank_allocation import allocate_ranks
-from lowrank.nn.batches import Batch, as_double, compute_logits, device_of, get_labels, move_batch
+from lowrank.nn.batches import compute_logits, count_samples, device_of, get_labels, move_batch
 from lowrank.tasks.evaluation import OBJECTIVES
 from lowrank.tasks.task import Task
-
-TRUSTED = 2.0  # a divergence too small to be measured must not move ranks by more than this
 
 
 def best_combination(biased: bool) -> dict[str, Configuration]:
@@ -49,7 +45,8 @@ class SweepConfig:
 
     - `calibration_samples`: int, the samples that the statistics were collected over.
     - `floor`: share of its uniform rank that every layer keeps, see `allocate_ranks`.
-    - `probe_samples`: int, training samples on which 'measured' truncates one layer after another.
+    - `probe_samples`: int, training samples on which rules for ranks measure: those that follow the calibration samples in their
+      shuffled order, and the first of these again where the split ends.
     - `probe_keep`: share kept of the layer that is truncated alone, in (0, 1].
     - `batch_size`: int, samples of a batch.
     - `seed`: int, draws the probe samples.
@@ -85,110 +82,82 @@ class Sweep:
     statistics: Statistics
     config: SweepConfig
     labelled: Statistics | None = None
-    _factors: dict[tuple[str, bool], dict[str, Factors]] = field(default_factory=dict)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return layer name -> (out, in) of the targeted layers."""
-        return {name: tuple(layer.weight.shape) for name, layer in self.task.linears(self.model).items()}
+        return self.allocator.shapes
 
     @cached_property
     def biased(self) -> bool:
         """Return whether any targeted layer has a bias."""
-        return any(layer.bias is not None for layer in self.task.linears(self.model).values())
+        return self.allocator.biased
 
     @cached_property
     def dense(self) -> dict[str, float]:
         """Return loss and metrics of the dense model on the configured split."""
         return self.task.evaluate(self.model, self.config.split, self.config.batch_size)
 
-    def _statistics_for(self, method: str) -> Statistics:
-        return self.labelled if method == "fwsvd" and self.labelled is not None else self.statistics
-
-    def factors(self, method: str, centre: bool = False) -> dict[str, Factors]:
-        """Return the full-rank factors of every targeted layer, decomposed once.
-
-        **Arguments**
-
-        - `method`: a key of `METHODS`.
-        - `centre`: in the norm of the centred inputs.
-        """
-        key = method, centre
-        if key not in self._factors:
-            statistics = self._statistics_for(method)
-            self._factors[key] = decompose(self.model, method, statistics, self.shapes, centre=centre)
-        return self._factors[key]
-
-    def spectra(self, method: str, centre: bool = False) -> dict[str, Tensor]:
-        """Return layer name -> singular values of the matrix that a method truncates, on the CPU.
-
-        **Arguments**
-
-        - `method`: a key of `METHODS`.
-        - `centre`: in the norm of the centred inputs.
-        """
-        return {name: factors.spectrum.cpu() for name, factors in self.factors(method, centre).items()}
+    @cached_property
+    def allocator(self) -> Allocator:
+        """Return what was computed to choose ranks; the probes are training samples that the statistics have not seen."""
+        config, labelled = self.config, {} if self.labelled is None else {"fwsvd": self.labelled}
+        order = torch.randperm(len(self.task.split("train")), generator=torch.Generator().manual_seed(config.seed))
+        probes = order.roll(-config.calibration_samples)[: config.probe_samples].split(config.batch_size)
+        return Allocator(
+            self.model,
+            self.task.layers,
+            self.statistics,
+            list(self.task.loader("train", [positions.tolist() for positions in probes])),
+            self.task.divergences,
+            labelled,
+            AllocationConfig(config.floor, config.probe_keep, config.in_memory),
+        )
 
     @cached_property
     def alone(self) -> list[dict[str, Any]]:
-        """Return what truncating each layer alone does to the dense predictions, at `probe_keep` and in pivot storage.
-
-        Ranks hang on these divergences, which can be as small as float32's rounding: a float32 model is measured in float64.
+        """Return what truncating each layer alone does to the dense predictions, see `Allocator.alone`.
 
         **Returns** one row per layer: `layer`, `rank`, `predicted` by half of the discarded two-sided energy, and `measured`, the
         divergence from the dense predictions; both per target.
         """
-        configuration = Configuration("two_sided", "pivoted", self.biased)
-        spectra, exact = self.spectra("two_sided", self.biased), _has_float64(self.model)
-        divergence = self.task.divergence(copy.deepcopy(self.model).double() if exact else self.model)
-        probes, targets = self._probes(exact)
-        calibrated = self.config.calibration_samples * sum(targets) / self.config.probe_samples
-        rows = []
-        for name, rank in self.ranks(configuration, self.config.probe_keep).items():
-            smaller = self.compressed(configuration, {name: rank})
-            smaller = smaller.double() if exact else smaller
-            with torch.no_grad():
-                caused = sum(
-                    divergence(smaller, batch).item() * count for batch, count in zip(probes, targets, strict=True)
-                ) / sum(targets)
-            predicted = spectra[name][rank:].square().sum().item() / 2 / calibrated
-            rows.append({"layer": name, "rank": rank, "predicted": predicted, "measured": caused})
-        return rows
-
-    def _probes(self, exact: bool) -> tuple[list[Batch], list[int]]:
-        """Return training batches on the model's device, in float64 if `exact`, and the number of targets in each."""
-        config = self.config
-        batches = self.task.batches("train", config.batch_size, samples=config.probe_samples, seed=config.seed + 1)
-        probes = [move_batch(batch, device_of(self.model)) for batch in batches]
-        losses = OBJECTIVES[self.task.objective].losses
+        losses, targets, probes = OBJECTIVES[self.task.objective].losses, 0, self.allocator.probes
         with torch.no_grad():
-            targets = [len(losses(compute_logits(self.model, batch), get_labels(batch))) for batch in probes]
-        return [as_double(batch) for batch in probes] if exact else probes, targets
+            for batch in probes:
+                batch = move_batch(batch, device_of(self.model))
+                targets += len(losses(compute_logits(self.model, batch), get_labels(batch)))
+        calibrated = self.config.calibration_samples * targets / sum(map(count_samples, probes))
+        return [row | {"predicted": row["predicted"] / calibrated} for row in self.allocator.alone]
 
-    @cached_property
-    def scales(self) -> dict[str, float]:
-        """Return layer name -> measured over predicted divergence, kept within `TRUSTED` times the median of all layers."""
-        ratios = {row["layer"]: max(row["measured"], 0.0) / max(row["predicted"], 1e-300) for row in self.alone}
-        middle = median(ratios.values())
-        return {name: min(max(ratio, middle / TRUSTED), middle * TRUSTED) for name, ratio in ratios.items()}
+    def factors(self, method: str, centre: bool = False) -> dict[str, Factors]:
+        """Return the full-rank factors of every targeted layer, see `Allocator.factors`.
+
+        **Arguments**
+
+        - `method`: a key of `METHODS`.
+        - `centre`: in the norm of the centred inputs.
+        """
+        return self.allocator.factors(method, centre)
+
+    def spectra(self, method: str, centre: bool = False) -> dict[str, Tensor]:
+        """Return layer name -> singular values of the matrix that a method truncates, see `Allocator.spectra`.
+
+        **Arguments**
+
+        - `method`: a key of `METHODS`.
+        - `centre`: in the norm of the centred inputs.
+        """
+        return self.allocator.spectra(method, centre)
 
     def ranks(self, configuration: Configuration, keep: float) -> dict[str, int]:
         """Return layer name -> rank within a budget.
 
         **Arguments**
 
-        - `configuration`: its storage and allocation decide.
+        - `configuration`: its allocation names the rule, see `lowrank.compression.allocation`.
         - `keep`: share of the targeted parameters to keep, in (0, 1].
         """
-        spectra, weights = None, None
-        if configuration.allocation == "relative":
-            spectra = self.spectra("whitened")
-            weights = {name: 1 / sigma.square().sum().item() for name, sigma in spectra.items()}
-        elif configuration.allocation != "uniform":
-            spectra = self.spectra("two_sided", self.biased)
-            weights = self.scales if configuration.allocation == "measured" else None
-        options: dict[str, Any] = dict(storage=configuration.storage, floor=self.config.floor)
-        return allocate_ranks(self.shapes, keep, spectra, weights=weights, **options)
+        return choose_ranks(self.allocator, configuration, keep)
 
     def compressed(self, configuration: Configuration, ranks: Mapping[str, int]) -> nn.Module:
         """Return a copy of the model with layers replaced at given ranks.
@@ -198,10 +167,7 @@ class Sweep:
         - `configuration`: method, storage and centring.
         - `ranks`: layer name -> rank.
         """
-        smaller = copy.deepcopy(self.model)
-        factors = self.factors(configuration.method, configuration.centre) if self.config.in_memory else None
-        replace_layers(smaller, ranks, configuration, self._statistics_for(configuration.method), factors=factors)
-        return smaller
+        return self.allocator.compressed(configuration, ranks)
 
     def quality(self, smaller: nn.Module) -> dict[str, int | float]:
         """Return what a model stores and how good it is on the configured split.
@@ -237,8 +203,3 @@ class Sweep:
                 assert row["keep_targeted"] <= keep + 1e-9
                 rows.append({"way": name, "keep": keep} | row)
         return rows
-
-
-def _has_float64(model: nn.Module) -> bool:
-    """Return True for a float32 model on a device that computes in float64; a half-precision one may be too large to copy."""
-    return device_of(model).type != "mps" and all(p.dtype == torch.float32 for p in model.parameters())

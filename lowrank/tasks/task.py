@@ -191,23 +191,35 @@ class Task:
         return loss
 
     def divergence(self, teacher: nn.Module) -> Callable[[nn.Module, Batch], Tensor]:
-        """Return a loss to distil with: the distance between the outputs of a model and those of a teacher.
+        """Return a loss to distil with: the mean of `divergences` over a batch.
 
         **Arguments**
 
         - `teacher`: a model of this task; it gets no gradients.
 
-        **Returns** `(model, batch) -> scalar`, the mean over the targets of a batch, or over all positions if it has no labels.
+        **Returns** `(model, batch) -> scalar`.
+        """
+        compare = self.divergences(teacher)
+        return lambda model, batch: compare(model, batch).mean()
+
+    def divergences(self, teacher: nn.Module) -> Callable[[nn.Module, Batch], Tensor]:
+        """Return a function that measures the distance between the outputs of a model and those of a teacher.
+
+        **Arguments**
+
+        - `teacher`: a model of this task; it gets no gradients.
+
+        **Returns** `(model, batch) -> (targets,)`, one per target, or per position if the batch has no labels.
         """
         measure = OBJECTIVES[self.objective].divergence
 
-        def loss(model: nn.Module, batch: Batch) -> Tensor:
+        def compare(model: nn.Module, batch: Batch) -> Tensor:
             with torch.no_grad():
                 wanted = compute_logits(teacher, batch)
             labels = get_labels(batch) if has_labels(batch) else None
-            return measure(compute_logits(model, batch), wanted, labels).mean()
+            return measure(compute_logits(model, batch), wanted, labels)
 
-        return loss
+        return compare
 
     def evaluate(self, model: nn.Module, split: str = "validation", batch_size: int = 64) -> dict[str, float]:
         """Compute loss and metrics over a whole split.

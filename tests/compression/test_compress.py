@@ -131,7 +131,10 @@ def test_batches_may_be_a_generator_and_progress_is_shown(capsys: pytest.Capture
         ({"keep": 0.001}, "`keep` must allow"),
         ({"method": "best"}, r"`method` must be one of \['svd', .*\], got 'best'"),
         ({"storage": "sparse"}, "`storage` must be one of"),
-        ({"allocation": "measured"}, "`allocation` must be 'uniform' or 'spectrum'"),
+        ({"allocation": "best"}, "`allocation` must be one of"),
+        ({"allocation": "measured"}, "`batches` must hold more than the first 32 samples"),
+        ({"multiple": 0}, "`multiple` must be at least 1, got 0"),
+        ({"multiple": 8, "keep": 0.1}, "`keep` must allow the least rank"),
         ({"rank": 3}, r"`choices` must be among \['method', .*\], got \['rank'\]"),
         ({"layers": ["nothing"]}, "`layers` must match nn.Linear modules"),
         (

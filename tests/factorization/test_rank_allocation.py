@@ -314,6 +314,87 @@ def test_a_larger_budget_never_keeps_less(storage, generator) -> None:
     assert kept == sorted(kept)
 
 
+# --- multiples, and layers that stay dense ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("multiple", [2, 8, 48])
+@pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "spectra"])
+def test_ranks_are_multiples_or_dense_and_no_further_step_fits(uniform, multiple, storage, generator) -> None:
+    spectra = None if uniform else decaying(TWO_BLOCKS, generator)
+    for keep in (0.3, 0.5, 0.8, 1.0):
+        ranks = allocate_ranks(TWO_BLOCKS, keep, spectra, storage=storage, floor=0.25, multiple=multiple)
+        left = keep * dense(TWO_BLOCKS) + 1e-6 - spent(TWO_BLOCKS, ranks, storage)
+        assert left >= 0
+        for name, rank in ranks.items():
+            own, full = kept_parameters(TWO_BLOCKS[name], rank, storage), min(TWO_BLOCKS[name])
+            assert rank % multiple == 0 or rank == full
+            assert rank >= int(0.25 * (rank_for_keep(TWO_BLOCKS[name], keep, storage) // multiple)) * multiple
+            step = next((r for r in range(rank + 1, full) if r % multiple == 0), full)
+            assert rank == full or kept_parameters(TWO_BLOCKS[name], step, storage) - own > left
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_more_budget_keeps_more_and_equal_spectra_get_equal_ranks_up_to_one_step(multiple, storage, generator) -> None:
+    spectra = decaying(TWO_BLOCKS, generator)
+    options = dict(storage=storage, floor=0.0, multiple=multiple)
+    kept = [energy(spectra, allocate_ranks(TWO_BLOCKS, keep, spectra, **options)) for keep in KEEPS]
+    assert kept == sorted(kept)
+    alike = {str(i): (96, 64) for i in range(7)}
+    values = dict.fromkeys(alike, np.exp(-8 * np.arange(64) / 64))
+    for keep in (0.25, 0.4, 0.6):
+        found = allocate_ranks(alike, keep, values, **options).values()
+        assert max(found) - min(found) <= multiple
+
+
+def allowed(shape: Shape, multiple: int, fixed: bool) -> list[int]:
+    """Ranks that a layer may have."""
+    return [rank for rank in range(1, min(shape) + 1) if rank == min(shape) or (rank % multiple == 0 and not fixed)]
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("fixed", [(), ("c",), ("a", "d")], ids=str)
+def test_with_multiples_the_optimum_is_missed_by_less_than_one_step(fixed, seed, storage) -> None:
+    shapes, spectra = tiny(torch.Generator().manual_seed(seed), 0.5)
+    options = {name: allowed(shape, 2, name in fixed) for name, shape in shapes.items()}
+    for keep in (0.8, 0.85, 0.9):
+        ranks = allocate_ranks(shapes, keep, spectra, storage=storage, floor=0.0, multiple=2, dense=fixed)
+        budget = keep * dense(shapes) + 1e-9
+        assert all(rank in options[name] for name, rank in ranks.items())
+        assert spent(shapes, ranks, storage) <= budget
+        choices = (dict(zip(shapes, choice, strict=True)) for choice in product(*options.values()))
+        best = max(energy(spectra, choice) for choice in choices if spent(shapes, choice, storage) <= budget)
+        jumps = [energy(spectra, {n: min(shapes[n])}) - energy(spectra, {n: rank}) for n, rank in ranks.items()]
+        assert energy(spectra, ranks) <= best + 1e-12
+        assert best - energy(spectra, ranks) <= max(jumps) + 1e-12  # at most one step of a layer, at most to dense
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("keep", [0.4, 0.6, 0.9])
+def test_layers_that_stay_dense_are_paid_from_the_budget_and_the_rest_share_what_is_left(
+    keep, multiple, storage, generator
+) -> None:
+    fixed, rest = list(TWO_BLOCKS)[:4], dict(list(TWO_BLOCKS.items())[4:])
+    left = keep * dense(TWO_BLOCKS) - dense({name: TWO_BLOCKS[name] for name in fixed})
+    for spectra in (None, decaying(TWO_BLOCKS, generator)):
+        options = dict(storage=storage, multiple=multiple)
+        ranks = allocate_ranks(TWO_BLOCKS, keep, spectra, dense=fixed, **options)
+        assert {name: ranks[name] for name in fixed} == {name: min(TWO_BLOCKS[name]) for name in fixed}
+        others = allocate_ranks(rest, (int(left + 1e-9) + 1e-3) / dense(rest), spectra, **options)
+        assert {name: ranks[name] for name in rest} == others
+        assert list(ranks) == list(TWO_BLOCKS)
+    full = {name: min(shape) for name, shape in TWO_BLOCKS.items()}
+    assert allocate_ranks(TWO_BLOCKS, 1.0, dense=list(TWO_BLOCKS), **options) == full
+
+
+def test_a_layer_too_small_for_a_multiple_is_dense() -> None:
+    assert allocate_ranks({"small": (5, 6), "large": (64, 64)}, 0.5, multiple=8) == {"small": 5, "large": 8}
+    assert allocate_ranks({"small": (5, 6), "large": (64, 64)}, 0.55, multiple=8) == {"small": 5, "large": 16}
+
+
 def test_spectra_may_be_tensors(generator) -> None:
     spectra = decaying(TWO_BLOCKS, generator)
     tensors = {name: torch.from_numpy(values) for name, values in spectra.items()}
@@ -357,6 +438,14 @@ FLAT = {name: np.ones(6) for name in TWO}
             lambda: allocate_ranks(TWO, 0.5, FLAT, weights={"a": np.nan, "b": 1.0}),
             "`weights` must be finite and >= 0, got nan for layer 'a'",
         ),
+        (lambda: allocate_ranks(TWO, 0.5, multiple=0), "`multiple` must be a whole number >= 1, got 0"),
+        (lambda: allocate_ranks(TWO, 0.5, dense=["c"]), r"`dense` must name layers of `shapes`, got \['c'\]"),
+        (
+            lambda: allocate_ranks(TWO, 0.5, dense=["a"]),
+            "`keep` must allow the least rank of every layer, got 0.5: 18 parameters too few",
+        ),
+        (lambda: allocate_ranks(TWO, 0.9, dense=["a", "b"]), "`keep` must allow .* got 0.9: 9 parameters too few"),
+        (lambda: allocate_ranks(TWO, 0.3, multiple=4), "`keep` must allow .* got 0.3: 59 parameters too few"),
         (lambda: allocate_ranks(TWO, 0.25), "`keep` must allow the least rank of every layer, got 0.25: 5 parameters"),
     ],
 )

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from lowrank.compression.allocation import RULES
+from lowrank.compression.allocator import TRUSTED
 from lowrank.compression.configuration import Configuration
 from lowrank.factorization.methods import METHODS
 from lowrank.tasks.baseline import load_calibration
 from lowrank.tasks.registry import load_task
-from lowrank.tasks.sweep import TRUSTED, Sweep, SweepConfig, best_combination
+from lowrank.tasks.sweep import Sweep, SweepConfig, best_combination
 from lowrank.tasks.training import train
 from lowrank.training.loop import Recipe
 
@@ -74,7 +76,7 @@ def test_the_spectrum_predicts_the_divergence_of_small_truncations(sweep: Sweep)
     assert 0.1 < ratios.median() < 10  # per target, on both sides
     logs = torch.tensor([[row["measured"], row["predicted"]] for row in rows]).log()
     assert torch.corrcoef(logs.T)[0, 1] > 0.8
-    scales = torch.tensor(list(sweep.scales.values()))
+    scales = torch.tensor(list(sweep.allocator.scales.values()))
     assert scales.max() / scales.min() <= TRUSTED**2 * (1 + 1e-9)
 
 
@@ -91,3 +93,16 @@ def test_allocations_spend_the_same_budget_in_other_layers(sweep: Sweep) -> None
 def test_centring_is_left_out_where_there_is_no_bias() -> None:
     assert len(best_combination(biased=True)) == len(best_combination(biased=False)) + 1
     assert not any(one.centre for one in best_combination(biased=False).values())
+
+
+def test_ranks_are_chosen_on_training_samples_that_the_statistics_have_not_seen(sweep: Sweep) -> None:
+    both = torch.cat([images for images, _ in sweep.task.batches("train", 64, samples=2 * SAMPLES, seed=0)])
+    assert torch.equal(torch.cat([images for images, _ in sweep.allocator.probes]), both[SAMPLES:])
+
+
+def test_every_rule_spends_the_budget_and_records_what_it_tried(sweep: Sweep) -> None:
+    for rule in RULES:
+        configuration = Configuration("two_sided", "pivoted", sweep.biased, rule, multiple=2)
+        ranks = sweep.ranks(configuration, 0.8)
+        assert 0.75 < sweep.quality(sweep.compressed(configuration, ranks))["keep_targeted"] <= 0.8
+    assert {row["allocation"] for row in sweep.allocator.trials} == {"depth", "linear"}
