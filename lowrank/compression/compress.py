@@ -13,6 +13,7 @@ from lowrank.compression.checks import Statistics, check_layers, check_statistic
 from lowrank.compression.configuration import Configuration
 from lowrank.compression.replace import replace_layers, spectrum_of
 from lowrank.compression.result import CompressionResult, measure_model
+from lowrank.compression.retarget import read_batches, retarget_layers
 from lowrank.factorization.methods import needs_gradients
 from lowrank.factorization.rank_allocation import allocate_ranks
 from lowrank.io.checks import require
@@ -54,7 +55,9 @@ def compress(
     - `loss`: `(model, batch) -> scalar`, summed over the batch, whose gradients weigh the outputs; by default the model's own
       prediction.
     - `progress`: show a bar over batches and layers.
-    - `choices`: fields of `Configuration` that differ from the combination above: `method`, `storage`, `centre`, `allocation`.
+    - `choices`: fields of `Configuration` that differ from the combination above: `method`, `storage`, `centre`, `allocation`;
+      and `retarget`: True or a `Retargeting` to aim each layer at the outputs of the dense model, given what the layers in front
+      leave of its inputs. That needs `batches`, as a list or a loader, also where `statistics` are given.
 
     **Returns** `CompressionResult`; `print` shows it as a table.
 
@@ -67,6 +70,7 @@ def compress(
     targeted = find_linears(model, layers if ranks is None else ranks)
     configuration = _choose(targeted, choices, batches, statistics)
     check_layers(model, targeted, dict.fromkeys(targeted, 1) if ranks is None else ranks)
+    batches = batches if configuration.retarget is None else read_batches(batches)
     if statistics is None and batches is not None:
         gradients = configuration.allocation == "spectrum" or needs_gradients(configuration.method)
         bar = iter(tqdm(batches, "statistics", unit="batch", leave=False, disable=not progress))
@@ -76,7 +80,10 @@ def compress(
         ranks = _allocate(targeted, keep or 0, configuration, statistics, progress)
     before = measure_model(model, sum(layer.weight.numel() for layer in targeted.values()))
     targeted.clear()  # each dense weight is freed as soon as its factors exist
-    rows = replace_layers(model, ranks, configuration, statistics, progress=progress)
+    if configuration.retarget is None:
+        rows = replace_layers(model, ranks, configuration, statistics, progress=progress)
+    else:
+        rows = retarget_layers(model, ranks, configuration, statistics, batches or (), progress=progress)
     after = measure_model(model, sum(row["parameters"] for row in rows))
     return CompressionResult(rows, configuration, before, after)
 

@@ -1,12 +1,44 @@
 """Say how a model is compressed: method, storage, centring and the rule for ranks."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from lowrank.factorization.methods import METHODS
 from lowrank.factorization.storages import STORAGES
 from lowrank.io.checks import require
 
 ALLOCATIONS = ("uniform", "relative", "spectrum", "measured")
+
+
+@dataclass(frozen=True)
+class Retargeting:
+    """Describe how layers are aimed at the outputs of the dense model, see `retarget_layers`.
+
+    **Arguments**
+
+    - `ridges`: relative to the mean square of the inputs, > 0; one is chosen on held-out tokens. Default 1e-4 to 1e-1.
+    - `blends`: shares of the least-squares solution in the target, in [0, 1]; one is chosen with the ridge. 0 is the dense
+      weight. Default 0, .5 and 1.
+    - `held_out`: share of the tokens of each batch, its last ones, that ridge and blend are chosen on, in (0, 1). All tokens
+      count for the solution with the chosen ones. Default .2.
+    - `folder`: keeps each block that is done, so that a run that was stopped goes on with the next. Default None.
+
+    **Raises**
+
+    - `ValueError`: a value out of its range.
+    """
+
+    ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    blends: tuple[float, ...] = (0.0, 0.5, 1.0)
+    held_out: float = 0.2
+    folder: Path | str | None = None
+
+    def __post_init__(self) -> None:
+        positive = len(self.ridges) > 0 and all(0 < ridge < float("inf") for ridge in self.ridges)
+        require(positive, "ridges", "be finite, > 0 and at least one", self.ridges)
+        shares = len(self.blends) > 0 and all(0 <= blend <= 1 for blend in self.blends)
+        require(shares, "blends", "be in [0, 1] and at least one", self.blends)
+        require(0 < self.held_out < 1, "held_out", "be in (0, 1)", self.held_out)
 
 
 @dataclass(frozen=True)
@@ -21,17 +53,24 @@ class Configuration:
     - `allocation`: what ranks are chosen by. 'uniform': every layer keeps the same share. 'relative': the share of its own
       one-sided energy that each layer discards. 'spectrum': the two-sided spectrum, which approximates the loss. 'measured':
       the same, with each layer scaled so that truncating it alone costs what was measured (`Sweep` only).
+    - `retarget`: aim each layer at the outputs of the dense model, given the inputs that the layers in front leave it. True
+      stands for `Retargeting()`, False for None. Default None: each layer stands for itself.
 
     **Raises**
 
-    - `ValueError`: an unknown method, storage or allocation.
+    - `ValueError`: an unknown method, storage or allocation; a `retarget` of another kind.
     """
 
     method: str = "whitened"
     storage: str = "factors"
     centre: bool = False
     allocation: str = "uniform"
+    retarget: Retargeting | bool | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.retarget, bool):
+            object.__setattr__(self, "retarget", Retargeting() if self.retarget else None)
+        valid = self.retarget is None or isinstance(self.retarget, Retargeting)
+        require(valid, "retarget", "be True, False or a Retargeting", self.retarget)
         for name, known in (("method", METHODS), ("storage", STORAGES), ("allocation", ALLOCATIONS)):
             require(getattr(self, name) in known, name, f"be one of {list(known)}", getattr(self, name))

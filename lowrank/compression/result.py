@@ -97,8 +97,9 @@ class CompressionResult:
     def _totals(self) -> list[str]:
         how = self.configuration
         centred = ", centred" if how.centre else ""
+        retargeted = "" if how.retarget is None else ", retargeted"
         return [
-            f"{how.method}, {how.storage}{centred}, ranks: {how.allocation}",
+            f"{how.method}, {how.storage}{centred}{retargeted}, ranks: {how.allocation}",
             f"{len(self.layers)} targeted layers: {_change(self.before.targeted, self.after.targeted)} parameters",
             f"whole model: {_change(self.before.model, self.after.model)} parameters",
             f"whole model: {_change(self.before.bytes, self.after.bytes)} bytes",

@@ -5,6 +5,7 @@
 - `running_moments`: add moments up over many blocks.
 - `methods`: `METHODS`, what the outputs and the inputs of a weight count for in each method.
 - `factorize`: `factorize`, the best factors in a weighted norm; `weighted_norm`, that norm.
+- `transfer`: the best weight for inputs that have changed, from moments of both inputs.
 - `storages`: `STORAGES`, the forms of storing factors, with their costs.
 - `rank_allocation`: ranks within a budget of parameters.
 - `spectra`: effective rank, energy and other functions of singular values.

@@ -1,0 +1,185 @@
+"""The best weight for inputs that have changed: least squares with a ridge, from second moments of both inputs.
+
+With inputs x of the dense model and x^ of the compressed one, H = sum x^ x^^T and C = sum x x^^T over the same tokens:
+
+    min ||W X - W' X^||  over W' of a rank  =  min ||(T - W') H^(1/2)|| + a constant,  T = W C H^-1,
+
+so that every method truncates T on H as it would truncate W on G. C H^-1 is the same for all layers that receive one input.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lowrank.factorization.moments import LayerStatistics, centre_moments
+from lowrank.factorization.running_moments import BLOCK_TOKENS, RunningMoments
+
+
+@dataclass(frozen=True, eq=False)
+class PairedMoments:
+    """Hold the moments of the inputs of a layer in two models over the same tokens; `a + b` joins two parts of the data.
+
+    **Arguments**
+
+    - `moments`: those of x^, the input in the compressed model.
+    - `cross`: C = sum of x x^^T, `(in, in)`, float64.
+    - `mean`: mean of x, the input in the dense model, `(in,)`, float64.
+    """
+
+    moments: LayerStatistics
+    cross: Float[Tensor, "n n"]
+    mean: Float[Tensor, " n"]
+
+    def __add__(self, other: "PairedMoments") -> "PairedMoments":
+        """Return the moments of both parts of the data together."""
+        tokens = self.moments.tokens + other.moments.tokens
+        mean = (self.mean * self.moments.tokens + other.mean * other.moments.tokens) / tokens
+        return PairedMoments(self.moments + other.moments, self.cross + other.cross, mean)
+
+    def centred(self) -> "PairedMoments":
+        """Return the moments about both means; the means are kept."""
+        product = self.moments.tokens * torch.outer(self.mean, self.moments.mean)
+        return PairedMoments(centre_moments(self.moments), self.cross - product, self.mean)
+
+
+class RunningPairs:
+    """Add up paired moments, block by block, in float64.
+
+    **Arguments**
+
+    - `size`: int, length of an input.
+    - `device`: device of the sums.
+    - `products`: least dtype in which a block is multiplied, float32 or float64.
+    """
+
+    def __init__(self, size: int, device: torch.device, products: torch.dtype = torch.float32) -> None:
+        self.inputs = RunningMoments(size, device, products)
+        self.cross = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.total = torch.zeros(size, dtype=torch.float64, device=device)
+
+    def add(self, dense: Float[Tensor, "tokens n"], rows: Float[Tensor, "tokens n"]) -> None:
+        """Add the inputs of the same tokens in both models.
+
+        **Arguments**
+
+        - `dense`: inputs in the dense model.
+        - `rows`: inputs in the compressed model.
+        """
+        self.inputs.add(rows)
+        wide = torch.promote_types(rows.dtype, self.inputs.products)
+        for x, y in zip(dense.to(wide).split(BLOCK_TOKENS), rows.to(wide).split(BLOCK_TOKENS), strict=True):
+            self.cross += (x.T @ y).to(self.cross)
+            self.total += x.sum(0).to(self.total)
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens so far."""
+        return self.inputs.tokens
+
+    def all_finite(self) -> bool:
+        """Return whether all sums are finite so far."""
+        return self.inputs.all_finite() and bool(self.total.isfinite().all())
+
+    def finish(self) -> PairedMoments:
+        """Return the moments of all inputs so far; at least one."""
+        tokens = self.inputs.tokens
+        return PairedMoments(LayerStatistics(tokens=tokens, **self.inputs.finish()), self.cross, self.total / tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer:
+    """Hold R with T = W R, the best weight for the inputs of the compressed model, and how it was chosen.
+
+    **Arguments**
+
+    - `matrix`: R, `(in, in)`, float64.
+    - `ridge`: float, relative to the mean diagonal entry of H.
+    - `blend`: float in [0, 1], the share of the least-squares solution; the rest is the identity.
+    """
+
+    matrix: Float[Tensor, "n n"]
+    ridge: float
+    blend: float
+
+
+def solve_transfer(pairs: PairedMoments, ridge: float, blend: float = 1.0) -> Transfer:
+    """Return R = (1 - b) I + b (C + l I)(H + l I)^-1 with l = ridge * mean(diag H).
+
+    W R X^ is W X as closely as a linear map can make it. Where H says nothing, the ridge leaves W as it is. A ridge below the
+    rounding of H is raised tenfold until H + l I is positive definite.
+
+    **Arguments**
+
+    - `pairs`: moments of both inputs.
+    - `ridge`: float > 0.
+    - `blend`: float in [0, 1]. Default 1.
+
+    **Returns** `Transfer`.
+    """
+    gram = pairs.moments.gram
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    scale = gram.diagonal().mean()
+    if not scale > 0:  # the input is always zero
+        return Transfer(eye, ridge, 0.0)
+    root, failed = torch.linalg.cholesky_ex(gram + ridge * scale * eye)
+    if bool(failed):
+        return solve_transfer(pairs, 10 * ridge, blend)
+    solved = torch.cholesky_solve((pairs.cross + ridge * scale * eye).T, root).T
+    return Transfer(torch.lerp(eye, solved, blend), ridge, blend)
+
+
+def choose_transfer(
+    fit: PairedMoments,
+    held_out: PairedMoments,
+    weights: Float[Tensor, "n n"],
+    ridges: Sequence[float],
+    blends: Sequence[float],
+) -> Transfer:
+    """Return the transfer of all tokens, with the ridge and blend that serve held-out tokens best.
+
+    What counts is ||W X - W R X^|| before truncation. Too small a ridge fits the noise of few tokens, and that shows without
+    truncating, which would cost a decomposition for each ridge, blend and layer.
+
+    **Arguments**
+
+    - `fit`: moments to solve with while choosing.
+    - `held_out`: moments of the other tokens.
+    - `weights`: sum of W^T W over the layers that receive the input, `(in, in)`, float64.
+    - `ridges`: float > 0 each.
+    - `blends`: float in [0, 1] each; the first of equally good ones is taken.
+
+    **Returns** `Transfer`.
+    """
+    best, gain = (ridges[0], blends[0]), -torch.inf
+    for ridge in ridges:
+        change = solve_transfer(fit, ridge).matrix
+        change.diagonal().sub_(1.0)  # T = W (I + b D)
+        weighted = weights @ change
+        linear = (weighted * (held_out.cross - held_out.moments.gram)).sum().item()
+        quadratic = (weighted * (change @ held_out.moments.gram)).sum().item()
+        for blend in blends:
+            if (
+                found := 2 * blend * linear - blend**2 * quadratic
+            ) > gain:  # what the blend takes off the squared error
+                best, gain = (ridge, blend), found
+    return solve_transfer(fit + held_out, *best)
+
+
+def retargeted_statistics(
+    dense: LayerStatistics | None, pairs: PairedMoments, transfer: Float[Tensor, "n n"]
+) -> LayerStatistics:
+    """Return the statistics to truncate T = W R with: inputs of the compressed model, output gradients of the dense one.
+
+    **Arguments**
+
+    - `dense`: statistics of the dense model, or None.
+    - `pairs`: moments of both inputs.
+    - `transfer`: R, `(in, in)`. Moments of the outputs stay; what refers to inputs of W refers to inputs of W R.
+    """
+    if dense is None:
+        return pairs.moments
+    inputs = pairs.moments.moments(shared=True)
+    return replace(dense, tokens=pairs.moments.tokens, **inputs)
