@@ -28,6 +28,7 @@ from lowrank.factorization.transfer import (
     Transfer,
     choose_transfer,
     retargeted_statistics,
+    solve_transfer,
 )
 from lowrank.io.checks import require
 from lowrank.io.distributed import process_count
@@ -36,7 +37,7 @@ from lowrank.nn.batches import Batch, device_of, eval_mode, move_batch
 from lowrank.nn.block_calls import trace_blocks, without_cache
 from lowrank.nn.surgery import replace_module
 
-Pairs = tuple[PairedMoments, PairedMoments]  # of the tokens to fit, and of those held out
+Parts = tuple[PairedMoments, PairedMoments]  # of the tokens to fit, and of those held out
 
 
 def retarget_layers(
@@ -53,7 +54,7 @@ def retarget_layers(
     This is the strict step inside `compress(..., retarget=True)`, as `replace_layers` is without. A layer whose factors would
     hold as many parameters as its weight stays as it is. Cost: a pass of the dense model; then, in each of the two models, a pass
     of every block and a part of one for each stage. A block that is not called as the one in front was costs a pass of the model
-    up to it.
+    up to it. Memory: both streams on the CPU, and for a stage of n inputs about 14 matrices (n, n) in float64.
 
     **Arguments**
 
@@ -148,20 +149,21 @@ class _Retargeter:
     def _make_stage(self, stage: Sequence[str]) -> None:
         """Make the layers that receive one input; they share ridge and blend."""
         linears: dict[str, Any] = {name: self.model.get_submodule(name) for name in stage}
-        pairs = self._measure(stage[0], linears[stage[0]].in_features) if self.modules else None
+        parts = self._measure(stage[0], linears[stage[0]].in_features) if self.modules else None
+        whole = parts and parts[0] + parts[1]
         made: dict[str, nn.Module] = {}
         for centre in (False, True):
             members = {n: x for n, x in linears.items() if centre == (self.configuration.centre and x.bias is not None)}
-            found = self._choose(pairs, members, centre) if pairs and members else None
+            found = self._choose(parts, whole, members.values(), centre) if parts and whole and members else None
             for name, layer in members.items():
-                target = self._aim(name, layer, pairs, found)
+                target = self._aim(name, layer, whole, found)
                 module, row = build_replacement(name, layer, int(self.ranks[name]), self.configuration, target)
                 chosen = found if module is not layer else None
                 self.rows[name] = row | {"ridge": chosen and chosen.ridge, "blend": chosen and chosen.blend}
                 made |= {name: module} if module is not layer else {}
         self.modules |= made  # only now: all layers of the stage are dense while they are measured
 
-    def _measure(self, name: str, size: int) -> Pairs:
+    def _measure(self, name: str, size: int) -> Parts:
         """Return the moments of a layer's inputs in both models."""
         sums = [RunningPairs(size, self.device) for _ in range(2)]
         for dense, rows in self.streams.inputs(name):
@@ -180,18 +182,18 @@ class _Retargeter:
         )
         return sums[0].finish(), sums[1].finish()
 
-    def _choose(self, pairs: Pairs, layers: Mapping[str, nn.Linear], centre: bool) -> Transfer:
+    def _choose(self, parts: Parts, whole: PairedMoments, layers: Iterable[nn.Linear], centre: bool) -> Transfer:
         """Return the transfer that serves the outputs of some layers best, together."""
-        stacked = torch.cat([layer.weight.detach().double() for layer in layers.values()])
-        fit, held_out = (part.centred() if centre else part for part in pairs)
-        return choose_transfer(fit, held_out, stacked.T @ stacked, self.options.ridges, self.options.blends)
+        stacked = torch.cat([layer.weight.detach().double() for layer in layers])
+        fit, held_out = (part.centred() if centre else part for part in parts)
+        best = choose_transfer(fit, held_out, stacked.T @ stacked, self.options.ridges, self.options.blends)
+        return solve_transfer(whole.centred() if centre else whole, *best)
 
-    def _aim(self, name: str, layer: nn.Linear, pairs: Pairs | None, found: Transfer | None) -> Target:
+    def _aim(self, name: str, layer: nn.Linear, whole: PairedMoments | None, found: Transfer | None) -> Target:
         """Return what a layer is truncated from: with nothing in front of it compressed, its own weight."""
         moments = None if self.statistics is None else self.statistics[name]
-        if pairs is None or found is None:
+        if whole is None or found is None:
             return Target(layer.weight.detach(), moments)
-        whole = pairs[0] + pairs[1]
         weight = layer.weight.detach().double()
         target = weight @ found.matrix
         shift = weight @ whole.mean - target @ whole.moments.mean

@@ -137,21 +137,21 @@ def choose_transfer(
     weights: Float[Tensor, "n n"],
     ridges: Sequence[float],
     blends: Sequence[float],
-) -> Transfer:
-    """Return the transfer of all tokens, with the ridge and blend that serve held-out tokens best.
+) -> tuple[float, float]:
+    """Return the ridge and the blend that serve held-out tokens best.
 
     What counts is ||W X - W R X^|| before truncation. Too small a ridge fits the noise of few tokens, and that shows without
     truncating, which would cost a decomposition for each ridge, blend and layer.
 
     **Arguments**
 
-    - `fit`: moments to solve with while choosing.
+    - `fit`: moments to solve with.
     - `held_out`: moments of the other tokens.
     - `weights`: sum of W^T W over the layers that receive the input, `(in, in)`, float64.
     - `ridges`: float > 0 each.
     - `blends`: float in [0, 1] each; the first of equally good ones is taken.
 
-    **Returns** `Transfer`.
+    **Returns** (ridge, blend).
     """
     best, gain = (ridges[0], blends[0]), -torch.inf
     for ridge in ridges:
@@ -165,7 +165,7 @@ def choose_transfer(
                 found := 2 * blend * linear - blend**2 * quadratic
             ) > gain:  # what the blend takes off the squared error
                 best, gain = (ridge, blend), found
-    return solve_transfer(fit + held_out, *best)
+    return best
 
 
 def retargeted_statistics(

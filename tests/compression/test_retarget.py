@@ -33,7 +33,7 @@ from lowrank.nn.batches import Batch, as_double
 from lowrank.nn.block_calls import first_tensor
 from lowrank.nn.low_rank import FACTORED_LAYERS
 
-EXACT = Retargeting(ridges=(1e-10,), blends=(1.0,))
+EXACT = Retargeting(ridges=(1e-12,), blends=(1.0,))
 
 
 class Tanh(nn.Module):
@@ -80,10 +80,10 @@ def squeeze(model: nn.Module, batches: Any, retarget: Any = True, keep: float = 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_each_layer_is_the_least_squares_optimum_on_the_inputs_that_it_has(bias: bool) -> None:
-    """Ranks so high that nothing is cut off: the last layer is a plain regression of dense outputs on its own inputs."""
+    """The last layer is the best of its rank among regressions of dense outputs on the inputs that are left to it."""
     model, batches = stack(2, bias=bias)
     dense, seen = copy.deepcopy(model), {}
-    ranks = {"blocks.0.up": 2, "blocks.0.down": 2, "blocks.1.up": 2, "blocks.1.down": 4}
+    ranks = {"blocks.0.up": 4, "blocks.0.down": 4, "blocks.1.up": 4, "blocks.1.down": 4}
     configuration = Configuration("whitened", centre=bias, retarget=EXACT)
     rows = retarget_layers(model, ranks, configuration, collect_statistics(model, batches, ranks), batches)
     for name, which in (("dense", dense), ("now", model)):
@@ -94,12 +94,13 @@ def test_each_layer_is_the_least_squares_optimum_on_the_inputs_that_it_has(bias:
     centred = lambda t: t - t.mean(0) if bias else t  # noqa: E731
     free = torch.linalg.lstsq(centred(now), centred(wanted)).solution.T
     u = torch.linalg.svd(free @ centred(now).T, full_matrices=False).U[:, :4]
-    assert relative(model.blocks[1].down.dense(), u @ u.T @ free) <= 1e-5
+    expected = u @ u.T @ free  # weights may differ where the inputs say nothing
+    assert relative(centred(now) @ model.blocks[1].down.dense().T, centred(now) @ expected.T) <= 1e-5
     if bias:  # the mean output is restored exactly
         assert relative(model.blocks[1].down(now).mean(0), dense.blocks[1].down(x).mean(0)) <= 1e-10
     assert [row["layer"] for row in rows] == list(ranks)
     assert all(row["predicted_error"] == pytest.approx(row["measured_error"], abs=1e-9) for row in rows)
-    assert [(row["ridge"], row["blend"]) for row in rows] == [(None, None)] + [(1e-10, 1.0)] * 3
+    assert [(row["ridge"], row["blend"]) for row in rows] == [(None, None)] + [(1e-12, 1.0)] * 3
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -177,6 +178,7 @@ def test_padding_does_not_count() -> None:
         assert relative(model.get_submodule(name).dense(), other.get_submodule(name).dense()) <= 1e-4
 
 
+@pytest.mark.usefixtures("unchecked")  # a check of the argument afterwards would collect from the compressed model
 def test_without_statistics_and_with_statistics_on_demand() -> None:
     model, batches, statistics = made("llama")
     demanded, plain = copy.deepcopy(model), copy.deepcopy(model)
@@ -282,7 +284,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bits(
     assert len(list((tmp_path / "blocks").glob("*.safetensors"))) == 1
     names = stopping(monkeypatch, 10**6)
     result = squeeze(model, batches, place, **options)
-    assert len(names) == len(result.layers) - 7 + (family == "bert" or family == "t5")  # the first block was read
+    assert len(names) == len(result.layers) - 7 + (family != "llama")  # the first block was read
     assert result.layers == expected.layers
     assert hash_model(model) == hash_model(through)
     names.clear()
@@ -379,7 +381,6 @@ def test_a_fault_in_a_late_block_leaves_the_model_as_it_was(tmp_path: Path) -> N
         ),
         (Tanh, dict(batches=None), "`batches` must be a list or a loader to retarget layers"),
         (Tanh, dict(batches=[]), "`batches` must hold at least one batch, got none"),
-        (Tanh, dict(batches="odd"), "`batches` must all be run in the same order|once in a pass, got 2 calls"),
         (
             Turning,
             dict(batches="odd"),
@@ -401,8 +402,6 @@ def test_bad_input_changes_nothing(kind: type[nn.Module], options: dict[str, Any
     }
     given = options.get("batches", batches)
     given = forms.get(given, given) if isinstance(given, str) else given
-    if kind is Tanh and options.get("batches") == "odd":
-        pytest.skip("nothing is odd for it")
     with pytest.raises(ValueError, match=message):
         squeeze(model, given, options.get("retarget", True), statistics=statistics)
     assert hash_model(model) == state

@@ -124,8 +124,7 @@ def test_ridge_and_blend_are_the_best_on_held_out_tokens(tokens: int) -> None:
         for ridge in ridges
         for blend in blends
     }
-    assert (found.ridge, found.blend) == min(errors, key=lambda choice: errors[choice])
-    assert torch.equal(found.matrix, solve_transfer(fit + held_out, found.ridge, found.blend).matrix)
+    assert found == min(errors, key=lambda choice: errors[choice])
 
 
 def test_parts_of_the_data_add_up_and_outputs_keep_their_gradients() -> None:

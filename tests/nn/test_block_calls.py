@@ -109,7 +109,7 @@ def turning(twice: bool = False) -> nn.Module:
 
 def test_another_order_another_count_and_layers_outside_blocks_are_refused() -> None:
     ones = torch.ones(2, 3)
-    with pytest.raises(ValueError, match="run in the same order, got another order .* block '0' of batch 1"):
+    with pytest.raises(ValueError, match="run in the same order, got another order .* block '0.0' of batch 1"):
         traced(turning(), [ones, -10 * ones], [r"0\.0\..*"])
     with pytest.raises(ValueError, match=r"call each targeted layer .* once in a pass, got 2 calls of '0.0.a'"):
         traced(turning(twice=True), [ones], [r"0\.0\..*"])
