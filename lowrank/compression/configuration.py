@@ -21,6 +21,7 @@ class Retargeting:
       weight. Default 0, .5 and 1.
     - `held_out`: share of the tokens of each batch, its last ones, that ridge and blend are chosen on, in (0, 1). All tokens
       count for the solution with the chosen ones. Default .2.
+    - `residual`: whether layers that add their output to hidden states repair those too. Default True.
     - `folder`: keeps each block that is done, so that a run that was stopped goes on with the next. Default None.
 
     **Raises**
@@ -31,6 +32,7 @@ class Retargeting:
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
     blends: tuple[float, ...] = (0.0, 0.5, 1.0)
     held_out: float = 0.2
+    residual: bool = True
     folder: Path | str | None = None
 
     def __post_init__(self) -> None:

@@ -2,7 +2,8 @@
 
 Blocks are compressed front to back, and the stages of a block in the order in which its layers are called. Each layer is aimed at
 the outputs that the dense layer has in the dense model, from the inputs that it has in the model as compressed so far
-(`lowrank.factorization.transfer`); two streams of hidden states give both (`Streams`).
+(`lowrank.factorization.transfer`); two streams of hidden states give both (`Streams`). A layer that adds its output to hidden
+states is asked for what is missing there too.
 
 The model itself stays dense until the end. New layers are in place only while something is measured, so that an error, or a run
 that is stopped, leaves the model as it was. That costs the memory of the factors beside the dense weights.
@@ -27,6 +28,7 @@ from lowrank.factorization.transfer import (
     RunningPairs,
     Transfer,
     choose_transfer,
+    extend_weight,
     retargeted_statistics,
     solve_transfer,
 )
@@ -54,7 +56,8 @@ def retarget_layers(
     This is the strict step inside `compress(..., retarget=True)`, as `replace_layers` is without. A layer whose factors would
     hold as many parameters as its weight stays as it is. Cost: a pass of the dense model; then, in each of the two models, a pass
     of every block and a part of one for each stage. A block that is not called as the one in front was costs a pass of the model
-    up to it. Memory: both streams on the CPU, and for a stage of n inputs about 14 matrices (n, n) in float64.
+    up to it. Memory: both streams on the CPU, and for a stage of n inputs about 14 matrices (n, n) in float64; (n + m, n) for a
+    layer with m outputs that repairs hidden states.
 
     **Arguments**
 
@@ -66,8 +69,9 @@ def retarget_layers(
     - `batches`: calibration data, see `lowrank.nn.batches`; read once and kept.
     - `progress`: show a bar over the blocks.
 
-    **Returns** one row per layer, as `replace_layers` does, with the chosen `ridge` and `blend`; None where nothing in front
-    is compressed. Errors are those of truncating the retargeted weight, in the inputs of the compressed model.
+    **Returns** one row per layer, as `replace_layers` does, with the chosen `ridge` and `blend`, None where nothing in front is
+    compressed, and `residual`, whether the layer repairs hidden states too. Errors are those of truncating the retargeted weight,
+    in the inputs of the compressed model.
 
     **Raises**
 
@@ -140,16 +144,17 @@ class _Retargeter:
                 self.streams.leave()
                 continue
             self.streams.move_to(block)
+            sources = self.streams.residuals(names) if self.options.residual else {}
             for stage in block.stages:
-                self._make_stage(stage)
+                self._make_stage(stage, sources.get(stage[0]) if len(stage) == 1 else None)
             if folder:
                 made = {name: self.modules[name] for name in names if name in self.modules}
                 folder.write(block.name, made, {name: self.rows[name] for name in names})
 
-    def _make_stage(self, stage: Sequence[str]) -> None:
-        """Make the layers that receive one input; they share ridge and blend."""
+    def _make_stage(self, stage: Sequence[str], residual: str | None) -> None:
+        """Make the layers that receive one input; they share ridge and blend. One alone may repair the hidden states too."""
         linears: dict[str, Any] = {name: self.model.get_submodule(name) for name in stage}
-        parts = self._measure(stage[0], linears[stage[0]].in_features) if self.modules else None
+        parts = self._measure(stage[0], linears[stage[0]], residual) if self.modules else None
         whole = parts and parts[0] + parts[1]
         made: dict[str, nn.Module] = {}
         for centre in (False, True):
@@ -159,14 +164,16 @@ class _Retargeter:
                 target = self._aim(name, layer, whole, found)
                 module, row = build_replacement(name, layer, int(self.ranks[name]), self.configuration, target)
                 chosen = found if module is not layer else None
-                self.rows[name] = row | {"ridge": chosen and chosen.ridge, "blend": chosen and chosen.blend}
+                how = {"ridge": chosen and chosen.ridge, "blend": chosen and chosen.blend}
+                self.rows[name] = row | how | {"residual": chosen is not None and residual is not None}
                 made |= {name: module} if module is not layer else {}
         self.modules |= made  # only now: all layers of the stage are dense while they are measured
 
-    def _measure(self, name: str, size: int) -> Parts:
-        """Return the moments of a layer's inputs in both models."""
-        sums = [RunningPairs(size, self.device) for _ in range(2)]
-        for dense, rows in self.streams.inputs(name):
+    def _measure(self, name: str, layer: nn.Linear, residual: str | None) -> Parts:
+        """Return the moments of what a layer wants and gets."""
+        wanted = layer.in_features + (layer.out_features if residual else 0)
+        sums = [RunningPairs(layer.in_features, wanted, self.device) for _ in range(2)]
+        for dense, rows in self.streams.inputs(name, residual):
             count = max(len(rows) - max(round(self.options.held_out * len(rows)), 1), 1)
             with exact_products(self.device):
                 for part, piece in zip(sums, (slice(count), slice(count, None)), strict=True):
@@ -184,9 +191,9 @@ class _Retargeter:
 
     def _choose(self, parts: Parts, whole: PairedMoments, layers: Iterable[nn.Linear], centre: bool) -> Transfer:
         """Return the transfer that serves the outputs of some layers best, together."""
-        stacked = torch.cat([layer.weight.detach().double() for layer in layers])
+        stacked = torch.cat([extend_weight(layer.weight.detach().double(), whole) for layer in layers])
         fit, held_out = (part.centred() if centre else part for part in parts)
-        best = choose_transfer(fit, held_out, stacked.T @ stacked, self.options.ridges, self.options.blends)
+        best = choose_transfer(fit, held_out, stacked, self.options.ridges, self.options.blends)
         return solve_transfer(whole.centred() if centre else whole, *best)
 
     def _aim(self, name: str, layer: nn.Linear, whole: PairedMoments | None, found: Transfer | None) -> Target:
@@ -194,7 +201,7 @@ class _Retargeter:
         moments = None if self.statistics is None else self.statistics[name]
         if whole is None or found is None:
             return Target(layer.weight.detach(), moments)
-        weight = layer.weight.detach().double()
-        target = weight @ found.matrix
-        shift = weight @ whole.mean - target @ whole.moments.mean
-        return Target(target, retargeted_statistics(moments, whole, found.matrix), shift)
+        wanted = extend_weight(layer.weight.detach().double(), whole)
+        target = wanted @ found.matrix
+        shift = wanted @ whole.mean - target @ whole.moments.mean
+        return Target(target, retargeted_statistics(moments, whole, found), shift)

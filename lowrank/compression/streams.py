@@ -1,6 +1,6 @@
 """Two streams of hidden states, of the dense model and of the model with the new layers made so far, from block to block."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lowrank.calibration.hooks import token_rows
 from lowrank.nn.batches import Batch, device_of, get_token_mask, move_batch, run_model
-from lowrank.nn.block_calls import Block, Call, capture_call, first_tensor, run_block
+from lowrank.nn.block_calls import Block, Call, capture_calls, first_tensor, run_block
+from lowrank.nn.residuals import find_residuals
 from lowrank.nn.surgery import replace_module
 
 CPU = torch.device("cpu")
@@ -69,42 +70,66 @@ class Streams:
         """Drop both streams, so that the next block gets new ones."""
         self.block, self.dense, self.compressed = None, [], []
 
-    def inputs(self, name: str) -> Iterator[tuple[Float[Tensor, "tokens n"], Float[Tensor, "tokens n"]]]:
-        """Run the block until it calls a layer, and yield the inputs of that layer in both models for each batch.
+    def residuals(self, names: Iterable[str]) -> dict[str, str]:
+        """Return those layers of the block that add their output to hidden states, and the modules whose input those are.
+
+        **Arguments**
+
+        - `names`: layers of the block.
+        """
+        block, call = self._block(), self.dense[0]
+        layers = {name: self.model.get_submodule(name) for name in names}
+        found = find_residuals(self.model.get_submodule(block), call, layers, self.device)
+        return {name: ".".join(filter(None, (block, source))) for name, source in found.items()}
+
+    def inputs(
+        self, name: str, residual: str | None = None
+    ) -> Iterator[tuple[Float[Tensor, "tokens u"], Float[Tensor, "tokens n"]]]:
+        """Run the block until it calls a layer, and yield what it wants and what it gets, for each batch.
 
         **Arguments**
 
         - `name`: a layer of the block, one that is still dense.
+        - `residual`: a module whose input are the hidden states that the layer is added to. Default None.
+
+        **Returns** pairs: the inputs in the dense model, followed by the difference of the hidden states in the two models if
+        there is a `residual`; and the inputs in the compressed model.
 
         **Raises**
 
         - `ValueError`: a batch that does not reach the layer, or with other tokens in the two models.
         """
-        layer, block = self.model.get_submodule(name), self._module()
+        names = [name] if residual is None else [residual, name]
         for batch, dense, compressed in zip(self.batches, self.dense, self.compressed, strict=True):
             mask = get_token_mask(move_batch(batch, self.device))
-            pair = []
-            for call, modules in ((dense, {}), (compressed, self.modules)):
-                with replaced(self.model, modules):
-                    found = capture_call(layer, lambda call=call: run_block(block, call, self.device))
-                pair.append(token_rows(first_tensor(found), mask, name))
-            if pair[0].shape != pair[1].shape:
+            (*s, x), (*own, rows) = (
+                [token_rows(first_tensor(found), mask, name) for found in self._capture(names, call, modules)]
+                for call, modules in ((dense, {}), (compressed, self.modules))
+            )
+            if x.shape != rows.shape:
                 raise ValueError(
-                    f"`layers` must receive the same tokens in the dense and the compressed model, got {len(pair[0])} and "
-                    f"{len(pair[1])} in {name!r}, as under routing: leave it out."
+                    f"`layers` must receive the same tokens in the dense and the compressed model, got {len(x)} and "
+                    f"{len(rows)} in {name!r}, as under routing: leave it out."
                 )
-            yield pair[0], pair[1]
+            wide = torch.promote_types(x.dtype, torch.float32)
+            yield torch.cat([x, *(a.to(wide) - b.to(wide) for a, b in zip(s, own, strict=True))], dim=1), rows
 
-    def _module(self) -> nn.Module:
+    def _capture(self, names: Sequence[str], call: Call, modules: Mapping[str, nn.Module]) -> list[Call]:
+        """Run the block until it has called some modules, and return what they were called with."""
+        with replaced(self.model, modules):
+            block, *parts = (self.model.get_submodule(name) for name in (self._block(), *names))
+            return capture_calls(parts, lambda: run_block(block, call, self.device))
+
+    def _block(self) -> str:
         assert self.block is not None
-        return self.model.get_submodule(self.block.name)
+        return self.block.name
 
     def _start(self, block: Block, modules: Mapping[str, nn.Module]) -> list[Call]:
         """Return what a block is called with, by running the model up to it."""
         target = self.model.get_submodule(block.name)
         with replaced(self.model, modules):
             batches = (move_batch(batch, self.device) for batch in self.batches)
-            return [capture_call(target, lambda b=batch: run_model(self.model, b)).to(CPU) for batch in batches]
+            return [capture_calls([target], lambda b=batch: run_model(self.model, b))[0].to(CPU) for batch in batches]
 
     def _pass(self, calls: list[Call], block: Block, modules: Mapping[str, nn.Module]) -> None:
         """Run a block on a stream; its output takes the place of its input, batch by batch."""

@@ -6,6 +6,7 @@
 - `low_rank`: linear layers stored as two factors, or as pivot rows and coefficients (PIFA).
 - `pivots`: choose the pivot rows of a low-rank matrix.
 - `profiling`: measure time, memory and floating-point operations.
+- `residuals`: find the layers of a block whose output is added to hidden states.
 - `surgery`: replace layers, split packed projections, turn `Conv1D` layers into linear ones.
 - `targets`: find layers by name or pattern.
 - `usv`: linear and convolutional layers with fixed bases and a trained core (OIALR).

@@ -52,36 +52,37 @@ class Block:
 
 
 class _Reached(Exception):  # noqa: N818 (no error: it ends a pass that has gone far enough)
-    """End a pass at a module, with what the module was called with."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__()
-        self.call = call
+    """End a pass at a module."""
 
 
-def capture_call(module: nn.Module, run: Callable[[], Any]) -> Call:
-    """Return the arguments that a module is called with in a pass, and stop the pass there.
+def capture_calls(modules: Sequence[nn.Module], run: Callable[[], Any]) -> list[Call]:
+    """Return the arguments that modules are called with in a pass, and stop the pass at the last one.
 
     **Arguments**
 
-    - `module`: a part of what is run.
+    - `modules`: parts of what is run, in the order in which it calls them.
     - `run`: runs a model or a block.
 
     **Raises**
 
-    - `ValueError`: the pass ends without calling the module.
+    - `ValueError`: the pass does not call all of them in this order.
     """
+    calls: list[Call] = []
 
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(Call(args, kwargs))
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is modules[len(calls)]:
+            calls.append(Call(args, kwargs))
+        if len(calls) == len(modules):
+            raise _Reached
 
-    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
     try:
         run()
-    except _Reached as reached:
-        return reached.call
+    except _Reached:
+        return calls
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     raise ValueError("`batches` must all reach the same layers, got a batch that does not.")
 
 

@@ -12,6 +12,7 @@ from lowrank.factorization.transfer import (
     PairedMoments,
     RunningPairs,
     choose_transfer,
+    extend_weight,
     retargeted_statistics,
     solve_transfer,
 )
@@ -28,7 +29,7 @@ def draw(shape: tuple[int, int], tokens: int = 200, seed: int = 0) -> tuple[Tens
 
 
 def paired(x: Tensor, changed: Tensor) -> PairedMoments:
-    running = RunningPairs(x.shape[1], x.device)
+    running = RunningPairs(changed.shape[1], x.shape[1], x.device)
     for part in zip(x.split(70), changed.split(70), strict=True):
         running.add(*part)
     return running.finish()
@@ -82,6 +83,41 @@ def test_centred_moments_leave_the_means_to_the_bias() -> None:
     assert torch.allclose(offset, free[:, -1], atol=1e-8)
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("centre", [False, True])
+def test_a_repair_is_wanted_beside_the_output(shape: tuple[int, int], centre: bool) -> None:
+    weight, x, changed = draw(shape)
+    generator = torch.Generator().manual_seed(4)
+    missing = changed @ torch.randn(shape[1], shape[0], generator=generator, dtype=torch.float64) + 1.0
+    missing = missing + torch.randn(missing.shape, generator=generator, dtype=torch.float64)
+    pairs = paired(torch.cat([x, missing], 1), changed)
+    assert pairs.cross.shape == (sum(shape), shape[1])
+    v = extend_weight(weight, pairs)
+    used = pairs.centred() if centre else pairs
+    target = v @ solve_transfer(used, 1e-12).matrix
+    ones = torch.ones(len(x), 1, dtype=torch.float64)
+    rows = torch.cat([changed, ones], 1) if centre else changed
+    free = torch.linalg.lstsq(rows, x @ weight.T + missing).solution.T
+    assert torch.allclose(target, free[:, : shape[1]], atol=1e-8)
+    if centre:
+        assert torch.allclose(v @ pairs.mean - target @ pairs.moments.mean, free[:, -1], atol=1e-8)
+    assert torch.equal(v @ solve_transfer(used, 1e-3, 0.0).matrix, weight)  # neither the change nor the repair
+    halves = (slice(None, 100), slice(100, None))
+    fit, held_out = (paired(torch.cat([x, missing], 1)[part], changed[part]) for part in halves)
+    errors = {
+        (ridge, blend): (
+            (x @ weight.T + missing)[100:] - changed[100:] @ (v @ solve_transfer(fit, ridge, blend).matrix).T
+        )
+        .square()
+        .sum()
+        .item()
+        for ridge in (1e-4, 1e-2, 1.0)
+        for blend in (0.0, 0.5, 1.0)
+    }
+    found = choose_transfer(fit, held_out, v, (1e-4, 1e-2, 1.0), (0.0, 0.5, 1.0))
+    assert found == min(errors, key=lambda choice: errors[choice])
+
+
 def test_where_the_inputs_say_nothing_the_weight_stays() -> None:
     weight, x, changed = draw((4, 7))
     x, changed = x.clone(), changed.clone()
@@ -118,7 +154,7 @@ def test_ridge_and_blend_are_the_best_on_held_out_tokens(tokens: int) -> None:
     changed = changed + torch.randn(changed.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     fit, held_out = paired(x[:tokens], changed[:tokens]), paired(x[tokens:], changed[tokens:])
     ridges, blends = (1e-4, 1e-2, 1.0), (0.0, 0.5, 1.0)
-    found = choose_transfer(fit, held_out, weight.T @ weight, ridges, blends)
+    found = choose_transfer(fit, held_out, weight, ridges, blends)
     errors = {
         (ridge, blend): error(weight, x[tokens:], weight @ solve_transfer(fit, ridge, blend).matrix, changed[tokens:])
         for ridge in ridges
@@ -136,11 +172,12 @@ def test_parts_of_the_data_add_up_and_outputs_keep_their_gradients() -> None:
     assert torch.allclose(parts.moments.gram, changed.T @ changed, rtol=1e-12)
     gradients = torch.eye(4, dtype=torch.float64)
     dense = dataclasses.replace(statistics_of_rows(x), gradient_gram=gradients)
-    found = retargeted_statistics(dense, whole, torch.eye(7, dtype=torch.float64))
+    transfer = solve_transfer(whole, 1e-3)
+    found = retargeted_statistics(dense, whole, transfer)
     assert found.gradient_gram is gradients
     for name in ("gram", "mean", "abs_mean", "tokens"):
         assert getattr(found, name) is getattr(whole.moments, name)
-    assert retargeted_statistics(None, whole, torch.eye(7, dtype=torch.float64)) is whole.moments
+    assert retargeted_statistics(None, whole, transfer) is whole.moments
 
 
 def test_float32_inputs_add_up_in_float64() -> None:

@@ -9,7 +9,7 @@ from families import LAYERS, made
 from torch import Tensor, nn
 
 from lowrank.nn.batches import Batch, run_model
-from lowrank.nn.block_calls import Block, capture_call, first_tensor, run_block, trace_blocks, without_cache
+from lowrank.nn.block_calls import Block, capture_calls, first_tensor, run_block, trace_blocks, without_cache
 from lowrank.nn.targets import BLOCKS, find_linears
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_a_block_alone_does_what_it_does_in_the_model(family: str) -> None:
     with without_cache(model):
         run_model(model, batches[0])
         handle.remove()
-        call = capture_call(block, lambda: run_model(model, batches[0]))
+        call = capture_calls([block], lambda: run_model(model, batches[0]))[0]
     before = first_tensor(call).clone()
     for _ in range(2):
         assert torch.equal(run_block(block, call, CPU), outputs[0])
@@ -81,13 +81,14 @@ def test_a_pass_stops_where_it_is_told_and_the_cache_is_off_in_between() -> None
     later: list[Any] = []
     model.model.layers[1].register_forward_pre_hook(lambda *_: later.append(1))
     with without_cache(model):
-        call = capture_call(model.model.layers[0].mlp, lambda: run_model(model, batches[0]))
+        norm, mlp = model.model.layers[0].post_attention_layernorm, model.model.layers[0].mlp
+        first, call = capture_calls([norm, mlp], lambda: run_model(model, batches[0]))
         assert run_model(model, batches[0]).past_key_values is None
     assert later == [1]  # of the whole pass alone
-    assert first_tensor(call).shape == (12, 10, 24)
+    assert torch.equal(norm(first_tensor(first)), first_tensor(call))
     assert run_model(model, batches[0]).past_key_values is not None
     with pytest.raises(ValueError, match="`batches` must all reach the same layers"):
-        capture_call(nn.Linear(1, 1), lambda: run_model(model, batches[0]))
+        capture_calls([mlp, norm], lambda: run_model(model, batches[0]))
 
 
 class Turning(nn.Module):
@@ -135,7 +136,7 @@ class Silent(nn.Module):
 @torch.no_grad()
 def test_a_block_may_work_in_place_on_its_input() -> None:
     block, call = Turning(), None
-    call = capture_call(block, lambda: block(torch.ones(2, 3)))
+    call = capture_calls([block], lambda: block(torch.ones(2, 3)))[0]
     first = run_block(block, call, CPU)
     assert torch.equal(run_block(block, call, CPU), first)
     assert torch.equal(first_tensor(call), torch.ones(2, 3))
