@@ -67,7 +67,7 @@ class Streams:
         self.block = block
 
     def leave(self) -> None:
-        """Drop both streams, so that the next block gets new ones."""
+        """Forget both streams, so that the next block gets new ones."""
         self.block, self.dense, self.compressed = None, [], []
 
     def residuals(self, names: Iterable[str]) -> dict[str, str]:

@@ -19,7 +19,13 @@ from lowrank.nn.targets import split_block
 
 
 class Call(NamedTuple):
-    """Hold the arguments that a module is called with: `module(*args, **kwargs)`."""
+    """Hold what a module is called with.
+
+    **Arguments**
+
+    - `args`: arguments by position.
+    - `kwargs`: arguments by name.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
