@@ -78,7 +78,8 @@ def retarget_layers(
     - `ValueError`, and the model stays as it was: as for `replace_layers`; batches that are an iterator or are not run in one
       order; layers outside numbered blocks or called more than once; NaN or infinity in a stream; a folder of another run.
 
-    **Reference** Wang et al., SVD-LLM, ICLR 2025, arXiv:2403.07378, for updates on the inputs of the compressed model.
+    **Reference** AA-SVD, arXiv:2604.02119, for the outputs of the dense model from the inputs of the compressed one. That layers
+    repair hidden states too is not from there: it is ours.
     """
     require(configuration.retarget is not None, "configuration.retarget", "be a Retargeting", None)
     batches = read_batches(batches)

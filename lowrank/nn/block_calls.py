@@ -124,7 +124,7 @@ def _first_tensor(leaves: Sequence[Any]) -> int:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Switch the cache of keys and values off inside the block: a block that is run twice would write it twice."""
+    """Run a model without its cache of keys and values inside the `with` block: a block run twice would write it twice."""
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     used = [config for config in configs.values() if getattr(config, "use_cache", False)]
     try:
