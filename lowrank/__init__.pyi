@@ -6,6 +6,7 @@ from .compression.checkpoint import load_compressed as load_compressed
 from .compression.checkpoint import save_compressed as save_compressed
 from .compression.compress import compress as compress
 from .compression.configuration import Configuration as Configuration
+from .compression.configuration import Retargeting as Retargeting
 from .compression.pruning import prune as prune
 from .compression.replace import decompose as decompose
 from .compression.replace import fold as fold

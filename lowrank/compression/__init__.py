@@ -1,11 +1,14 @@
 """Compress whole models: in one call or step by step, then fold, save and load them; prune weights.
 
 - `compress`: `compress`, the one call: statistics, ranks within a budget, factored layers.
-- `configuration`: `Configuration`, how to compress: method, storage, centring, allocation of ranks.
+- `configuration`: `Configuration`, how to compress: method, storage, centring, allocation of ranks, retargeting.
 - `replace`: the strict steps: `decompose`, `replace_layers` at given ranks, `fold` back to dense layers.
 - `allocation`: `choose_ranks`, the rules that choose ranks within a budget, and `RULES`, their names.
 - `allocator`: `Allocator`, what the rules ask about a model, computed once.
 - `depth`: how much the errors of a block count by its place in the model.
+- `retarget`: `retarget_layers`, each layer repairs what the compressed ones in front of it have changed.
+- `streams`: the hidden states of the dense and the compressed model, from block to block.
+- `block_folder`: the finished blocks of a retargeted model on disk, to go on after a stop.
 - `result`: `CompressionResult`, what a compression did, and `parameter_counts`.
 - `checks`: what can be wrong, found before a model is changed.
 - `checkpoint`: `save_compressed` and `load_compressed`, a folder with safetensors and a JSON record.

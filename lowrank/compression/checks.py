@@ -10,6 +10,7 @@ from lowrank.calibration.on_demand import OnDemand
 from lowrank.factorization.factorize import Factors
 from lowrank.factorization.methods import METHODS
 from lowrank.factorization.moments import MOMENTS, SIZES, LayerStatistics, all_finite
+from lowrank.factorization.sides import check_reads
 from lowrank.factorization.storages import STORAGES
 from lowrank.io.checks import require
 from lowrank.nn.targets import find_shared_weights, is_conv1d
@@ -108,7 +109,7 @@ def check_statistics(
         elif centre:
             raise ValueError("`statistics` must be given to centre inputs, got None: see collect_statistics.")
         try:
-            METHODS[method](None if statistics is None else statistics[name], layer.weight)
+            check_reads(None if statistics is None else statistics[name], method, layer.weight)
         except ValueError as error:
             raise ValueError(f"{error} (method {method!r}, layer {name!r})") from error
         if centre and statistics is not None and not all_finite(statistics[name].mean):

@@ -1,6 +1,6 @@
 """Compress a model in one call: statistics, ranks within a budget, factored layers."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import fields
 from typing import Any
 
@@ -15,6 +15,7 @@ from lowrank.compression.checks import Statistics, check_layers, check_statistic
 from lowrank.compression.configuration import Configuration
 from lowrank.compression.replace import replace_layers
 from lowrank.compression.result import CompressionResult, measure_model
+from lowrank.compression.retarget import read_batches, retarget_layers
 from lowrank.factorization.methods import READS, needs_gradients
 from lowrank.io.checks import require
 from lowrank.nn.batches import Batch
@@ -58,7 +59,8 @@ def compress(
       prediction.
     - `progress`: show a bar over batches and layers.
     - `choices`: fields of `Configuration` that differ from the combination above: `method`, `storage`, `centre`, `allocation`,
-      `multiple`.
+      `multiple`; and `retarget`: True or a `Retargeting` to aim each layer at the outputs of the dense model, given what the
+      layers in front leave of its inputs. That needs `batches`, as a list or a loader, also if `statistics` are given.
 
     **Returns** `CompressionResult`; `print` shows it as a table.
 
@@ -71,17 +73,16 @@ def compress(
     targeted = find_linears(model, layers if ranks is None else ranks)
     configuration = _choose(targeted, choices, batches, statistics)
     check_layers(model, targeted, dict.fromkeys(targeted, 1) if ranks is None else ranks)
+    batches = batches if configuration.retarget is None else read_batches(batches)
     rule, probes, trials = RULES[configuration.allocation], [], []
     if ranks is None and rule.measures:
         text = f"be given for allocation {configuration.allocation!r}, which measures on samples held out"
         require(batches is not None, "batches", text, batches)
-        probes, batches = hold_out(batches or ())
+        probes, rest = hold_out(batches or ())
+        batches = rest if configuration.retarget is None else list(rest)
     if statistics is None and batches is not None:
-        methods = {configuration.method, *rule.methods}
         bar = iter(tqdm(batches, "statistics", unit="batch", leave=False, disable=not progress))
-        weighed = (loss or predictive_loss()) if any(map(needs_gradients, methods)) else None
-        side = "smaller" if methods <= READS.keys() else "inputs"  # a method of the user's may read any field
-        statistics = collect_statistics(model, bar, targeted, loss=weighed, side=side, methods=methods)
+        statistics = _collect(model, bar, targeted, {configuration.method, *rule.methods}, loss or predictive_loss())
     check_statistics(targeted, configuration.method, configuration.storage, statistics, configuration.centre)
     if ranks is None:
         config = AllocationConfig(in_memory=rule.measures, progress=progress)
@@ -90,9 +91,25 @@ def compress(
         del known  # with the factors that it may hold
     before = measure_model(model, sum(layer.weight.numel() for layer in targeted.values()))
     targeted.clear()  # each dense weight is freed as soon as its factors exist
-    rows = replace_layers(model, ranks, configuration, statistics, progress=progress)
+    if configuration.retarget is None:
+        rows = replace_layers(model, ranks, configuration, statistics, progress=progress)
+    else:
+        rows = retarget_layers(model, ranks, configuration, statistics, batches or (), progress=progress)
     after = measure_model(model, sum(row["parameters"] for row in rows))
     return CompressionResult(rows, configuration, before, after, trials)
+
+
+def _collect(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    layers: Iterable[str],
+    methods: Set[str],
+    loss: Callable[[nn.Module, Batch], Tensor],
+) -> Statistics:
+    """Collect what some methods read, from the smaller side unless a method of the user's may read any field."""
+    weighed = loss if any(map(needs_gradients, methods)) else None
+    side = "smaller" if methods <= READS.keys() else "inputs"
+    return collect_statistics(model, batches, layers, loss=weighed, side=side, methods=methods)
 
 
 def _choose(

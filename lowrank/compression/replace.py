@@ -1,7 +1,7 @@
 """Replace linear layers by factored ones at given ranks, and multiply factors out again."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,6 +23,7 @@ from lowrank.factorization.methods import METHODS
 from lowrank.factorization.moments import LayerStatistics, centre_moments
 from lowrank.factorization.rank_allocation import kept_parameters
 from lowrank.factorization.storages import STORAGES
+from lowrank.io.checks import require
 from lowrank.io.hashing import hash_model
 from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.nn.surgery import PackedLinear, as_linear, replace_module
@@ -127,6 +128,8 @@ def replace_layers(
     """
     if isinstance(configuration, str):
         configuration = Configuration(configuration)
+    rule = "be None for layers that are replaced on their own: see `retarget_layers`"
+    require(configuration.retarget is None, "configuration.retarget", rule, configuration.retarget)
     layers = find_layers(model, ranks)
     check_layers(model, layers, ranks)
     check_statistics(layers, configuration.method, configuration.storage, statistics, configuration.centre)
@@ -137,49 +140,81 @@ def replace_layers(
     for name in tqdm(order[::-1], "factorize", unit="layer", leave=False, disable=not progress):
         layer = layers.pop(name)  # the only other reference to the dense weight
         truncated = None if factors is None else factors[name].truncate(ranks[name])
-        rows[name] = _replace_layer(model, name, layer, int(ranks[name]), configuration, statistics, truncated)
+        moments = None if statistics is None else statistics[name]  # may be collected only now, on the dense inputs
+        module, rows[name] = build_replacement(
+            name, layer, int(ranks[name]), configuration, Target(layer.weight.detach(), moments), truncated
+        )
+        replace_module(model, name, module)
     setattr(model, RECORD, record | {"layers": record["layers"] | rows})
     return [rows[name] for name in order]
 
 
-def _replace_layer(
-    model: nn.Module,
+class Target(NamedTuple):
+    """Hold what is truncated in place of a layer's weight.
+
+    **Arguments**
+
+    - `weight`: T, `(out, in)`, any floating dtype; for a layer that sees the inputs of the dense model, W itself.
+    - `moments`: statistics of the inputs that the layer will see, not centred; None for a method that needs none.
+    - `shift`: what to add to the bias where inputs are centred, `(out,)`, float64, because T and W differ; None for nothing.
+    """
+
+    weight: Tensor
+    moments: LayerStatistics | None
+    shift: Tensor | None = None
+
+
+def build_replacement(
     name: str,
     layer: nn.Linear,
     rank: int,
     configuration: Configuration,
-    statistics: Statistics | None,
-    factors: Factors | None,
-) -> dict[str, Any]:
+    target: Target,
+    factors: Factors | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the factored layer that takes the place of a dense one, and its row in the table.
+
+    **Arguments**
+
+    - `name`: of the layer, for the row and for errors.
+    - `layer`: the dense layer; it is not changed.
+    - `rank`: int in [1, min(out, in)].
+    - `configuration`: method, storage and centring.
+    - `target`: the weight to truncate, and its statistics.
+    - `factors`: of the target at this rank, if they are known. Default None.
+
+    **Returns** the new layer and its row; the dense layer itself where factors would hold as many parameters.
+
+    **Raises**
+
+    - `ValueError`: statistics that the method refuses.
+    """
     row = _dense_row(name, layer, configuration.method)
-    out, inputs = layer.weight.shape
-    parameters = kept_parameters((out, inputs), rank, configuration.storage)
-    if parameters == out * inputs:
-        return row
+    parameters = kept_parameters((row["out"], row["in"]), rank, configuration.storage)
+    if parameters == row["parameters"]:
+        return layer, row
     centre = configuration.centre and layer.bias is not None
-    moments = None if statistics is None else statistics[name]  # may be collected only now, on the dense inputs
-    identity = None if moments is None else hash_statistics(moments)
-    moments = centre_moments(moments) if centre and moments is not None else moments
+    moments = centre_moments(target.moments) if centre and target.moments is not None else target.moments
     weighting = _weigh(layer, name, configuration.method, moments)
-    weight = layer.weight.detach().double()
+    weight = target.weight.double()
     factors = factors or factorize(weight, rank, weighting, spectrum=False)
     bias = None if layer.bias is None else layer.bias.detach()
     replacement = FACTORED_LAYERS[configuration.storage].from_factors(factors, bias, layer.weight.dtype)
     if centre and bias is not None and moments is not None:
         mean = moments.mean.to(weight)
-        replacement.set_bias(bias.double() + weight @ mean - replacement.multiply(mean[:, None])[:, 0])
+        bias = bias.double() + weight @ mean - replacement.multiply(mean[:, None])[:, 0]
+        replacement.set_bias(bias if target.shift is None else bias + target.shift)
     replacement.requires_grad_(layer.weight.requires_grad).train(layer.training)
-    replace_module(model, name, replacement)
-    return row | {
+    return replacement, row | {
         "rank": rank,
         "storage": configuration.storage,
         "centre": centre,
         "parameters": parameters,
         "indices": STORAGES[configuration.storage].indices(rank),
-        "keep": parameters / (out * inputs),
+        "keep": parameters / row["parameters"],
         "predicted_error": factors.error / (factors.norm or 1.0),
         **_measure(weight, factors, replacement, weighting),
-        "statistics": identity,
+        "statistics": None if target.moments is None else hash_statistics(target.moments),
     }
 
 

@@ -101,8 +101,9 @@ class CompressionResult:
         how = self.configuration
         centred = ", centred" if how.centre else ""
         multiples = f" in multiples of {how.multiple}" if how.multiple > 1 else ""
+        retargeted = "" if how.retarget is None else ", retargeted"
         return [
-            f"{how.method}, {how.storage}{centred}, ranks: {how.allocation}{multiples}",
+            f"{how.method}, {how.storage}{centred}{retargeted}, ranks: {how.allocation}{multiples}",
             f"{len(self.layers)} targeted layers: {_change(self.before.targeted, self.after.targeted)} parameters",
             f"whole model: {_change(self.before.model, self.after.model)} parameters",
             f"whole model: {_change(self.before.bytes, self.after.bytes)} bytes",

@@ -7,6 +7,7 @@
 - `factorize`: `factorize`, the best factors in a weighted norm; `weighted_norm`, that norm.
 - `sides`: which moments a method needs of a layer, of its inputs or of its outputs.
 - `decompositions`: the leading directions of a weight, from the smaller side.
+- `transfer`: the best weight for inputs that have changed, from moments of both inputs.
 - `storages`: `STORAGES`, the forms of storing factors, with their costs.
 - `rank_allocation`: ranks within a budget of parameters.
 - `spectra`: effective rank, energy and other functions of singular values.

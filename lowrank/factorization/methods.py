@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowrank.factorization.block_sums import SKETCH_ROWS
+from lowrank.factorization.block_sums import SKETCH_ROWS, outer_sum
 from lowrank.factorization.factorize import Weighting
 from lowrank.factorization.moments import LayerStatistics, read_moment
 
@@ -150,11 +150,11 @@ def _weigh_pullback(statistics: LayerStatistics, weight: Tensor) -> dict[str, Te
     signs = torch.randint(0, 2, (SKETCH_ROWS, len(w)), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1)
     random = signs.to(w) / SKETCH_ROWS**0.5  # its second moment estimates the identity
     if not mean > 0:
-        return {"pullback": w.T @ w, "outputs_sketch": random}
+        return {"pullback": outer_sum(w), "outputs_sketch": random}
     sketch = read_moment(statistics, "gradient_sketch", weight)[:, :-1]
     ridge = RIDGE * mean
     return {
-        "pullback": (moments + ridge * (w.T @ w)) / statistics.tokens,
+        "pullback": outer_sum(w).mul_(ridge).add_(moments).div_(statistics.tokens),
         "outputs_sketch": torch.cat([sketch, ridge.sqrt() * random]) / statistics.tokens**0.5,
     }
 

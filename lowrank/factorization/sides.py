@@ -6,12 +6,15 @@ gradients gets them from M = W^T F W of the gradients sent back. Of each pair th
 
 from collections.abc import Iterable, Sequence
 
-from lowrank.factorization.methods import READS
-from lowrank.factorization.moments import MOMENTS
+from torch import Tensor
+
+from lowrank.factorization.methods import METHODS, READS
+from lowrank.factorization.moments import MOMENTS, LayerStatistics, read_moment
 from lowrank.io.checks import require
 
 SIDES = ("inputs", "outputs", "smaller")
 OUTPUTS = ("output_gram", "output_mean", "input_square", "input_sketch")  # in place of G
+OTHER_SIDE = {"gram": "output_gram", "gradient_gram": "input_gradient_gram"}
 PULLBACK = ("input_gradient_gram", "gradient_square", "gradient_sketch")  # in place of F
 
 
@@ -58,6 +61,26 @@ def fields_for(shape: Sequence[int], side: str, reads: Iterable[str], gradients:
         else:
             fields.add(field)
     return tuple(name for name in MOMENTS if name in fields and (gradients or not needs_loss(name)))
+
+
+def check_reads(statistics: LayerStatistics | None, method: str, weight: Tensor) -> None:
+    """Check that statistics hold what a method reads of a layer, without computing with it.
+
+    **Arguments**
+
+    - `statistics`: of the layer, or None.
+    - `method`: a key of `METHODS`; one that `READS` does not know is called.
+    - `weight`: the weight of the layer, `(out, in)`.
+
+    **Raises**
+
+    - `ValueError`: a field that is missing, of another size or not finite; no tokens.
+    """
+    if method not in READS:
+        METHODS[method](statistics, weight)
+    for field in READS.get(method, ()):
+        other = OTHER_SIDE.get(field, field)
+        read_moment(statistics, field if getattr(statistics, other, None) is None else other, weight)
 
 
 def needs_loss(field: str) -> bool:
