@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import median
 from typing import Any
@@ -15,6 +15,7 @@ from lowrank.calibration.divergence import Divergence, mean_divergence, predicti
 from lowrank.compression.checks import Statistics, check_statistics
 from lowrank.compression.configuration import Configuration
 from lowrank.compression.replace import decompose, replace_layers, spectrum_of
+from lowrank.compression.retarget import retarget_layers
 from lowrank.factorization.factorize import Factors
 from lowrank.factorization.rank_allocation import allocate_ranks
 from lowrank.nn.batches import Batch, as_double, device_of, move_batch
@@ -58,6 +59,7 @@ class Allocator:
     - `divergence`: how predictions are compared, see `mean_divergence`. Default `predictive_divergence`, without labels.
     - `own_statistics`: method -> statistics of its own. Default none.
     - `config`: what rules work with.
+    - `calibration`: batches that layers are retargeted on, for configurations that ask for it. Default none.
     """
 
     model: nn.Module
@@ -67,6 +69,7 @@ class Allocator:
     divergence: Divergence = predictive_divergence
     own_statistics: Mapping[str, Statistics] = field(default_factory=dict)
     config: AllocationConfig = AllocationConfig()
+    calibration: Sequence[Batch] = ()
     trials: list[dict[str, Any]] = field(default_factory=list, init=False)
     _factors: dict[tuple[str, bool], dict[str, Factors]] = field(default_factory=dict, init=False)
     _spectra: dict[tuple[str, bool], dict[str, Tensor]] = field(default_factory=dict, init=False)
@@ -129,12 +132,15 @@ class Allocator:
 
         **Arguments**
 
-        - `configuration`: method, storage and centring.
+        - `configuration`: method, storage, centring and retargeting.
         - `ranks`: layer name -> rank.
         """
+        smaller, moments = copy.deepcopy(self.model), self.statistics_for(configuration.method)
+        if configuration.retarget is not None:
+            retarget_layers(smaller, ranks, configuration, moments, self.calibration)
+            return smaller
         factors = self.factors(configuration.method, configuration.centre) if self.config.in_memory else None
-        smaller = copy.deepcopy(self.model)
-        replace_layers(smaller, ranks, configuration, self.statistics_for(configuration.method), factors=factors)
+        replace_layers(smaller, ranks, configuration, moments, factors=factors)
         return smaller
 
     def spend(self, configuration: Configuration, keep: float | int, **options: Any) -> dict[str, int]:
@@ -217,7 +223,8 @@ class Allocator:
             unlike.setdefault(tuple(ranks.values()), (settings, ranks))
         found, measured = list(unlike.values()), [0.0]
         if len(found) > 1:
-            models = (self.compressed(configuration, ranks) for _, ranks in found)
+            plain = replace(configuration, retarget=None)  # the ranks are those of the dense model
+            models = (self.compressed(plain, ranks) for _, ranks in found)
             measured = list(self.measure(configuration.allocation, models))
             about = {"allocation": configuration.allocation, "keep": keep}
             rows = zip(found, measured, strict=True)

@@ -1,5 +1,6 @@
 """Compress one dense model in many configurations and at many budgets, and measure the quality of each."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +35,7 @@ def best_combination(biased: bool) -> dict[str, Configuration]:
     steps["pivot storage"] = Configuration("two_sided", "pivoted", biased)
     steps["ranks by spectrum"] = Configuration("two_sided", "pivoted", biased, "spectrum")
     steps["ranks by measured loss"] = Configuration("two_sided", "pivoted", biased, "measured")
+    steps["retargeted"] = Configuration("two_sided", "pivoted", biased, "measured", retarget=True)
     return steps
 
 
@@ -43,7 +45,7 @@ class SweepConfig:
 
     **Arguments**
 
-    - `calibration_samples`: int, the samples that the statistics were collected over.
+    - `calibration_samples`: int, the samples that the statistics were collected over, and that layers are retargeted on.
     - `floor`: share of its uniform rank that every layer keeps, see `allocate_ranks`.
     - `probe_samples`: int, training samples on which rules for ranks measure: those that follow the calibration samples in their
       shuffled order, and the first of these again where the split ends.
@@ -112,6 +114,7 @@ class Sweep:
             self.task.divergences,
             labelled,
             AllocationConfig(config.floor, config.probe_keep, config.in_memory),
+            list(self.task.batches("train", config.batch_size, samples=config.calibration_samples, seed=config.seed)),
         )
 
     @cached_property
@@ -190,7 +193,8 @@ class Sweep:
         - `configurations`: name -> `Configuration`.
         - `keeps`: shares of the targeted parameters to keep.
 
-        **Returns** one row per configuration and budget: its name (in the column `way`), `keep`, and the quality.
+        **Returns** one row per configuration and budget: its name (in the column `way`), `keep`, the `seconds` of choosing ranks
+        and compressing, and the quality.
 
         **Raises**
 
@@ -199,7 +203,9 @@ class Sweep:
         rows = []
         for name, configuration in configurations.items():
             for keep in keeps:
-                row = self.quality(self.compressed(configuration, self.ranks(configuration, keep)))
+                start = time.perf_counter()
+                smaller = self.compressed(configuration, self.ranks(configuration, keep))
+                row = {"seconds": time.perf_counter() - start} | self.quality(smaller)
                 assert row["keep_targeted"] <= keep + 1e-9
                 rows.append({"way": name, "keep": keep} | row)
         return rows
