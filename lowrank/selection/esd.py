@@ -168,7 +168,7 @@ def _compute_metrics(
         return metrics
     if kept[-1] <= kept[0] * (1 + 1e-12):
         return metrics | {"status": "constant"}
-    return metrics | fit_power_law(kept, window, metrics["status"], spectrum.device)
+    return metrics | fit_power_law(kept, window, metrics["status"])
 
 
 def _compute_sizes(values: np.ndarray, total: float, top: float, rank: int) -> dict[str, float]:
