@@ -54,8 +54,17 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, str]:
 
     - `ours`, `theirs`: seconds, one per round; the ratio is the first over the second.
     """
-    ratios = sorted(one / other for one, other in zip(ours, theirs, strict=True))
-    return median(ratios), f"{ratios[0]:.3g} to {ratios[-1]:.3g}"
+    return spread([one / other for one, other in zip(ours, theirs, strict=True)])
+
+
+def spread(values: Sequence[float]) -> tuple[float, str]:
+    """Return the median of the values of several rounds, and the least and the largest of them.
+
+    **Arguments**
+
+    - `values`: one per round.
+    """
+    return median(values), f"{min(values):.3g} to {max(values):.3g}"
 
 
 def record_run(name: str, provenance: dict[str, object]) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lowrank.factorization.gram import gram_matrix, slabs, squared_singular_values
+from lowrank.factorization.gram import gram_triangle, slabs, squared_singular_values
 from lowrank.factorization.moments import all_finite
 from lowrank.factorization.spectra import effective_rank, rank_for_energy, retained_energy
 from lowrank.io.weights import OpenWeights, Source, match_modules, open_weights
@@ -158,7 +158,7 @@ def _compute_spectrum(before: Tensor, after: Tensor, name: str) -> DeltaSpectrum
         if not all_finite(tensor):
             raise ValueError(f"`{argument}` must have finite weights, got NaN or infinity in {name!r}.")
     pairs = zip(slabs(before), slabs(after), strict=True)
-    values = squared_singular_values(gram_matrix(b.double() - a.double() for a, b in pairs)).flip(0)
+    values = squared_singular_values(gram_triangle(b.double() - a.double() for a, b in pairs)).flip(0)
     weight = sum(float(piece.double().square().sum()) for piece in slabs(before)) ** 0.5
     return DeltaSpectrum((before.shape[0], before.shape[1]), values.sqrt().cpu(), float(values.sum()), weight)
 

@@ -15,6 +15,7 @@ import numpy as np
 from lowrank.io.checks import require
 from lowrank.selection.dynamic_program import (
     Interval,
+    Starts,
     assign_any_order,
     assign_in_order,
     count_states,
@@ -110,7 +111,7 @@ def _check_arguments(values: Any, costs: Any, budgets: Any, order: str) -> None:
     require(len(values) == len(costs), "costs", f"have one number for each of {len(values)} values", len(costs))
     for name, numbers, least in (("values", values, 0), ("costs", costs, 1), ("budgets", budgets, 0)):
         for index, number in enumerate(numbers):
-            if not (math.isfinite(number) and number >= least):
+            if not least <= number < math.inf:
                 raise ValueError(f"`{name}` must be finite and >= {least}, got {number!r} at {index}.")
             if name == "costs" and int(number) != number:
                 raise ValueError(f"`costs` must be integers, got {number!r} at {index}.")
@@ -121,7 +122,8 @@ def _scale_to_integers(values: Sequence[int | float]) -> list[int]:
     if all(int(value) == value for value in values):
         return [int(value) for value in values]
     unit = max(values)
-    return [round(value / unit * 2**_BITS) for value in values]
+    shares = np.array([value / unit for value in values])  # of Python's numbers: NumPy would round large integers first
+    return np.rint(shares * 2**_BITS).astype(np.int64).tolist()
 
 
 def _trim(values: Sequence[int], run: Interval) -> Interval:
@@ -134,17 +136,17 @@ def _assign_within_bound(
     values: Sequence[int | float],
     whole: Sequence[int],
     budgets: Sequence[int],
-    starts: Sequence[Sequence[int]],
+    starts: Starts,
     seconds: float | int,
 ) -> Assignment:
     """Return the best of the mixed-integer program and of several fixed orders, with the program's bound."""
-    upper, runs = solve_integer_program(whole, starts, seconds)
+    upper, runs = solve_integer_program(whole, starts.tolist(), seconds)
     generator = np.random.default_rng(0)
     orders = [sorted(range(len(budgets)), key=lambda k: sign * budgets[k]) for sign in (1, -1)]
     orders += [generator.permutation(len(budgets)).tolist() for _ in range(50)]
     candidates = [runs]
     for order in orders:
-        ordered = assign_in_order(whole, [starts[k] for k in order])
+        ordered = assign_in_order(whole, starts[order])
         candidates.append([ordered[order.index(k)] for k in range(len(budgets))])
     best = max(candidates, key=lambda candidate: total_value(whole, candidate))
     intervals = [_trim(whole, run) for run in best]

@@ -11,16 +11,17 @@ interchangeable, so that a state only counts how many of each budget are used.
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate, product
 
 import numpy as np
+from jaxtyping import Int
 
 Interval = tuple[int, int] | None  # first and last layer, 0-based; None for no layer
+Starts = Int[np.ndarray, "devices ends"]
 
 
-def find_run_starts(costs: Sequence[int], budgets: Sequence[int]) -> list[list[int]]:
+def find_run_starts(costs: Sequence[int], budgets: Sequence[int]) -> Starts:
     """Find the longest affordable run before every layer.
 
     **Arguments**
@@ -28,11 +29,12 @@ def find_run_starts(costs: Sequence[int], budgets: Sequence[int]) -> list[list[i
     - `costs`: one integer >= 1 per layer.
     - `budgets`: one integer >= 0 per device.
 
-    **Returns** for each device the list l of length layers + 1: layers l[i], ..., i - 1 are the longest run that it can pay and
-    that ends before layer i; l[i] = i if it can pay none.
+    **Returns** l, `(devices, layers + 1)`, int64: layers l[k, i], ..., i - 1 are the longest run that device k can pay and that
+    ends before layer i; l[k, i] = i if it can pay none.
     """
-    before = list(accumulate(costs, initial=0))
-    return [[bisect_left(before, before[i] - budget) for i in range(len(before))] for budget in budgets]
+    before = _sum_prefixes(costs)
+    funds = np.array([min(budget, before[-1]) for budget in budgets], dtype=before.dtype)  # more than all buys no more
+    return np.searchsorted(before, before - funds[:, None])
 
 
 def count_states(budgets: Sequence[int]) -> int:
@@ -45,7 +47,7 @@ def count_states(budgets: Sequence[int]) -> int:
     return math.prod(budgets.count(budget) + 1 for budget in set(budgets))
 
 
-def assign_in_order(values: Sequence[int], starts: Sequence[Sequence[int]]) -> list[Interval]:
+def assign_in_order(values: Sequence[int], starts: Starts) -> list[Interval]:
     """Solve the assignment if every device must take a run left of the next device's.
 
     **Arguments**
@@ -55,21 +57,21 @@ def assign_in_order(values: Sequence[int], starts: Sequence[Sequence[int]]) -> l
 
     **Returns** the run of each device.
     """
-    before, gains = _compute_gains(values, starts)
+    gains = _compute_gains(values, starts)
     rows = [np.zeros_like(gains[0])]
-    for earlier, gain in zip(before, gains, strict=True):
+    for earlier, gain in zip(starts, gains, strict=True):
         rows.append(np.maximum.accumulate(np.maximum(rows[-1], rows[-1][earlier] + gain)))
     runs: list[Interval] = [None] * len(starts)
     end = len(values)
     for k in range(len(starts), 0, -1):
         end = _shortest_prefix(rows[k], end)
         if rows[k - 1][end] < rows[k][end]:
-            start = starts[k - 1][end]
+            start = int(starts[k - 1, end])
             runs[k - 1], end = (start, end - 1), start
     return runs
 
 
-def assign_any_order(values: Sequence[int], budgets: Sequence[int], starts: Sequence[Sequence[int]]) -> list[Interval]:
+def assign_any_order(values: Sequence[int], budgets: Sequence[int], starts: Starts) -> list[Interval]:
     """Solve the assignment with the devices in any order.
 
     Memory: `count_states(budgets)` * (layers + 1) numbers of 8 bytes.
@@ -84,7 +86,8 @@ def assign_any_order(values: Sequence[int], budgets: Sequence[int], starts: Sequ
     """
     distinct = list(dict.fromkeys(budgets))  # in the order of their first devices
     groups = [[k for k, budget in enumerate(budgets) if budget == common] for common in distinct]
-    before, gains = _compute_gains(values, [starts[devices[0]] for devices in groups])
+    before = starts[[devices[0] for devices in groups]]
+    gains = _compute_gains(values, before)
     sizes = [len(devices) + 1 for devices in groups]
     strides = [math.prod(sizes[g + 1 :]) for g in range(len(sizes))]
     table = np.zeros((math.prod(sizes), len(values) + 1), dtype=gains[0].dtype)
@@ -101,12 +104,16 @@ def assign_any_order(values: Sequence[int], budgets: Sequence[int], starts: Sequ
     return _distribute(groups, _trace_runs(table, counts, strides, before, gains))
 
 
-def _compute_gains(values: Sequence[int], starts: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return, for each device and end, the start of its longest run and the value of this run."""
-    prefix = list(accumulate(values, initial=0))
-    sums = np.array(prefix, dtype=np.int64 if prefix[-1] < 2**62 else object)  # Python integers if int64 may overflow
-    before = [np.array(row, dtype=np.int64) for row in starts]
-    return before, [sums - sums[row] for row in before]
+def _sum_prefixes(numbers: Sequence[int]) -> np.ndarray:
+    """Return the sums of the first 0, 1, ... numbers: int64, or Python integers if int64 may overflow."""
+    sums = list(accumulate(numbers, initial=0))
+    return np.array(sums, dtype=np.int64 if sums[-1] < 2**62 else object)
+
+
+def _compute_gains(values: Sequence[int], starts: Starts) -> np.ndarray:
+    """Return, for each device and end, the value of its longest run."""
+    sums = _sum_prefixes(values)
+    return sums - sums[starts]
 
 
 def _shortest_prefix(row: np.ndarray, end: int) -> int:
@@ -118,8 +125,8 @@ def _trace_runs(
     table: np.ndarray,
     counts: np.ndarray,
     strides: Sequence[int],
-    before: Sequence[np.ndarray],
-    gains: Sequence[np.ndarray],
+    before: Starts,
+    gains: np.ndarray,
 ) -> list[list[Interval]]:
     """Return the runs behind the last entry of the table, last run first, for each group of equal budgets.
 
@@ -135,9 +142,9 @@ def _trace_runs(
             state -= strides[idle]
             continue
         taker = next(
-            g for g in having if table[state - strides[g], before[g][end]] + gains[g][end] == table[state, end]
+            g for g in having if table[state - strides[g], before[g, end]] + gains[g, end] == table[state, end]
         )
-        start = int(before[taker][end])
+        start = int(before[taker, end])
         runs[taker].append((start, end - 1))
         state, end = state - strides[taker], start
     return runs

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowrank.factorization.gram import gram_matrix, slabs, squared_singular_values
+from lowrank.factorization.gram import gram_triangle, slabs, squared_singular_values
+from lowrank.factorization.moments import all_finite
 from lowrank.io.checks import require
 from lowrank.selection.power_law import fit_power_law
 
@@ -94,7 +95,7 @@ def esd_metrics_together(
     require(window in WINDOWS, "window", f"be one of {list(WINDOWS)}", window)
     for weight in weights:
         require(weight.dim() >= 2, "weight", "have at least 2 dimensions", tuple(weight.shape))
-    finite = [index for index, weight in enumerate(weights) if bool(torch.isfinite(weight).all())]
+    finite = [index for index, weight in enumerate(weights) if all_finite(weight)]
     spectra = dict(zip(finite, eigenvalues_together([weights[index] for index in finite]), strict=True))
     return [
         _compute_metrics(spectra[index], max(weight.shape[:2]), window, smallest)
@@ -126,11 +127,12 @@ def eigenvalues_together(weights: Sequence[Tensor]) -> list[Tensor]:
     **Returns** the result of `eigenvalues` for each weight.
     """
     parts = [(owner, matrix) for owner, weight in enumerate(weights) for matrix in _split_kernel(weight.detach())]
-    grams = [gram_matrix(slabs(matrix)) for _, matrix in parts]
+    grams = [gram_triangle(slabs(matrix)) for _, matrix in parts]
     spectra: list[list[Tensor]] = [[] for _ in weights]
     for size in dict.fromkeys(len(gram) for gram in grams):
         same = [index for index, gram in enumerate(grams) if len(gram) == size]
-        for index, values in zip(same, squared_singular_values(torch.stack([grams[i] for i in same])), strict=True):
+        batch = torch.stack([grams[i] for i in same]) if len(same) > 1 else grams[same[0]][None]  # one needs no copy
+        for index, values in zip(same, squared_singular_values(batch), strict=True):
             spectra[parts[index][0]].append(values)
     factors = [0.5 if weight.dim() > 2 else 1.0 for weight in weights]
     return [torch.cat(values).sort().values * factor for values, factor in zip(spectra, factors, strict=True)]
@@ -168,7 +170,7 @@ def _compute_metrics(
         return metrics
     if kept[-1] <= kept[0] * (1 + 1e-12):
         return metrics | {"status": "constant"}
-    return metrics | fit_power_law(kept, window, metrics["status"], spectrum.device)
+    return metrics | fit_power_law(kept, window, metrics["status"])
 
 
 def _compute_sizes(values: np.ndarray, total: float, top: float, rank: int) -> dict[str, float]:

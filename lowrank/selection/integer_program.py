@@ -22,7 +22,7 @@ def solve_integer_program(
     **Arguments**
 
     - `values`: one integer >= 0 per layer.
-    - `starts`: the result of `lowrank.selection.dynamic_program.find_run_starts`.
+    - `starts`: the result of `lowrank.selection.dynamic_program.find_run_starts`, as lists.
     - `seconds`: time limit.
 
     **Returns** a proven upper bound of the total value, and the run of each device, without overlaps.

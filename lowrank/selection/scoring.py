@@ -20,6 +20,7 @@ from lowrank.selection.scores import Scores
 
 _MAPPINGS = ("block_wise", "layer_wise")
 _BATCH_BYTES = 2**30  # of Gram matrices of one size that an accelerator decomposes at once
+_CACHED = 2**16  # entries that stay in the cache of a core when they are widened to float64
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _measure_layers(
                     "weight_shape": list(weight.shape),
                     "raw_metric": metrics[metric] if math.isfinite(metrics[metric]) else None,
                     "status": metrics["status"],
-                } | _entry_norms(weight)
+                } | _entry_norms(weight, metrics["norm"])
             bar.update(len(names))
     return [{"index": index} | rows[name] for index, name in enumerate(sizes)]
 
@@ -186,12 +187,14 @@ def _device_of(model: Source) -> torch.device | str:
     return next(model.parameters()).device if isinstance(model, nn.Module) else "cpu"
 
 
-def _entry_norms(weight: Tensor) -> dict[str, float | None]:
+def _entry_norms(weight: Tensor, norm: float) -> dict[str, float | None]:
+    """Return norms of the entries; `norm` is the sum of the eigenvalues, which those of a convolution are half of."""
     wide = torch.float64 if weight.device.type != "mps" else torch.float32
+    pieces = weight.split(max(1, _CACHED // weight[0].numel()))
     norms = {
-        "norm_inf": float(torch.linalg.vector_norm(weight, math.inf)),
-        "norm_1": float(torch.linalg.vector_norm(weight, 1, dtype=wide)),
-        "norm_2": float(torch.linalg.vector_norm(weight, 2, dtype=wide)),
+        "norm_inf": float(torch.stack(torch.aminmax(weight)).abs().max()),
+        "norm_1": float(torch.stack([piece.to(wide, copy=True).abs_().sum() for piece in pieces]).sum()),
+        "norm_2": math.sqrt(norm if weight.dim() == 2 else 2 * norm),
     }
     return {name: value if math.isfinite(value) else None for name, value in norms.items()}
 

@@ -67,6 +67,34 @@ def test_500_small_instances_equal_exhaustive_search(order: str) -> None:
         assert is_valid(assignment, values, costs, budgets, order)
 
 
+def first_of_the_best(values: Sequence[int], costs: Sequence[int], budgets: Sequence[int]) -> list:
+    """The documented choice among equal totals in a fixed order, over all choices of longest affordable runs."""
+    layers = range(len(values))
+    longest = [
+        [(min(a for a in range(b + 1) if sum(costs[a : b + 1]) <= budget), b) for b in layers if costs[b] <= budget]
+        for budget in budgets
+    ]
+    options = []
+    for selection in itertools.product(*([None, *runs] for runs in longest)):
+        taken = [run for run in selection if run]
+        if all(one[1] < two[0] for one, two in itertools.pairwise(taken)):
+            last_first = [(run[1], k) for k, run in reversed(list(enumerate(selection))) if run]
+            options.append((-sum(sum(values[a : b + 1]) for a, b in taken), last_first, selection))
+    valued = [[i for i in range(run[0], run[1] + 1) if values[i]] if run else [] for run in min(options)[2]]
+    return [(run[0], run[-1]) if run else None for run in valued]
+
+
+def test_ties_in_a_fixed_order_are_decided_as_documented() -> None:
+    generator = np.random.default_rng(1)
+    for _ in range(300):
+        _, costs, budgets = instance(generator)
+        values = generator.integers(0, 3, len(costs)).tolist()
+        found = assign_layers(values, costs, budgets, "fixed").intervals
+        assert found == first_of_the_best(values, costs, budgets), (values, costs, budgets)
+        huge = [cost * 2**70 for cost in costs], [budget * 2**70 for budget in budgets]
+        assert assign_layers([value * 2**70 for value in values], *huge, "fixed").intervals == found
+
+
 def test_reference_instances() -> None:
     for case in json.loads(GOLDEN.read_text())["instances"]:
         for order in ("free", "ordered"):
@@ -133,6 +161,7 @@ def test_costs_and_values_of_any_size_are_exact() -> None:
     assert assign_layers([1, 1], [big, 1], [big]).intervals == [(0, 0)]
     huge = assign_layers([2**70, 2**70 + 1, 1], [2**80, 2**80 + 1, 1], [2**80, 2**80 + 2])
     assert huge == Assignment(2**71 + 2, [(0, 0), (1, 2)])
+    assert assign_layers([10**400, 1], [1, 10**400], [10**400]) == Assignment(10**400, [(0, 0)])
     tenths = assign_layers([0.5, 0.9, 0.2], [2, 4, 5], [4])
     assert tenths.total == 0.9
 
