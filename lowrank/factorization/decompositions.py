@@ -1,5 +1,7 @@
 """Leading directions of a weight in a weighted norm, from eigendecompositions of the smaller side."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -80,9 +82,7 @@ def leading_plain(w: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return u[:, :rank], u[:, :rank].T @ w, spectrum
 
 
-def leading(
-    matrix: Tensor, rank: int, inputs: Tensor | None, image: Tensor | None, pairs: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def leading(matrix: Tensor, rank: int, inputs: Tensor | None, pairs: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return leading eigenvectors of M G M^T, the roots of its eigenvalues, descending, and its trace.
 
     Directions that G does not excite are ordered by the plain SVD of what the others leave of M.
@@ -92,24 +92,38 @@ def leading(
     - `matrix`: M, `(m, n)`, float64.
     - `rank`: int >= 0, the number of eigenvectors.
     - `inputs`: G, a matrix, a diagonal or None for the identity.
-    - `image`: M G M^T, `(m, m)`, if it is known.
     - `pairs`: how many eigenpairs to compute at least, None for all.
     """
-    tall = image is None and matrix.shape[0] > matrix.shape[1]
-    reflectors = torch.geqrf(matrix) if tall else None  # M = Q R: work on the cheaper side, never form Q
-    core = reflectors[0][: matrix.shape[1]].triu() if reflectors else matrix
-    image = multiply(core, inputs) @ core.T if image is None else image
+    if matrix.shape[0] <= matrix.shape[1]:
+        return leading_of(multiply(matrix, inputs) @ matrix.T, rank, pairs, lambda: matrix)
+    reflectors = torch.geqrf(matrix)  # M = Q R: work on the cheaper side, never form Q
+    core = reflectors[0][: matrix.shape[1]].triu()
+    basis, roots, energy = leading_of(multiply(core, inputs) @ core.T, rank, pairs, lambda: core)
+    if rank == 0:
+        return matrix[:, :0], roots, energy
+    padded = nn.functional.pad(basis, (0, 0, 0, matrix.shape[0] - matrix.shape[1]))
+    return torch.ormqr(*reflectors, padded), roots, energy
+
+
+def leading_of(
+    image: Tensor, rank: int, pairs: int | None, matrix: Callable[[], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return leading eigenvectors of a matrix M G M^T that is known, the roots of its eigenvalues, and its trace.
+
+    **Arguments**
+
+    - `image`: M G M^T, `(m, m)`, float64.
+    - `rank`: int >= 0, the number of eigenvectors.
+    - `pairs`: how many eigenpairs to compute at least, None for all.
+    - `matrix`: returns M; called only if there are directions that G does not excite.
+    """
+    energy, size = image.trace(), len(image)
     values, basis = eigh(image, pairs)
-    excited = _excited(values, len(image))
+    excited = _excited(values, size)
     values[excited:] = 0.0  # rounding, not energy
     if excited < rank:
-        basis = _fill(core, basis[:, :excited])
-    basis = basis[:, :rank]
-    if reflectors and rank == 0:
-        basis = matrix[:, :0]
-    elif reflectors:
-        basis = torch.ormqr(*reflectors, nn.functional.pad(basis, (0, 0, 0, matrix.shape[0] - matrix.shape[1])))
-    return basis, values.sqrt(), image.trace()
+        basis = _fill(matrix(), basis[:, :excited])
+    return basis[:, :rank], values.sqrt(), energy
 
 
 def _excited(values: Tensor, size: int) -> int:

@@ -17,6 +17,7 @@ from lowrank.factorization.decompositions import (
     apply,
     leading,
     leading_by_pullback,
+    leading_of,
     leading_plain,
     multiply,
     root_of,
@@ -169,14 +170,16 @@ def _factorize(weight: Tensor, rank: int, weighting: Weighting, pairs: int | Non
         left, right, spectrum = leading_plain(w, rank)
         energy = spectrum.square().sum()
     elif sides.inputs is None and sides.image is None and sides.outputs is not None and sides.outputs.dim() == 1:
-        basis, spectrum, energy = leading(w.T.contiguous(), rank, sides.outputs, None, pairs)
+        basis, spectrum, energy = leading(w.T.contiguous(), rank, sides.outputs, pairs)
         left, right = w @ basis, basis.T
     else:
         root = None if sides.outputs is None else root_of(sides.outputs)
-        matrix = apply(root, w)
-        image = None if sides.image is None else apply(root, apply(root, sides.image).T)
-        basis, spectrum, energy = leading(matrix, rank, sides.inputs, image, pairs)
-        left, right = solve(root, basis), basis.T @ matrix
+        if sides.image is None:
+            basis, spectrum, energy = leading(apply(root, w), rank, sides.inputs, pairs)
+        else:
+            image = apply(root, apply(root, sides.image).T)
+            basis, spectrum, energy = leading_of(image, rank, pairs, lambda: apply(root, w))
+        left, right = solve(root, basis), multiply(basis.T, root) @ w
     spectrum = spectrum[: min(weight.shape)]
     rest = (energy - spectrum.square().sum()).clamp_min(0.0).item() if len(spectrum) < min(weight.shape) else 0.0
     return Factors(left.to(weight.dtype), right.to(weight.dtype), spectrum, rest)

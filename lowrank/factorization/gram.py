@@ -14,7 +14,7 @@ from torch import Tensor
 
 SLAB = 384  # rows that are widened to float64 at once; more are no faster
 FEW = 1 / 4  # share of the eigenpairs up to which LAPACK's syevr by index beats all pairs by syevd
-FEW_PAY = 512  # smallest matrix for which it does
+LARGE = 512  # smallest matrix for which it does
 _add_square: Any = scipy.linalg.get_blas_funcs("syrk", dtype=np.float64)
 
 
@@ -92,11 +92,11 @@ def eigh(
         return squared_singular_values(matrix).flip(0), matrix[:, :0]
     if matrix.device.type != "cpu":
         values, basis = torch.linalg.eigh(matrix)
-    elif leading is not None and size >= FEW_PAY and leading <= size * FEW:
-        pairs = scipy.linalg.eigh(
-            matrix.numpy(), driver="evr", subset_by_index=(size - leading, size - 1), check_finite=False
-        )
-        values, basis = map(torch.from_numpy, pairs)
-    else:  # NumPy takes a third less time than torch
+    elif size < LARGE:
         values, basis = map(torch.from_numpy, np.linalg.eigh(matrix.numpy()))
+    else:  # as fast for all pairs, without the two matrices of working memory that NumPy's driver takes
+        few = leading is not None and leading <= size * FEW
+        subset = (size - leading, size - 1) if few and leading is not None else None
+        options: dict[str, Any] = dict(driver="evr", overwrite_a=True, check_finite=False, subset_by_index=subset)
+        values, basis = map(torch.from_numpy, scipy.linalg.eigh(matrix.numpy().T, **options))
     return values.flip(0).clamp_min_(0.0), basis.flip(1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank.factorization.gram import SLAB, gram_triangle, slabs, squared_singular_values
+from lowrank.factorization.gram import LARGE, SLAB, eigh, gram_triangle, slabs, squared_singular_values
 
 MANY = 2 * SLAB + 5  # rows of three slabs, the last one short
 
@@ -59,3 +59,21 @@ def test_no_eigenvalue_is_negative() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="`pieces` must hold at least one slab, got none"):
         gram_triangle([])
+
+
+@pytest.mark.parametrize("size", [20, LARGE + 8])
+@pytest.mark.parametrize("rank", [6, 10_000])
+@pytest.mark.parametrize("leading", [None, 0, 5, 400])
+def test_eigenpairs_of_small_and_large_deficient_and_clustered_matrices(size, rank, leading) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(min(rank, 2 * size), size, generator=generator, dtype=torch.float64)
+    matrix = rows.T @ rows + (torch.eye(size, dtype=torch.float64) if rank > size else 0)
+    expected = torch.linalg.eigvalsh(matrix).flip(0)
+    values, vectors = eigh(matrix.clone(), leading)
+    count = size if leading in (None, 0) else min(leading, size)
+    assert len(values) >= count
+    assert vectors.shape == (size, 0 if leading == 0 else len(values))
+    scale = expected[0].item()
+    assert torch.allclose(values, expected[: len(values)].clamp_min(0), atol=1e-12 * scale)
+    assert torch.allclose(matrix @ vectors, vectors * values[: vectors.shape[1]], atol=1e-11 * scale)
+    assert torch.allclose(vectors.T @ vectors, torch.eye(vectors.shape[1], dtype=torch.float64), atol=1e-11)
