@@ -190,10 +190,14 @@ def _device_of(model: Source) -> torch.device | str:
 def _entry_norms(weight: Tensor, norm: float) -> dict[str, float | None]:
     """Return norms of the entries; `norm` is the sum of the eigenvalues, which those of a convolution are half of."""
     wide = torch.float64 if weight.device.type != "mps" else torch.float32
-    pieces = weight.split(max(1, _CACHED // weight[0].numel()))
+    largest, sums = [], []
+    for piece in weight.split(max(1, _CACHED // weight[0].numel())):
+        sizes = piece.to(wide, copy=True).abs_()
+        largest.append(sizes.max())
+        sums.append(sizes.sum())
     norms = {
-        "norm_inf": float(torch.stack(torch.aminmax(weight)).abs().max()),
-        "norm_1": float(torch.stack([piece.to(wide, copy=True).abs_().sum() for piece in pieces]).sum()),
+        "norm_inf": float(torch.stack(largest).max()),
+        "norm_1": float(torch.stack(sums).sum()),
         "norm_2": math.sqrt(norm if weight.dim() == 2 else 2 * norm),
     }
     return {name: value if math.isfinite(value) else None for name, value in norms.items()}

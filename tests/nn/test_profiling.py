@@ -175,9 +175,9 @@ def test_the_clock_is_read_around_each_call_after_waiting_for_the_device(monkeyp
         events.append("clock")
         return float(next(clock) ** 2)
 
-    monkeypatch.setattr("lowrank.nn.profiling.time.perf_counter", read)
     monkeypatch.setattr("lowrank.nn.profiling.synchronize", lambda device: events.append("wait"))
-    times = time_in_turns({"a": lambda: events.append("a"), "b": lambda: events.append("b")}, repeats=2, warmup=0)
+    functions = {"a": lambda: events.append("a"), "b": lambda: events.append("b")}
+    times = time_in_turns(functions, repeats=2, warmup=0, clock=read)
     turn = [event for name in "ab" for event in ("wait", "clock", name, "wait", "clock")]
     assert events == turn * 2
     assert times == {"a": [1.0, 25 - 16.0], "b": [9 - 4.0, 49 - 36.0]}
