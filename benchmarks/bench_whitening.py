@@ -6,6 +6,7 @@ peak of a process of its own.
 
 import multiprocessing
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,10 @@ row, table = recorder("whitening")
 def take_turns(*functions: Callable[[], object]) -> list[float]:
     """The median seconds of each function, called in turn."""
     times = time_in_turns(
-        {str(number): function for number, function in enumerate(functions)}, repeats=ROUNDS, warmup=1
+        {str(number): function for number, function in enumerate(functions)},
+        repeats=ROUNDS,
+        warmup=1,
+        clock=time.process_time,
     )
     return [statistics.median(seconds) for seconds in times.values()]
 
@@ -61,9 +65,9 @@ def test_statistics_against_a_forward_pass(case: str, benchmark) -> None:
         "the same, products in float64": lambda: collect_statistics(model, data, **smaller, products=torch.float64),
         "pass with statistics of the inputs": lambda: collect_statistics(model, data),
     }
-    seconds = time_in_turns(calls, repeats=RATIOS, warmup=1)
+    seconds = time_in_turns(calls, repeats=RATIOS, warmup=1, clock=time.process_time)
     for name in list(calls)[1:]:
-        row(f"{name} over a plain forward pass", case, "time ratio", *ratio(seconds[name], seconds["plain"]))
+        row(f"{name} over a plain forward pass", case, "CPU time ratio", *ratio(seconds[name], seconds["plain"]))
     benchmark.pedantic(lambda: collect_statistics(model, data, **smaller), rounds=1)
 
 
@@ -73,7 +77,7 @@ def _peak(count: int, collect: bool, answer) -> None:
     data = batches(1) * count  # the tokens themselves are the same few, whatever their number
     with peak_megabytes() as peak:
         if collect:
-            collect_statistics(model, data)
+            collect_statistics(model, data, side="smaller", methods=["whitened"])
         else:
             with eval_mode(model), torch.no_grad():
                 for batch in data:
@@ -118,8 +122,8 @@ def test_projector_against_the_cholesky_recipe(shape: tuple[int, int], benchmark
         lambda: cholesky_inverse(weight, rank, moments),
         lambda: _cholesky_in_double(weight, rank, moments),
     )
-    row("Cholesky + inverse + SVD of W S (float32) over projector", case, "time ratio", theirs / ours)
-    row("the same in float64 over projector", case, "time ratio", doubled / ours)
+    row("Cholesky + inverse + SVD of W S (float32) over projector", case, "CPU time ratio", theirs / ours)
+    row("the same in float64 over projector", case, "CPU time ratio", doubled / ours)
     excess = {name: over for name, over, _, _ in compare_alternatives(weight.double(), rank, moments, 1)}
     row("projector, cond(X) = 1e12", case, "error / optimum - 1", excess["projector"])
     row("Cholesky + inverse, cond(X) = 1e12", case, "error / optimum - 1", excess["cholesky + inverse"])
