@@ -3,6 +3,10 @@
 Pivoted, centred where layers have biases, ranks by spectrum. A variant changes the statistics alone; factors and ranks follow.
 Training samples that the statistics have not seen choose, by the loss that compression adds on them or by the divergence from
 the dense model; `added_loss` is that of the validation split. The default is the ridge `RIDGE`, without the other changes.
+
+Found, in geometric means over draws and keeps of the ratio to the default: no variant lowers what chooses on all models, so the
+default stays. Ridges from .003 to .1 are within 3 % of it on docs-llama and docs-bert; .7 raises the divergence by a fifth there.
+Clipping brings the divergence to .57 on digits-vit, to .997 on docs-llama, where few gradients are long, to 1.95 on docs-bert.
 """
 
 from collections.abc import Callable, Mapping
