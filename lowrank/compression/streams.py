@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowrank.calibration.hooks import token_rows
 from lowrank.nn.batches import Batch, device_of, get_token_mask, move_batch, run_model
-from lowrank.nn.block_calls import Block, Call, capture_calls, first_tensor, run_block
+from lowrank.nn.block_calls import Call, TracedBlock, capture_calls, first_tensor, run_block
 from lowrank.nn.residuals import find_residuals
 from lowrank.nn.surgery import replace_module
 
@@ -47,11 +47,11 @@ class Streams:
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], modules: Mapping[str, nn.Module]) -> None:
         self.model, self.batches, self.modules, self.device = model, batches, modules, device_of(model)
-        self.block: Block | None = None
+        self.block: TracedBlock | None = None
         self.dense: list[Call] = []
         self.compressed: list[Call] = []
 
-    def move_to(self, block: Block) -> None:
+    def move_to(self, block: TracedBlock) -> None:
         """Take both streams to a block: through the block in front if it follows that one, else from the input of the model.
 
         **Raises**
@@ -124,14 +124,14 @@ class Streams:
         assert self.block is not None
         return self.block.name
 
-    def _start(self, block: Block, modules: Mapping[str, nn.Module]) -> list[Call]:
+    def _start(self, block: TracedBlock, modules: Mapping[str, nn.Module]) -> list[Call]:
         """Return what a block is called with, by running the model up to it."""
         target = self.model.get_submodule(block.name)
         with replaced(self.model, modules):
             batches = (move_batch(batch, self.device) for batch in self.batches)
             return [capture_calls([target], lambda b=batch: run_model(self.model, b))[0].to(CPU) for batch in batches]
 
-    def _pass(self, calls: list[Call], block: Block, modules: Mapping[str, nn.Module]) -> None:
+    def _pass(self, calls: list[Call], block: TracedBlock, modules: Mapping[str, nn.Module]) -> None:
         """Run a block on a stream; its output takes the place of its input, batch by batch."""
         module = self.model.get_submodule(block.name)
         with replaced(self.model, modules):

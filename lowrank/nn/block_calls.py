@@ -42,7 +42,7 @@ class Call(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Block:
+class TracedBlock:
     """Describe a block as a model calls it.
 
     **Arguments**
@@ -136,7 +136,7 @@ def without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def trace_blocks(model: nn.Module, batches: Iterable[Batch], layers: Mapping[str, nn.Linear]) -> list[Block]:
+def trace_blocks(model: nn.Module, batches: Iterable[Batch], layers: Mapping[str, nn.Linear]) -> list[TracedBlock]:
     """Find the blocks of targeted layers and their stages, in the order in which a model calls them.
 
     **Arguments**
@@ -154,7 +154,7 @@ def trace_blocks(model: nn.Module, batches: Iterable[Batch], layers: Mapping[str
         raise ValueError(
             f"`layers` must lie in numbered blocks, such as 'layers.0.up', got {outside!r}, which does not."
         )
-    found: list[Block] | None = None
+    found: list[TracedBlock] | None = None
     for position, batch in enumerate(batches):
         blocks = _trace(model, batch, layers)
         for block, first in zip(blocks, found or blocks, strict=True):
@@ -169,7 +169,7 @@ def trace_blocks(model: nn.Module, batches: Iterable[Batch], layers: Mapping[str
     return found
 
 
-def _trace(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Linear]) -> list[Block]:
+def _trace(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Linear]) -> list[TracedBlock]:
     """Run one batch and note what it calls."""
     calls = _Calls()
     with ExitStack() as hooks:
@@ -217,7 +217,7 @@ class _Calls:
         yield block.register_forward_pre_hook(before, with_kwargs=True)
         yield block.register_forward_hook(after)
 
-    def finish(self, layers: Mapping[str, nn.Linear]) -> list[Block]:
+    def finish(self, layers: Mapping[str, nn.Linear]) -> list[TracedBlock]:
         for name in [*layers, *{split_block(name)[0]: None for name in layers}]:
             if (count := self.counts.get(name, 0)) != 1:
                 raise ValueError(
@@ -226,7 +226,9 @@ class _Calls:
                 )
         names = [None, *self.stages]
         return [
-            Block(name, front is not None and self.front[name] == front, tuple(tuple(s) for *_, s in self.stages[name]))
+            TracedBlock(
+                name, front is not None and self.front[name] == front, tuple(tuple(s) for *_, s in self.stages[name])
+            )
             for front, name in zip(names, self.stages, strict=False)
         ]
 

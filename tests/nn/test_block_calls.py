@@ -9,7 +9,7 @@ from families import LAYERS, made
 from torch import Tensor, nn
 
 from lowrank.nn.batches import Batch, run_model
-from lowrank.nn.block_calls import Block, capture_calls, first_tensor, run_block, trace_blocks, without_cache
+from lowrank.nn.block_calls import TracedBlock, capture_calls, first_tensor, run_block, trace_blocks, without_cache
 from lowrank.nn.targets import BLOCKS, find_linears
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ STAGES = {
 
 
 @torch.no_grad()
-def traced(model: nn.Module, batches: Iterable[Batch], layers: Iterable[str] = BLOCKS) -> list[Block]:
+def traced(model: nn.Module, batches: Iterable[Batch], layers: Iterable[str] = BLOCKS) -> list[TracedBlock]:
     with without_cache(model):
         return trace_blocks(model, batches, find_linears(model, layers))
 
