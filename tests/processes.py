@@ -13,6 +13,8 @@ from lowrank.io.dependencies import ROOT
 
 def run_in_two(script: Path) -> None:
     """Runs a script as `accelerate launch` would in two processes; on CPUs that would ask for mpirun itself."""
+    leave = "import torch.distributed as d; d.is_initialized() and d.destroy_process_group()"  # a live one may abort at exit
+    script.write_text(f"{script.read_text()}\n{leave}\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300, check=False)

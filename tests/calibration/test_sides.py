@@ -225,6 +225,28 @@ def test_parts_files_and_demand_give_the_same_as_one_pass(kind, side, tmp_path) 
                 assert torch.allclose(other.moments()[field], value, rtol=1e-12)
 
 
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("side", SIDES)
+def test_padding_counts_on_no_side(kind, side) -> None:
+    model, batches = setting(kind)
+    inner = model.forward
+    model.forward = lambda x, attention_mask=None: inner(x)
+    lengths = [9, 4, 1, 7] * 4
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+
+    def total(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return (net(**batch).tanh() ** 3)[batch["attention_mask"].bool()].sum()
+
+    padded = [{"x": batches[0], "attention_mask": mask.long()}]
+    alone = [
+        {"x": row[None, :n], "attention_mask": mask[:1, :n].long()} for row, n in zip(batches[0], lengths, strict=True)
+    ]
+    one, two = (collect_statistics(model, data, [NAME], loss=total, side=side)[NAME] for data in (padded, alone))
+    assert one.tokens == two.tokens == sum(lengths)
+    for field in one.moments().keys() - {"input_sketch", "gradient_sketch"}:
+        assert torch.allclose(getattr(one, field), getattr(two, field), rtol=1e-10)
+
+
 def test_parts_on_different_sides_do_not_merge() -> None:
     model, batches = setting("wide")
     with pytest.raises(ValueError, match="`other` must hold second moments of the inputs exactly if this one does"):
