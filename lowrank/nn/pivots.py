@@ -21,12 +21,14 @@ def find_pivot_rows(left: Float[Tensor, "out rank"]) -> tuple[Int[Tensor, " rank
     """
     basis = torch.linalg.qr(left).Q  # the same column space, well conditioned
     rank = basis.shape[1]
-    lower, permutation = _permuted_lu(basis)
+    packed, permutation = _permuted_lu(basis)
     coefficients = torch.linalg.solve_triangular(
-        lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True
+        packed[:rank], packed[rank:], upper=False, left=False, unitriangular=True
     )
+    del packed
     pivots, others = permutation[:rank].clone(), permutation[rank:].clone()
     _exchange_rows(coefficients, pivots, others)
+    del coefficients  # computed anew, without the rounding of the exchanges
     others = others.sort().values
     return pivots, torch.linalg.solve(basis[pivots].T, basis[others].T).T
 
@@ -47,9 +49,9 @@ def _exchange_rows(coefficients: Tensor, pivots: Tensor, others: Tensor) -> None
 
 
 def _permuted_lu(basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the lower triangular factor, `(out, rank)`, without its unit diagonal, and the order of the rows in it."""
+    """Return both triangular factors in one matrix, `(out, rank)`, and the order of the rows in it."""
     packed, swaps = torch.linalg.lu_factor(basis)
     permutation = torch.arange(len(basis), device=basis.device)
     for row, other in enumerate(swaps.tolist()):
         permutation[[row, other - 1]] = permutation[[other - 1, row]]
-    return packed.tril(-1), permutation
+    return packed, permutation
