@@ -102,10 +102,10 @@ def replace_layers(
     This is the strict step inside `compress`. A layer whose factors would hold as many parameters as its weight stays as it is,
     bit for bit. Each dense weight is freed as soon as its factors exist: peak extra memory is one layer plus the statistics. For
     a weight (m, n) at rank r that is about 40 min(m, n)^2 bytes while it is decomposed, then 8 r (m + n), and 32 m r while
-    pivots are chosen. Statistics of `OnDemand` take 8 min(m, n)^2 for each layer of one block, once for those that share an input, and as much again for the largest while they
-    are collected. The last layer is replaced first, so
-    that statistics on demand see the inputs of the dense model. Output gradients pass through layers that are already
-    replaced: collect them beforehand.
+    pivots are chosen. Statistics of `OnDemand` take 8 min(m, n)^2 for each layer of one block, once for those that share an
+    input, and as much again for the largest while they are collected. The last layer is replaced first, so that statistics on
+    demand see the inputs of the dense model. Output gradients pass through layers that are already replaced: collect them
+    beforehand.
 
     **Arguments**
 
