@@ -98,3 +98,18 @@ def test_a_product_is_that_of_the_widened_factors(shape: tuple[int, int], dtype:
     narrow, right, left = draw(*shape).to(dtype), draw(shape[1], 4).double(), draw(4, shape[0]).double()
     torch.testing.assert_close(wide_product(narrow, right), narrow.double() @ right, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(wide_product(left, narrow), left @ narrow.double(), rtol=1e-13, atol=1e-13)
+
+
+def test_eigenvectors_in_float32_would_cost_accuracy_where_one_direction_outweighs_the_rest() -> None:
+    """Why `eigh` is in float64: the discarded energy of a spectrum with an outlier, over the least possible."""
+    size, rank = 400, 100
+    basis = torch.linalg.qr(draw(size, size).double()).Q
+    values = torch.cat([torch.ones(1), torch.logspace(-2, -5, size - 1)]).double()
+    values[1:] *= 1e-4 / values[rank:].sum()
+    matrix = (basis * values) @ basis.T
+    excess = []
+    for vectors in (eigh(matrix, rank)[1], torch.linalg.eigh(matrix.float())[1].flip(1)[:, :rank]):
+        kept = torch.linalg.qr(vectors.double()).Q
+        excess.append((matrix.trace() - ((matrix @ kept) * kept).sum()).item() / values[rank:].sum().item() - 1)
+    assert abs(excess[0]) < 1e-8
+    assert excess[1] > 0.01
