@@ -16,7 +16,7 @@ from torch import Size, Tensor, nn
 
 from lowrank.io.checks import require
 from lowrank.io.files import open_safetensors
-from lowrank.io.hashing import hash_model, hash_options
+from lowrank.io.hashing import check_in_memory, hash_model, hash_options
 from lowrank.io.hub import load_or_explain
 
 Source = Path | str | nn.Module
@@ -164,9 +164,14 @@ def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
 
     **Returns** name -> tensor, contiguous on the CPU, each tensor once; and name -> the name that its tensor is stored
     under, for every further name of the same tensor.
+
+    **Raises**
+
+    - `ValueError`: a tensor on the meta device.
     """
     distinct: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
+    check_in_memory(model.state_dict())
     first: dict[tuple[int, Size], str] = {}
     for name, tensor in model.state_dict().items():
         stored = first.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
