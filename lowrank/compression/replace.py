@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -84,6 +85,7 @@ def spectrum_of(layer: nn.Linear, name: str, method: str, statistics: Statistics
     return weighted_spectrum(layer.weight, weighting).cpu()
 
 
+@torch.inference_mode(False)  # the new parameters may be trained
 def replace_layers(
     model: nn.Module,
     ranks: Mapping[str, int],
@@ -247,6 +249,7 @@ def _weigh(layer: nn.Linear, name: str, method: str, moments: LayerStatistics | 
         raise ValueError(f"{error} (method {method!r}, layer {name!r})") from error
 
 
+@torch.inference_mode(False)
 def fold(model: nn.Module) -> nn.Module:
     """Multiply every factored layer out to an `nn.Linear` and join the parts of packed ones, in place.
 

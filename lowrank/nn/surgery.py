@@ -40,6 +40,7 @@ class PackedLinear(nn.Module):
         return None if parts[0].bias is None else torch.cat([part.bias for part in parts])
 
 
+@torch.inference_mode(False)  # the new parameters may be trained
 def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] = ("q", "k", "v")) -> list[str]:
     """Replace packed projections by their parts, in place; the outputs of the model stay the same.
 
@@ -71,6 +72,7 @@ def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] =
     return [f"{name}.{part}" for name in packed for part in parts]
 
 
+@torch.inference_mode(False)
 def unify_linears(model: nn.Module) -> list[str]:
     """Replace every `Conv1D` of transformers (GPT-2) by an `nn.Linear`, in place; the outputs of the model stay the same.
 

@@ -126,6 +126,7 @@ class OIALR:
         self._hide_from_ddp()
         return changed
 
+    @torch.inference_mode(False)  # the parameters may be trained
     def merge(self) -> nn.Module:
         """End the training: replace all converted layers by plain ones, in place, and return the model."""
         for name in self.ranks:

@@ -12,6 +12,7 @@ from math import cos, isfinite, pi
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lowrank.factorization.moments import LayerStatistics, all_finite, read_moment
@@ -99,6 +100,7 @@ class PrehabResult(NamedTuple):
     history: list[dict[str, Any]]
 
 
+@torch.inference_mode(False)  # the whitened weights are trained
 def prehab(
     model: nn.Module,
     statistics: Mapping[str, LayerStatistics],
