@@ -1,10 +1,12 @@
 """One backward pass that sees the gradient at the output of every call of some layers."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from lowrank.calibration.collector import Collector
 from lowrank.io.checks import require
@@ -69,19 +71,26 @@ class BackwardPass:
     def _keep(self, name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
-                self.without.append(name)
+                self._note_without(name)
                 return output
             output = output if output.requires_grad else output.requires_grad_()  # all weights may be frozen
             if not self.collector.recomputing:
                 self.calls.append(_Call(name, args[0] if args else kwargs["input"], output))
-            elif all(call.name != name for call in self.calls):
-                raise ValueError(
-                    f"`model` must run layer {name!r} with autograd, got a run without that is repeated in the backward pass: "
-                    "switch its gradient checkpointing off for `loss`."
-                )
             return output.clone()  # the next operation may work in place
 
         return hook
+
+    def _note_without(self, name: str) -> None:
+        """Note a call without autograd; inside a function of autograd its gradients would exist and not be seen."""
+        frame = inspect.currentframe()
+        while frame is not None:
+            if any(isinstance(value, FunctionCtx) for value in frame.f_locals.values()):
+                raise ValueError(
+                    f"`model` must run layer {name!r} with autograd for `loss`, got a call inside a torch.autograd.Function, as "
+                    "gradient checkpointing of its own makes: switch that off, or collect without `loss`."
+                )
+            frame = frame.f_back
+        self.without.append(name)
 
     def _has_gradients(self, total: Any) -> bool:
         """Return whether a layer was called with autograd, and raise if none was for want of it."""

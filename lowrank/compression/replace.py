@@ -27,6 +27,7 @@ from lowrank.factorization.storages import STORAGES
 from lowrank.io.checks import require
 from lowrank.io.hashing import hash_model
 from lowrank.nn.low_rank import FACTORED_LAYERS
+from lowrank.nn.offloaded import check_not_offloaded
 from lowrank.nn.surgery import PackedLinear, as_linear, replace_module
 from lowrank.nn.targets import BLOCKS, find_linears
 
@@ -258,7 +259,12 @@ def fold(model: nn.Module) -> nn.Module:
     - `model`: a compressed model.
 
     **Returns** the model, with the layout of the dense one and weights of low rank.
+
+    **Raises**
+
+    - `ValueError`, before anything is changed: offloaded weights.
     """
+    check_not_offloaded(model)
     kinds = (*LAYER_KINDS.values(), PackedLinear)
     factored: list[tuple[str, Any]] = [(name, part) for name, part in model.named_modules() if isinstance(part, kinds)]
     for name, module in reversed(factored):  # parts before the module that joins them

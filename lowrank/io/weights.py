@@ -53,12 +53,17 @@ def open_weights(source: Source, name: str) -> Iterator[OpenWeights]:
     **Raises**
 
     - `FileNotFoundError`: no such checkpoint, or a shard of its index is missing.
-    - `ValueError`: a file is damaged.
+    - `ValueError`: a file is damaged, or a tensor that is read is on the meta device.
     """
     if isinstance(source, nn.Module):
         state = source.state_dict()
         shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-        yield OpenWeights(shapes, state.__getitem__, _architecture(getattr(source, "config", None)), [])
+
+        def read_state(key: str) -> Tensor:
+            check_in_memory({key: state[key]})
+            return state[key]
+
+        yield OpenWeights(shapes, read_state, _architecture(getattr(source, "config", None)), [])
         return
     file_of: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.io.checks import require
 from lowrank.io.hashing import check_in_memory
 
 
@@ -37,6 +38,22 @@ def check_weights(model: nn.Module) -> None:
     """
     brought = {id(tensor) for part in model.modules() if _offload_hook(part) for tensor in _tensors(part).values()}
     check_in_memory({name: tensor for name, tensor in _tensors(model).items() if id(tensor) not in brought})
+
+
+def check_not_offloaded(model: nn.Module) -> None:
+    """Check that accelerate offloads no module: one that takes its place would have no weights to compute with.
+
+    **Arguments**
+
+    - `model`: any PyTorch module; weights that were never loaded are allowed, as in an architecture to load into.
+
+    **Raises**
+
+    - `ValueError`: an offloaded module, by name.
+    """
+    for name, module in model.named_modules():
+        rule = f"have all weights in memory: module {name!r} must not be offloaded"
+        require(_offload_hook(module) is None, "model", rule, "an offload hook of accelerate")
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

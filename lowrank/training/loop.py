@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.io.checks import require
+from lowrank.io.hashing import check_in_memory
 from lowrank.nn.autograd import check_differentiable
 from lowrank.nn.batches import Batch, is_empty, move_batch
 from lowrank.training.saved_states import Stateful, find_state, load_objects, load_training, save_training
@@ -160,8 +161,9 @@ def fit(
 
     - `FloatingPointError`: the loss is not finite, at the step where it happens.
     - `ValueError`: the batches end before the steps do, or one is empty; the checkpoint has more steps than the recipe; a model
-      that was built in inference mode.
+      that was built in inference mode, or whose weights are not in memory.
     """
+    check_in_memory(model.state_dict())
     check_differentiable(model)
     training = _Training(model, recipe, loss, hooks, checkpoint)
     history = training.history

@@ -167,9 +167,14 @@ def nothing_left_behind(model: nn.Module) -> Iterator[None]:
 
     def state() -> list[Any]:
         hooks = [
-            (module.training, list(module._forward_hooks), list(module._forward_pre_hooks)) for module in model.modules()
+            (module.training, list(module._forward_hooks), list(module._forward_pre_hooks))
+            for module in model.modules()
         ]
-        return [*hooks, *((p.requires_grad, p.grad) for p in model.parameters()), torch.utils.checkpoint.CheckpointFunction]
+        return [
+            *hooks,
+            *((p.requires_grad, p.grad) for p in model.parameters()),
+            torch.utils.checkpoint.CheckpointFunction,
+        ]
 
     before = state()
     yield

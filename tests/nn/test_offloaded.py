@@ -15,10 +15,18 @@ from lowrank.calibration.divergence import mean_divergence
 from lowrank.calibration.storage import save_statistics
 from lowrank.compression.checkpoint import save_compressed
 from lowrank.compression.compress import compress
+from lowrank.compression.pruning import prune
+from lowrank.compression.replace import fold
 from lowrank.io.hashing import check_in_memory, hash_model
+from lowrank.io.weights import read_tensors
 from lowrank.nn.batches import device_of
 from lowrank.nn.offloaded import check_weights, weights_of
+from lowrank.nn.surgery import split_packed, unify_linears
 from lowrank.nn.targets import find_linears
+from lowrank.selection.scoring import layer_scores
+from lowrank.training.loop import Recipe, fit
+from lowrank.training.oialr import OIALR, OIALRConfig
+from lowrank.training.prehab import PrehabConfig, prehab
 
 OFFLOADS: dict[str, Callable[[Any, Path], nn.Module]] = {
     "cpu": lambda model, folder: accelerate.cpu_offload(model, execution_device=torch.device("cpu")),
@@ -31,7 +39,9 @@ OFFLOADS: dict[str, Callable[[Any, Path], nn.Module]] = {
 @pytest.mark.parametrize("kind", OFFLOADS)
 def test_statistics_are_those_of_the_model_in_memory(kind: str, family: str, tmp_path: Path) -> None:
     model, batches, _ = made(family)
-    expected = {side: collect_statistics(model, batches, LAYERS, loss=loss, side=side) for side in ("inputs", "smaller")}
+    expected = {
+        side: collect_statistics(model, batches, LAYERS, loss=loss, side=side) for side in ("inputs", "smaller")
+    }
     before = outputs(model, batches)
     model = OFFLOADS[kind](model, tmp_path)
     layers = find_linears(model, LAYERS)
@@ -96,11 +106,43 @@ def test_what_needs_all_weights_is_refused_before_anything_changes(kind: str, wh
     model, batches, found = made("plain")
     model = ALL[kind](model, tmp_path / "offload").train()
     before = dict(model.named_modules())
-    with pytest.raises(ValueError, match=r"`model` must have all weights in memory: load '0.weight', .* got 'the meta device'"):
+    with pytest.raises(
+        ValueError, match=r"`model` must have all weights in memory: load '0.weight', .* got 'the meta device'"
+    ):
         NEEDS_ALL[what](model, batches, found, tmp_path)
     assert dict(model.named_modules()) == before
     assert all(module.training for module in model.modules())
     assert not (tmp_path / "new").exists()
+
+
+PARTS: dict[str, Callable[[nn.Module], Any]] = {
+    "split": lambda model: split_packed(model, ["0"]),
+    "unify": unify_linears,
+    "fold": fold,
+    "prune": lambda model: prune(model, 0.5, "magnitude", layers=["0"]),
+    "train": lambda model: fit(model, lambda done: [torch.ones(2, 12)], Recipe(1), loss, progress=False),
+    "OIALR": lambda model: OIALR(model, OIALRConfig(1)).step(torch.optim.SGD(model.parameters())),
+    "PREHAB": lambda model: prehab(model, made("plain")[2], made("plain")[1], PrehabConfig(steps=1), progress=False),
+    "scores": lambda model: layer_scores(model, layers=["0"], progress=False),
+    "tensors": lambda model: read_tensors(model, ["0"]),
+}
+
+
+@pytest.mark.parametrize("what", PARTS)
+def test_parts_that_change_or_read_weights_refuse_offloaded_ones(what: str) -> None:
+    model = OFFLOADS["cpu"](made("plain")[0], Path())
+    before = dict(model.named_modules())
+    with pytest.raises(
+        ValueError, match="`model` must have all weights in memory: (load '0.weight'|module '0' must not be)"
+    ):
+        PARTS[what](model)
+    assert dict(model.named_modules()) == before
+
+
+def test_an_architecture_without_weights_can_be_rebuilt() -> None:
+    model = nn.Sequential(nn.Linear(4, 6, device="meta"))
+    assert split_packed(model, ["0"]) == ["0.q", "0.k", "0.v"]
+    assert fold(model)[0].weight.shape == (6, 4)
 
 
 @pytest.mark.parametrize("wanted", [None, loss])
