@@ -125,7 +125,9 @@ CONSUMERS: dict[str, Callable[[list[Any], Path], Any]] = {
     "divergence": lambda data, folder: mean_divergence(compressed(batches(None))[0], net(), data),
     "evaluation": lambda data, folder: evaluate(net(), data, "classification", ("accuracy",)),
     "compress": lambda data, folder: [row["measured_error"] for row in compressed(data)[1].layers],
-    "measured ranks": lambda data, folder: compressed(data, allocation="linear")[1].trials,
+    "measured ranks": lambda data, folder: [
+        row["divergence"] for row in compressed(data, allocation="linear")[1].trials
+    ],
     "retarget": retargeted,
     "refine": lambda data, folder: factors(data, refine_factors),
     "tune": lambda data, folder: factors(data, tune_factors),
