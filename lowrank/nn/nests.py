@@ -10,7 +10,7 @@ from torch import Tensor
 
 @runtime_checkable
 class Fields(Protocol):
-    """A dataclass, that is, any object with the fields of one."""
+    """Hold fields, as any dataclass does."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 

@@ -62,7 +62,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def weights_of(layer: nn.Module) -> Iterator[nn.Module]:
-    """Have the weights of one layer in memory inside the block.
+    """Hold the weights of one layer in memory inside the block.
 
     **Arguments**
 
