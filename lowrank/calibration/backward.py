@@ -82,8 +82,8 @@ class BackwardPass:
 
     def _note_without(self, name: str) -> None:
         """Note a call without autograd; inside a function of autograd its gradients would exist and not be seen."""
-        frame = inspect.currentframe()
-        while frame is not None:
+        start, frame = inspect.unwrap(BackwardPass.run).__code__, inspect.currentframe()
+        while frame is not None and frame.f_code is not start:
             if any(isinstance(value, FunctionCtx) for value in frame.f_locals.values()):
                 raise ValueError(
                     f"`model` must run layer {name!r} with autograd for `loss`, got a call inside a torch.autograd.Function, as "
@@ -94,8 +94,9 @@ class BackwardPass:
 
     def _has_gradients(self, total: Any) -> bool:
         """Return whether a layer was called with autograd, and raise if none was for want of it."""
-        scalar = isinstance(total, Tensor) and total.numel() == 1
-        require(scalar, "loss", "return a scalar tensor", total)
+        shape = tuple(total.shape) if isinstance(total, Tensor) else None
+        scalar = shape is not None and total.numel() == 1
+        require(scalar, "loss", "return a scalar tensor", total if shape is None else f"one of shape {shape}")
         if self.without and not self.calls:
             raise ValueError(
                 f"`model` must run layers with autograd for `loss`, got none with it and {self.without[0]!r} under "
