@@ -2,6 +2,7 @@
 
 - `collect`: `collect_statistics`, one pass over the data.
 - `collector`: the running sums during that pass.
+- `backward`: the gradients at the outputs of layers, from one backward pass.
 - `skip_head`: `SkipHead`, leave a pass before the output head.
 - `on_demand`: `OnDemand`, statistics that are collected one block of layers at a time, to save memory.
 - `predictive_loss`: a loss that needs no labels, for the gradients at the outputs.

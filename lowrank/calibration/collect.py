@@ -7,11 +7,12 @@ loss, the moments of the gradients g at the outputs are collected too, as F = su
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lowrank.calibration.backward import BackwardPass, Loss
 from lowrank.calibration.collector import Collector
 from lowrank.calibration.hooks import watch_calls
 from lowrank.calibration.skip_head import SkipHead
@@ -19,12 +20,12 @@ from lowrank.factorization.methods import METHODS
 from lowrank.factorization.moments import LayerStatistics
 from lowrank.factorization.sides import fields_for, reads_of
 from lowrank.io.checks import require
-from lowrank.nn.batches import Batch, compute_logits, device_of, eval_mode, get_token_mask, move_batch
+from lowrank.nn.autograd import check_differentiable
+from lowrank.nn.batches import Batch, batches_on, compute_logits, device_of, eval_mode, get_token_mask
+from lowrank.nn.offloaded import check_weights
 from lowrank.nn.targets import BLOCKS, find_linears
 
 TOKENS_PER_INPUT = 5  # fewer than this leave G poorly known, see notebook 01
-
-Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 class FewTokensWarning(UserWarning):
@@ -53,7 +54,8 @@ def collect_statistics(
     - `batches`: iterable of batches, see `lowrank.nn.batches`; tokens that `attention_mask` marks as padding are left out.
     - `layers`: names or patterns of `nn.Linear` modules. Default all inside numbered blocks.
     - `loss`: `(model, batch) -> scalar`, summed over the batch. With it the moments of the output gradients are collected too;
-      the first dimension of a layer's input must then count the samples. Default None.
+      the first dimension of a layer's input must then count the samples. Calls in one batch on other numbers of samples, as of
+      crops of two sizes, hold samples of their own. What the loss does not depend on has gradients of zero. Default None.
     - `side`: 'inputs' for G `(in, in)` and F `(out, out)`, which PREHAB, pruning and `whitening_factor` read; 'outputs' for K
       `(out, out)` and F; 'smaller' for the matrices of size min(out, in), which serve every method of the
       library. Default 'inputs'.
@@ -66,7 +68,9 @@ def collect_statistics(
 
     **Raises**
 
-    - `ValueError`: unknown layers, side or methods; no tokens; NaN or infinity in an activation; a layer that no batch reaches.
+    - `ValueError`: unknown layers, side or methods; no tokens; NaN or infinity in an activation; a layer that no batch reaches;
+      weights that were never loaded; a loss without gradients, or a model that runs without autograd or was built in inference
+      mode, if there is a `loss`.
 
     **Warns**
 
@@ -81,50 +85,26 @@ def collect_statistics(
         require(method in METHODS, "methods", f"be among {sorted(METHODS)}", method)
     reads = reads_of(methods)
     fields = {name: fields_for(layer.weight.shape, side, reads, loss is not None) for name, layer in linears.items()}
+    check_weights(model)
+    if loss is not None:
+        check_differentiable(model)
     home = device_of(model)
     sums_on = torch.device(device) if device is not None else torch.device("cpu") if home.type == "mps" else home
     collector = Collector(linears, fields, sums_on, products)
-    with eval_mode(model), watch_calls(linears, collector.add_call), SkipHead(model, linears) as head:
-        for batch in batches:
-            batch = move_batch(batch, home)
+    backward = BackwardPass(collector)
+    watched = watch_calls(linears, collector.add_call)
+    with torch.inference_mode(False), eval_mode(model), watched, SkipHead(model, linears) as head:
+        for batch in batches_on(batches, home):
             collector.mask = get_token_mask(batch)
             if loss is None:
                 with torch.no_grad(), head.skipped():
                     compute_logits(model, batch)
             else:
-                _run_backward(model, batch, loss, collector)
+                backward.run(model, batch, loss)
             collector.end_batch()
-    collector.sum_over_processes()
-    _check_tokens(collector)
-    return collector.finish()
-
-
-def _run_backward(model: nn.Module, batch: Batch, loss: Loss, collector: Collector) -> None:
-    """Run one forward and backward pass and collect the gradients of all calls of each layer; `.grad` stays as it is."""
-    calls: list[tuple[str, Tensor, Tensor]] = []
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], Tensor]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
-            output = output if output.requires_grad else output.requires_grad_()  # all weights may be frozen
-            calls.append((name, args[0] if args else kwargs["input"], output))
-            return output.clone()  # the next operation may work in place
-
-        return hook
-
-    handles = [layer.register_forward_hook(keep(name), with_kwargs=True) for name, layer in collector.linears.items()]
-    try:
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(loss(model, batch), [output for _, _, output in calls])
-    finally:
-        for handle in handles:
-            handle.remove()
-    by_layer: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-    for (name, value, _), gradient in zip(calls, gradients, strict=True):
-        values, layer_gradients = by_layer.setdefault(name, ([], []))
-        values.append(value)
-        layer_gradients.append(gradient)
-    for name, (values, layer_gradients) in by_layer.items():
-        collector.add_gradients(name, values, layer_gradients)
+        collector.sum_over_processes()
+        _check_tokens(collector)
+        return collector.finish()
 
 
 def _check_tokens(collector: Collector) -> None:

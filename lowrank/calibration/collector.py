@@ -1,7 +1,7 @@
 """Add up the moments of every layer during a pass, those of an input once for all layers that receive it."""
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from lowrank.calibration.hooks import exact_products, token_rows
 from lowrank.factorization.moments import MOMENTS, SIZES, LayerStatistics
 from lowrank.factorization.running_moments import RunningMoments
 from lowrank.io.distributed import gather, process_count, process_index, sum_in_place
+from lowrank.nn.autograd import version_of
+from lowrank.nn.offloaded import weights_of
 
 Key = tuple[str, str]  # a layer, and what its sums are of: "gram", "input", "output", "gradient" or "pullback"
 
@@ -40,7 +42,8 @@ class Collector:
         self.sums: dict[Key, RunningMoments] = {}
         self.leader: dict[Key, str] = {}  # whose sums a layer shares, decided at its first call
         self.mask: Tensor | None = None
-        self._seen: dict[tuple[int, str], tuple[weakref.ref[Tensor], int, str]] = {}  # inputs that are in memory now
+        self.recomputing = False  # calls that repeat a forward pass do not count
+        self._seen: dict[tuple[int, str], tuple[weakref.ref[Tensor], object, str]] = {}  # inputs that are in memory now
 
     def sums_of(self, name: str, group: str) -> RunningMoments:
         """Return the sums of a layer, zero at first.
@@ -69,6 +72,8 @@ class Collector:
 
         - `ValueError`: a layer shares its input in one call and not in another.
         """
+        if self.recomputing:
+            return
         with exact_products(value.device):
             for group in ("input", "gram"):
                 if group in self.groups[name] and self._leads(name, group, value):
@@ -79,7 +84,7 @@ class Collector:
     def _leads(self, name: str, group: str, value: Tensor) -> bool:
         """Return True if this layer is the one that adds this input."""
         tensor, version, first = self._seen.get((id(value), group), (lambda: None, -1, name))
-        same = tensor() is value and version == value._version
+        same = tensor() is value and version == version_of(value)
         leader = self.leader.setdefault((name, group), first if same else name)
         if leader != name and (not same or first != leader):
             raise ValueError(
@@ -87,7 +92,7 @@ class Collector:
                 "collect the statistics of such layers in separate calls."
             )
         if leader == name and not same:
-            self._seen[id(value), group] = (weakref.ref(value), value._version, name)
+            self._seen[id(value), group] = (weakref.ref(value), version_of(value), name)
         return leader == name
 
     def _outputs(self, name: str, value: Tensor, output: Tensor) -> Tensor:
@@ -96,9 +101,13 @@ class Collector:
         wide = torch.promote_types(output.dtype, self.products)
         if wide != output.dtype:
             rows = token_rows(value, self.mask, name).detach().to(wide)
-            return rows @ layer.weight.detach().to(wide).T
+            with weights_of(layer):
+                return rows @ layer.weight.detach().to(wide).T
         rows = token_rows(output, self.mask, name).detach()
-        return rows if layer.bias is None else rows - layer.bias.detach()
+        if layer.bias is None:
+            return rows
+        with weights_of(layer):
+            return rows - layer.bias.detach()
 
     def add_gradients(self, name: str, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add the inputs and output gradients of all calls of a layer in one pass.
@@ -117,14 +126,12 @@ class Collector:
                     self.sums_of(name, "gradient").add(rows)
                 if "pullback" in groups:
                     wide = torch.promote_types(rows.dtype, self.products)
-                    weight = self.linears[name].weight.detach()
-                    self.sums_of(name, "pullback").add(rows.to(wide) @ weight.to(wide))
+                    with weights_of(self.linears[name]):
+                        weight = self.linears[name].weight.detach().to(wide)
+                    self.sums_of(name, "pullback").add(rows.to(wide) @ weight)
             if any(MOMENTS[field]["over_samples"] for field in groups.get("gradient", ())):
-                x, g = (
-                    torch.cat([part.detach().reshape(len(part), -1, part.shape[-1]) for part in parts], dim=1)
-                    for parts in (values, gradients)
-                )
-                self.sums_of(name, "gradient").add_samples(x, g)
+                for x, g in _join_calls(values, gradients):
+                    self.sums_of(name, "gradient").add_samples(x, g)
 
     def end_batch(self) -> None:
         """Forget the inputs of the batch and check the sums.
@@ -174,6 +181,9 @@ class Collector:
         Two matrices of one layer at most are in memory beside the result.
         """
         tokens = {name: self.tokens(name) for name in self.linears}
+        for name, groups in self.groups.items():  # the sums of gradients that never came are zero
+            for group in groups:
+                self.sums_of(self.leader.get((name, group), name), group)
         finished = {key: self.sums.pop(key).finish() for key in list(self.sums)}
         statistics: dict[str, LayerStatistics] = {}
         for name, groups in self.groups.items():
@@ -194,6 +204,18 @@ def _group(fields: Sequence[str]) -> dict[str, list[str]]:
     for field in fields:
         groups.setdefault("gram" if field == "gram" else MOMENTS[field]["of"], []).append(field)
     return groups
+
+
+def _join_calls(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Join the calls on equal numbers of samples along their tokens: `(samples, tokens, in)` and `(samples, tokens, out)`."""
+    calls = [(torch.atleast_2d(x.detach()), torch.atleast_2d(g)) for x, g in zip(values, gradients, strict=True)]
+    for size in dict.fromkeys(len(x) for x, _ in calls):
+        same = [pair for pair in calls if len(pair[0]) == size]
+        x, g = (
+            torch.cat([part.reshape(size, -1, part.shape[-1]) for part in parts], dim=1)
+            for parts in zip(*same, strict=True)
+        )
+        yield x, g
 
 
 def _sum(sums: RunningMoments) -> None:

@@ -10,11 +10,11 @@ from lowrank.calibration.predictive_loss import is_categorical
 from lowrank.io.distributed import gather
 from lowrank.nn.batches import (
     Batch,
+    batches_on,
     compute_logits,
     device_of,
     drop_padding,
     eval_mode,
-    move_batch,
     run_model,
     select_output,
 )
@@ -85,8 +85,8 @@ def mean_divergence(
     """
     compare, total, count = divergence(teacher), 0.0, 0
     with eval_mode(model), eval_mode(teacher), torch.no_grad():
-        for batch in batches:
-            values = compare(model, move_batch(batch, device_of(model)))
+        for batch in batches_on(batches, device_of(model)):
+            values = compare(model, batch)
             total, count = total + values.cpu().double().sum().item(), count + values.numel()
     total, count = (sum(values) for values in zip(*gather((total, count)), strict=True))
     if count == 0:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowrank.nn.batches import Batch, compute_logits, device_of, eval_mode, get_token_mask, move_batch
+from lowrank.nn.batches import Batch, batches_on, compute_logits, device_of, eval_mode, get_token_mask
 from lowrank.nn.targets import find_linears
 
 
@@ -67,7 +67,11 @@ def watch_calls(linears: Mapping[str, nn.Linear], visit: Callable[[str, Tensor, 
     """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
-        return lambda module, args, kwargs, output: visit(name, args[0] if args else kwargs["input"], output)
+        def call(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+            with torch.inference_mode(False), torch.no_grad():  # a model may set inference mode for itself
+                visit(name, args[0] if args else kwargs["input"], output)
+
+        return call
 
     handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in linears.items()]
     try:
@@ -92,8 +96,7 @@ def visit_inputs(
     linears = find_linears(model, layers)
     mask: Tensor | None = None
     with eval_mode(model), watch_calls(linears, lambda name, value, _: visit(name, token_rows(value, mask, name))):
-        for batch in batches:
-            batch = move_batch(batch, device_of(model))
+        for batch in batches_on(batches, device_of(model)):
             mask = get_token_mask(batch)
             with torch.no_grad():
                 compute_logits(model, batch)

@@ -18,7 +18,7 @@ from lowrank.compression.replace import decompose, replace_layers, spectrum_of
 from lowrank.compression.retarget import retarget_layers
 from lowrank.factorization.factorize import Factors
 from lowrank.factorization.rank_allocation import allocate_ranks
-from lowrank.nn.batches import Batch, as_double, device_of, move_batch
+from lowrank.nn.batches import Batch, as_double, batches_on, device_of
 from lowrank.nn.targets import find_linears
 
 TRUSTED = 2.0  # a divergence too small to be measured must not move ranks by more than this
@@ -167,7 +167,7 @@ class Allocator:
         """
         exact = _has_float64(self.model)
         teacher = copy.deepcopy(self.model).double() if exact else self.model
-        probes = [move_batch(batch, device_of(self.model)) for batch in self.probes]
+        probes = list(batches_on(self.probes, device_of(self.model)))
         probes = [as_double(batch) for batch in probes] if exact else probes
         for smaller in tqdm(models, name, unit="model", leave=False, disable=not self.config.progress):
             yield mean_divergence(smaller.double() if exact else smaller, teacher, probes, self.divergence)

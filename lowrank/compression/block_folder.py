@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lowrank.calibration.on_demand import OnDemand
 from lowrank.calibration.storage import hash_statistics
@@ -21,6 +20,7 @@ from lowrank.io.hashing import hash_model, hash_options, hash_tensors
 from lowrank.io.records import read_record, write_record
 from lowrank.nn.batches import Batch
 from lowrank.nn.low_rank import FACTORED_LAYERS
+from lowrank.nn.nests import list_tensors
 
 FORMAT = "lowrank.blocks/1"
 IDENTITY = "identity.json"
@@ -47,7 +47,7 @@ def identify(
     options = asdict(configuration)
     options["retarget"].pop("folder")
     given = {} if statistics is None or isinstance(statistics, OnDemand) else {n: statistics[n] for n in ranks}
-    tensors = {str(place): leaf for place, leaf in enumerate(tree_leaves(list(batches))) if isinstance(leaf, Tensor)}
+    tensors = {str(place): leaf for place, leaf in enumerate(list_tensors(list(batches)))}
     content = {
         "model": hash_model(model),
         "ranks": hash_options({name: int(rank) for name, rank in ranks.items()}),

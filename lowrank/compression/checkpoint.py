@@ -54,7 +54,8 @@ def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any
 
     **Raises**
 
-    - `ValueError`: a folder with other content; a base that does not fit the model. The folder stays as it was.
+    - `ValueError`: a folder with other content; a base that does not fit the model; weights that are not in memory. The folder
+      stays as it was.
     """
     folder = Path(folder)
     _check_content(folder)
@@ -81,6 +82,7 @@ def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any
     return metadata
 
 
+@torch.inference_mode(False)  # the parameters may be trained
 def load_compressed(
     folder: Path | str, device: torch.device | str = "cpu", architecture: nn.Module | None = None
 ) -> nn.Module:

@@ -13,6 +13,7 @@ from lowrank.factorization.moments import MOMENTS, SIZES, LayerStatistics, all_f
 from lowrank.factorization.sides import check_reads
 from lowrank.factorization.storages import STORAGES
 from lowrank.io.checks import require
+from lowrank.io.hashing import check_in_memory
 from lowrank.nn.targets import find_shared_weights, is_conv1d
 
 Statistics = Mapping[str, LayerStatistics]
@@ -53,9 +54,11 @@ def check_layers(model: nn.Module, layers: Mapping[str, nn.Linear], ranks: Mappi
 
     **Raises**
 
-    - `ValueError`: a rank that is no whole number in [1, min(out, in)]; a weight that another module shares or that is not
-      finite.
+    - `ValueError`: weights that are not in memory; a rank that is no whole number in [1, min(out, in)]; a weight that another
+      module shares or that is not finite.
     """
+    weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}
+    check_in_memory(weights | model.state_dict())
     shared = find_shared_weights(model, layers)
     for name, layer in layers.items():
         shape = tuple(layer.weight.shape)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowrank.factorization.moments import LayerStatistics, all_finite, read_gram
 from lowrank.io.checks import require
+from lowrank.io.hashing import check_in_memory
 from lowrank.nn.targets import BLOCKS, find_linears, find_shared_weights
 
 Ratios = float | int | Mapping[str, float | int]
@@ -214,6 +215,7 @@ def _check_layers(
 ) -> None:
     """Find errors that need no mask."""
     require(method in PRUNING_METHODS, "method", f"be one of {sorted(PRUNING_METHODS)}", method)
+    check_in_memory(model.state_dict())
     for name, aliases in find_shared_weights(model, layers).items():
         raise ValueError(
             f"`ratios` must leave out layer {name!r}: its weight is shared ({', '.join(aliases)}), so zeros in one layer would "

@@ -28,6 +28,7 @@ from lowrank.factorization.storages import STORAGES
 from lowrank.io.checks import require
 from lowrank.io.hashing import hash_model
 from lowrank.nn.low_rank import FACTORED_LAYERS
+from lowrank.nn.offloaded import check_not_offloaded
 from lowrank.nn.surgery import PackedLinear, as_linear, replace_module
 from lowrank.nn.targets import BLOCKS, find_linears
 
@@ -88,6 +89,7 @@ def spectrum_of(layer: nn.Linear, name: str, method: str, statistics: Statistics
     return weighted_spectrum(layer.weight, weighting).cpu()
 
 
+@torch.inference_mode(False)  # the new parameters may be trained
 def replace_layers(
     model: nn.Module,
     ranks: Mapping[str, int],
@@ -251,6 +253,7 @@ def _weigh(layer: nn.Linear, name: str, method: str, moments: LayerStatistics | 
         raise ValueError(f"{error} (method {method!r}, layer {name!r})") from error
 
 
+@torch.inference_mode(False)
 def fold(model: nn.Module) -> nn.Module:
     """Multiply every factored layer out to an `nn.Linear` and join the parts of packed ones, in place.
 
@@ -259,7 +262,12 @@ def fold(model: nn.Module) -> nn.Module:
     - `model`: a compressed model.
 
     **Returns** the model, with the layout of the dense one and weights of low rank.
+
+    **Raises**
+
+    - `ValueError`, before anything is changed: offloaded weights.
     """
+    check_not_offloaded(model)
     kinds = (*LAYER_KINDS.values(), PackedLinear)
     factored: list[tuple[str, Any]] = [(name, part) for name, part in model.named_modules() if isinstance(part, kinds)]
     for name, module in reversed(factored):  # parts before the module that joins them

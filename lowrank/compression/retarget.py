@@ -35,13 +35,14 @@ from lowrank.factorization.transfer import (
 from lowrank.io.checks import require
 from lowrank.io.distributed import process_count
 from lowrank.io.hashing import hash_model
-from lowrank.nn.batches import Batch, device_of, eval_mode, move_batch
+from lowrank.nn.batches import Batch, batches_on, device_of, eval_mode, is_empty
 from lowrank.nn.block_calls import trace_blocks, without_cache
 from lowrank.nn.surgery import replace_module
 
 Parts = tuple[PairedMoments, PairedMoments]  # of the tokens to fit, and of those held out
 
 
+@torch.inference_mode(False)  # the new parameters may be trained
 def retarget_layers(
     model: nn.Module,
     ranks: Mapping[str, int],
@@ -98,7 +99,7 @@ def retarget_layers(
 
 
 def read_batches(batches: Iterable[Batch] | None) -> list[Batch]:
-    """Return all batches in a list: both models must see the same data in the same order.
+    """Return all batches that are not empty, in a list: both models must see the same data in the same order.
 
     **Raises**
 
@@ -107,7 +108,7 @@ def read_batches(batches: Iterable[Batch] | None) -> list[Batch]:
     rule = "be a list or a loader to retarget layers, which reads them more than once"
     require(batches is not None and not isinstance(batches, Iterator), "batches", rule, batches)
     require(process_count() == 1, "retarget", "be asked for in a single process", process_count())
-    return list(batches or ())
+    return [batch for batch in batches or () if not is_empty(batch)]
 
 
 class _Retargeter:
@@ -135,7 +136,7 @@ class _Retargeter:
             identity = identify(self.model, self.ranks, self.batches, self.configuration, self.statistics)
             folder = BlockFolder(self.options.folder, identity)
         batches = tqdm(self.batches, "order of layers", unit="batch", leave=False, disable=not progress)
-        blocks = trace_blocks(self.model, (move_batch(batch, self.device) for batch in batches), layers)
+        blocks = trace_blocks(self.model, batches_on(batches, self.device), layers)
         for block in tqdm(blocks, "retarget", unit="block", leave=False, disable=not progress):
             names = [name for stage in block.stages for name in stage]
             done = folder.read(block.name, self.model) if folder else None

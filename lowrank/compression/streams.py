@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowrank.calibration.hooks import token_rows
-from lowrank.nn.batches import Batch, device_of, get_token_mask, move_batch, run_model
+from lowrank.nn.batches import Batch, batches_on, device_of, get_token_mask, move_batch, run_model
 from lowrank.nn.block_calls import Call, TracedBlock, capture_calls, first_tensor, run_block
 from lowrank.nn.residuals import find_residuals
 from lowrank.nn.surgery import replace_module
@@ -128,7 +128,7 @@ class Streams:
         """Return what a block is called with, by running the model up to it."""
         target = self.model.get_submodule(block.name)
         with replaced(self.model, modules):
-            batches = (move_batch(batch, self.device) for batch in self.batches)
+            batches = batches_on(self.batches, self.device)
             return [capture_calls([target], lambda b=batch: run_model(self.model, b))[0].to(CPU) for batch in batches]
 
     def _pass(self, calls: list[Call], block: TracedBlock, modules: Mapping[str, nn.Module]) -> None:

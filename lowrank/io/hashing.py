@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.io.checks import require
+
 
 def hash_options(options: Any) -> str:
     """Hash a JSON value; the order of keys does not matter.
@@ -42,5 +44,29 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def hash_model(model: nn.Module) -> str:
-    """Hash the parameters and buffers of a model: equal weights give equal hashes."""
-    return hash_tensors(model.state_dict())
+    """Hash the parameters and buffers of a model: equal weights give equal hashes.
+
+    **Raises**
+
+    - `ValueError`: weights that are not in memory.
+    """
+    state = model.state_dict()
+    check_in_memory(state)
+    return hash_tensors(state)
+
+
+def check_in_memory(tensors: Mapping[str, Any]) -> None:
+    """Check that no tensor is on the meta device, where it has a shape and no values.
+
+    **Arguments**
+
+    - `tensors`: name in the model -> tensor, or another value.
+
+    **Raises**
+
+    - `ValueError`: a tensor on the meta device, by its name.
+    """
+    for name, tensor in tensors.items():
+        meta = isinstance(tensor, Tensor) and tensor.is_meta  # a state may hold other values too
+        rule = f"have all weights in memory: load {name!r}, which is offloaded or was never loaded"
+        require(not meta, "model", rule, "the meta device")

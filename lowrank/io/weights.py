@@ -16,7 +16,7 @@ from torch import Size, Tensor, nn
 
 from lowrank.io.checks import require
 from lowrank.io.files import open_safetensors
-from lowrank.io.hashing import hash_model, hash_options
+from lowrank.io.hashing import check_in_memory, hash_model, hash_options
 from lowrank.io.hub import load_or_explain
 
 Source = Path | str | nn.Module
@@ -53,12 +53,17 @@ def open_weights(source: Source, name: str) -> Iterator[OpenWeights]:
     **Raises**
 
     - `FileNotFoundError`: no such checkpoint, or a shard of its index is missing.
-    - `ValueError`: a file is damaged.
+    - `ValueError`: a file is damaged, or a tensor that is read is on the meta device.
     """
     if isinstance(source, nn.Module):
         state = source.state_dict()
         shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-        yield OpenWeights(shapes, state.__getitem__, _architecture(getattr(source, "config", None)), [])
+
+        def read_state(key: str) -> Tensor:
+            check_in_memory({key: state[key]})
+            return state[key]
+
+        yield OpenWeights(shapes, read_state, _architecture(getattr(source, "config", None)), [])
         return
     file_of: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -164,9 +169,14 @@ def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
 
     **Returns** name -> tensor, contiguous on the CPU, each tensor once; and name -> the name that its tensor is stored
     under, for every further name of the same tensor.
+
+    **Raises**
+
+    - `ValueError`: a tensor on the meta device.
     """
     distinct: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
+    check_in_memory(model.state_dict())
     first: dict[tuple[int, Size], str] = {}
     for name, tensor in model.state_dict().items():
         stored = first.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name

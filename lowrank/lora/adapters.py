@@ -15,7 +15,7 @@ from lowrank.io.hub import load_pretrained
 from lowrank.io.weights import Source, read_tensors
 from lowrank.lora.deltas import delta_factors
 from lowrank.lora.rank_config import RankConfig
-from lowrank.nn.batches import Batch, compute_logits, get_token_mask
+from lowrank.nn.batches import Batch, batches_on, compute_logits, device_of, get_token_mask
 from lowrank.training.loop import seed_everything
 
 QUANTISATIONS: dict[str, dict[str, Any]] = {  # -> options of transformers.BitsAndBytesConfig
@@ -70,6 +70,7 @@ def load_model(
     return model.to(PartialState().device).eval()
 
 
+@torch.inference_mode(False)  # the factors are trained
 def add_adapter(
     model: nn.Module,
     config: RankConfig,
@@ -175,7 +176,7 @@ def _start_from_inputs(adapted: Any, batches: list[Batch]) -> None:
 
     initialize_lora_eva_weights(
         adapted,
-        batches,
+        list(batches_on(batches, device_of(adapted))),
         forward_fn=compute_logits,
         prepare_model_inputs_fn=lambda batch, config: get_token_mask(batch),
         prepare_layer_inputs_fn=_select_rows,

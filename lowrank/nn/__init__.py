@@ -1,9 +1,12 @@
 """Work with any PyTorch model: find its layers, feed it a batch, replace layers, measure what it costs to run.
 
 - `batches`: run a model on a batch of any form: a mapping, a pair (inputs, labels), a bare tensor.
+- `autograd`: run and differentiate a model whatever mode of autograd the caller is in.
 - `block_calls`: find the blocks that a model calls, in what order it calls layers, and run one block alone.
 - `convertible`: find the layers that `usv` can replace.
 - `low_rank`: linear layers stored as two factors, or as pivot rows and coefficients (PIFA).
+- `nests`: reach the tensors in a nest of mappings, sequences and dataclasses.
+- `offloaded`: models whose weights accelerate keeps on the CPU or on disk until a layer is called.
 - `pivots`: choose the pivot rows of a low-rank matrix.
 - `profiling`: measure time, memory and floating-point operations.
 - `residuals`: find the layers of a block whose output is added to hidden states.

@@ -1,48 +1,80 @@
 """Run any model on any batch.
 
-A batch is a mapping with the keyword arguments of a transformers model, or (inputs, labels) as timm models and torch loaders
-use it, or a bare tensor: inputs without labels. Everything in the library that runs a model on data goes through this file,
-so no other file asks for the form of a batch.
+A batch is a mapping with the keyword arguments of a transformers model, or a dataclass of them, or (inputs, labels) as timm
+models and torch loaders use it, or a bare tensor: inputs without labels. Beside tensors it may hold anything, such as None,
+flags, strings, arrays, and lists of tensors; only tensors are moved. Everything in the library that runs a model on data goes
+through this file, so no other file asks for the form of a batch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-Batch = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
+from lowrank.nn.nests import Fields, change_tensors, fields_of, list_tensors
+from lowrank.nn.offloaded import execution_device
+
+Batch = Tensor | Mapping[str, Any] | Sequence[Any] | Fields
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the model's first parameter, or the CPU if the model has no parameters."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    """Return the device that a model computes on: that of its first parameter, or the CPU if it has no parameters.
+
+    Weights that accelerate offloads are on the device where their layers run.
+    """
+    first = next(model.parameters(), None)
+    if first is None:
+        return torch.device("cpu")
+    return execution_device(model) if first.is_meta else first.device
 
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with every tensor on a device.
+    """Return the batch with every tensor on a device, and all else as it is.
+
+    Tensors that were made in inference mode are copied, so that they may be used outside it.
 
     **Arguments**
 
     - `batch`: any batch; it is not changed.
     - `device`: where the tensors go.
     """
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-    return tuple(value.to(device, non_blocking=True) for value in batch)
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = tensor.to(device, non_blocking=True)
+        return moved.clone() if moved.is_inference() and not torch.is_inference_mode_enabled() else moved
+
+    return change_tensors(batch, move)
+
+
+def batches_on(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield the batches one after the other, moved to a device, without empty ones: a sampler may end with one.
+
+    **Arguments**
+
+    - `batches`: batches of any form.
+    - `device`: where the tensors go.
+    """
+    return (move_batch(batch, device) for batch in batches if not is_empty(batch))
+
+
+def is_empty(batch: Batch) -> bool:
+    """Return True if the first tensor of the batch has no element."""
+    first = next(iter(list_tensors(batch)), None)
+    return first is not None and first.numel() == 0
 
 
 def as_double(batch: Batch) -> Batch:
     """Return the batch with floating-point tensors in float64, for a model in float64; integers stay integers."""
-    convert = lambda value: value.double() if value.is_floating_point() else value  # noqa: E731
-    if isinstance(batch, Tensor):
-        return convert(batch)
+    return change_tensors(batch, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+
+def _keywords(batch: Batch) -> Mapping[str, Any] | None:
+    """Return the keyword arguments that the batch holds, None if it holds none."""
     if isinstance(batch, Mapping):
-        return {key: convert(value) for key, value in batch.items()}
-    return tuple(convert(value) for value in batch)
+        return batch
+    return fields_of(batch) if isinstance(batch, Fields) else None
 
 
 def run_model(model: nn.Module, batch: Batch) -> Any:
@@ -55,9 +87,9 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
     """
     if isinstance(batch, Tensor):
         return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**{key: value for key, value in batch.items() if key != "labels"})
-    return model(batch[0])
+    if (keywords := _keywords(batch)) is not None:
+        return model(**{key: value for key, value in keywords.items() if key != "labels"})
+    return model(cast(Any, batch)[0])
 
 
 def select_output(output: Any) -> Tensor:
@@ -88,7 +120,9 @@ def compute_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 def has_labels(batch: Batch) -> bool:
     """Return True if the batch contains labels."""
-    return "labels" in batch if isinstance(batch, Mapping) else isinstance(batch, Sequence) and len(batch) > 1
+    if (keywords := _keywords(batch)) is not None:
+        return keywords.get("labels") is not None
+    return isinstance(batch, Sequence) and len(batch) > 1
 
 
 def get_labels(batch: Batch) -> Tensor:
@@ -100,12 +134,20 @@ def get_labels(batch: Batch) -> Tensor:
     """
     if not has_labels(batch):
         raise ValueError("`batch` must have labels: a mapping with the key 'labels', or (inputs, labels).")
-    return batch["labels"] if isinstance(batch, Mapping) else batch[1]
+    keywords = _keywords(batch)
+    return cast(Any, batch)[1] if keywords is None else keywords["labels"]
 
 
 def count_samples(batch: Batch) -> int:
-    """Return the number of samples in a batch: the length of its first tensor."""
-    first = batch if isinstance(batch, Tensor) else next(iter(batch.values() if isinstance(batch, Mapping) else batch))
+    """Return the number of samples in a batch: the length of its first tensor that is no scalar.
+
+    **Raises**
+
+    - `ValueError`: a batch without such a tensor.
+    """
+    first = next((tensor for tensor in list_tensors(batch) if tensor.dim()), None)
+    if first is None:
+        raise ValueError(f"`batch` must hold a tensor with samples in its first dimension, got {type(batch).__name__}.")
     return len(first)
 
 
@@ -116,7 +158,8 @@ def get_token_mask(batch: Batch) -> Tensor | None:
 
     - `ValueError`: a mask of another shape.
     """
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    keywords = _keywords(batch)
+    mask = None if keywords is None else keywords.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         raise ValueError(f"`attention_mask` must have shape (batch, tokens), got {tuple(mask.shape)}.")
     return None if mask is None else mask.bool()

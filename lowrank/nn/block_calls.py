@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from lowrank.nn.autograd import version_of
 from lowrank.nn.batches import Batch, run_model
 from lowrank.nn.targets import split_block
 
@@ -187,7 +188,7 @@ class _Calls:
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
-        self.stages: dict[str, list[tuple[weakref.ref[Tensor], int, list[str]]]] = {}
+        self.stages: dict[str, list[tuple[weakref.ref[Tensor], object, list[str]]]] = {}
         self.front: dict[str, str | None] = {}  # block -> the block whose output it continues
         self.current: dict[str, Call] = {}  # blocks that run now
         self.last: tuple[str, Call, Any] | None = None  # the block that ended last, its arguments and what it returned
@@ -197,11 +198,11 @@ class _Calls:
             self.counts[name] = self.counts.get(name, 0) + 1
             value = first_tensor((args, kwargs))
             stages = self.stages.setdefault(split_block(name)[0], [])
-            same = (names for tensor, version, names in stages if tensor() is value and version == value._version)
+            same = (names for tensor, version, names in stages if tensor() is value and version == version_of(value))
             if (names := next(same, None)) is not None:
                 names.append(name)
             else:
-                stages.append((weakref.ref(value), value._version, [name]))
+                stages.append((weakref.ref(value), version_of(value), [name]))
 
         return hook
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lowrank.nn.offloaded import check_not_offloaded
 from lowrank.nn.targets import find_linears, is_conv1d
 
 
@@ -40,6 +41,7 @@ class PackedLinear(nn.Module):
         return None if parts[0].bias is None else torch.cat([part.bias for part in parts])
 
 
+@torch.inference_mode(False)  # the new parameters may be trained
 def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] = ("q", "k", "v")) -> list[str]:
     """Replace packed projections by their parts, in place; the outputs of the model stay the same.
 
@@ -55,9 +57,10 @@ def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] =
 
     **Raises**
 
-    - `ValueError`: a layer whose outputs do not divide evenly; nothing is changed then.
+    - `ValueError`: a layer whose outputs do not divide evenly; offloaded weights; nothing is changed then.
     """
     packed = find_linears(model, layers)
+    check_not_offloaded(model)
     for name, layer in packed.items():
         if layer.out_features % len(parts):
             raise ValueError(
@@ -71,13 +74,19 @@ def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] =
     return [f"{name}.{part}" for name in packed for part in parts]
 
 
+@torch.inference_mode(False)
 def unify_linears(model: nn.Module) -> list[str]:
     """Replace every `Conv1D` of transformers (GPT-2) by an `nn.Linear`, in place; the outputs of the model stay the same.
 
     A `Conv1D` stores its weight transposed, `(in, out)`. The methods of this library expect `(out, in)`.
 
     **Returns** the names of the replaced layers.
+
+    **Raises**
+
+    - `ValueError`: offloaded weights; nothing is changed then.
     """
+    check_not_offloaded(model)
     names = [name for name, module in model.named_modules() if is_conv1d(module)]
     for name in names:
         layer: Any = model.get_submodule(name)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lowrank.calibration.divergence import at_least_float32, class_divergence
 from lowrank.io.checks import require
-from lowrank.nn.batches import Batch, compute_logits, device_of, eval_mode, get_labels, move_batch
+from lowrank.nn.batches import Batch, batches_on, compute_logits, device_of, eval_mode, get_labels
 from lowrank.tasks.metrics import METRICS, Metric
 
 IGNORED = -100  # the label of a position without a target, as in transformers
@@ -133,8 +133,7 @@ def _run(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> tu
     """Return the mean loss, the predictions and the labels; both are empty if the objective predicts nothing."""
     predict, total, count, predicted, true = objective.predict, 0.0, 0, [], []
     with eval_mode(model), torch.no_grad():
-        for batch in batches:
-            batch = move_batch(batch, device_of(model))
+        for batch in batches_on(batches, device_of(model)):
             outputs, targets = compute_logits(model, batch), get_labels(batch)
             outputs = outputs if outputs.device.type == "mps" else outputs.double()
             losses = objective.losses(outputs, targets)

@@ -15,7 +15,7 @@ from lowrank.compression.checks import Statistics
 from lowrank.compression.configuration import Configuration
 from lowrank.compression.result import parameter_counts
 from lowrank.factorization.factorize import Factors
-from lowrank.nn.batches import compute_logits, count_samples, device_of, get_labels, move_batch
+from lowrank.nn.batches import batches_on, compute_logits, count_samples, device_of, get_labels
 from lowrank.tasks.evaluation import OBJECTIVES
 from lowrank.tasks.task import Task
 
@@ -126,8 +126,7 @@ class Sweep:
         """
         losses, targets, probes = OBJECTIVES[self.task.objective].losses, 0, self.allocator.probes
         with torch.no_grad():
-            for batch in probes:
-                batch = move_batch(batch, device_of(self.model))
+            for batch in batches_on(probes, device_of(self.model)):
                 targets += len(losses(compute_logits(self.model, batch), get_labels(batch)))
         calibrated = self.config.calibration_samples * targets / sum(map(count_samples, probes))
         return [row | {"predicted": row["predicted"] / calibrated} for row in self.allocator.alone]

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.io.checks import require
-from lowrank.nn.batches import Batch, move_batch
+from lowrank.io.hashing import check_in_memory
+from lowrank.nn.autograd import check_differentiable
+from lowrank.nn.batches import Batch, is_empty, move_batch
 from lowrank.training.saved_states import Stateful, find_state, load_objects, load_training, save_training
 
 
@@ -127,6 +129,7 @@ def seed_everything(seed: int) -> None:
     set_seed(seed)
 
 
+@torch.inference_mode(False)
 def fit(
     model: nn.Module,
     batches: Callable[[int], Iterable[Batch]],
@@ -157,8 +160,11 @@ def fit(
     **Raises**
 
     - `FloatingPointError`: the loss is not finite, at the step where it happens.
-    - `ValueError`: the batches end before the steps do; the checkpoint has more steps than the recipe.
+    - `ValueError`: the batches end before the steps do, or one is empty; the checkpoint has more steps than the recipe; a model
+      that was built in inference mode, or whose weights are not in memory.
     """
+    check_in_memory(model.state_dict())
+    check_differentiable(model)
     training = _Training(model, recipe, loss, hooks, checkpoint)
     history = training.history
     if len(history) > recipe.steps:
@@ -231,6 +237,7 @@ class _Training:
         """Add up the gradients of the batches of one step, and return their mean loss."""
         accelerator, recipe, mean = self.accelerator, self.recipe, 0.0
         for part, batch in enumerate(batches, start=1):
+            require(not is_empty(batch), "batches", f"hold samples, at step {len(self.history)}", "an empty batch")
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 value = self.loss(self.wrapped, move_batch(batch, accelerator.device)) / recipe.accumulation
             mean += value.item()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowrank.factorization.moments import all_finite
 from lowrank.io.checks import require
 from lowrank.io.distributed import broadcast, process_count, process_index
+from lowrank.io.hashing import check_in_memory
 from lowrank.nn.convertible import find_convertible
 from lowrank.nn.surgery import replace_module
 from lowrank.nn.targets import HEADS_AND_EMBEDDINGS
@@ -108,11 +109,12 @@ class OIALR:
 
         **Raises**
 
-        - `ValueError`: weights that are not finite, by name; an optimiser that does not have them.
+        - `ValueError`: weights that are not finite or not in memory, by name; an optimiser that does not have them.
         """
         self.steps += 1
         if self.steps < self.config.delay or (self.steps - self.config.delay) % self.config.frequency:
             return False
+        check_in_memory(self.model.state_dict())
         for name in self.layers:
             module = self._layer(name)
             if not all_finite(module.s.detach() if name in self.ranks else module.weight.detach()):
@@ -126,6 +128,7 @@ class OIALR:
         self._hide_from_ddp()
         return changed
 
+    @torch.inference_mode(False)  # the parameters may be trained
     def merge(self) -> nn.Module:
         """End the training: replace all converted layers by plain ones, in place, and return the model."""
         for name in self.ranks:

@@ -12,11 +12,13 @@ from math import cos, isfinite, pi
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lowrank.factorization.moments import LayerStatistics, all_finite, read_moment
 from lowrank.factorization.rank_allocation import allocate_ranks
 from lowrank.io.checks import require
+from lowrank.io.hashing import check_in_memory
 from lowrank.nn.batches import Batch
 from lowrank.nn.targets import find_linears, find_shared_weights
 from lowrank.training.loop import Hooks, Recipe, fit
@@ -99,6 +101,7 @@ class PrehabResult(NamedTuple):
     history: list[dict[str, Any]]
 
 
+@torch.inference_mode(False)  # the whitened weights are trained
 def prehab(
     model: nn.Module,
     statistics: Mapping[str, LayerStatistics],
@@ -129,8 +132,8 @@ def prehab(
 
     **Raises**
 
-    - `ValueError`: before anything is changed: statistics of other layers or shapes; shared weights; no layer to train. At
-      the first step: no batches.
+    - `ValueError`: before anything is changed: statistics of other layers or shapes; shared weights; weights that are not in
+      memory; no layer to train. At the first step: no batches.
     - `FloatingPointError`: a loss that is not finite. The message names step and layer. The model has the last weights that
       were finite, as plain weights.
 
@@ -139,6 +142,7 @@ def prehab(
     recipe = recipe or Recipe(config.steps, learning_rate=1e-4, weight_decay=0.0)
     rule = f"have a `checkpoint_every` that is a multiple of `refresh`, {config.refresh}"
     require(recipe.checkpoint_every % config.refresh == 0, "recipe", rule, recipe.checkpoint_every)
+    check_in_memory(model.state_dict())
     layers = _select_layers(model, statistics)
     ranks = allocate_ranks({name: tuple(layer.weight.shape) for name, layer in layers.items()}, config.target_keep)
     following = repeat_batches(batches)

@@ -5,7 +5,7 @@ Rank and number of parameters stay exactly the same: the LoRA update of a factor
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.io.checks import require
-from lowrank.nn.batches import Batch, compute_logits, get_labels
+from lowrank.nn.batches import Batch, compute_logits, get_labels, has_labels, is_empty
 from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.training.loop import Recipe, fit
 
@@ -61,7 +61,7 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
 
     **Returns** a scalar.
     """
-    if isinstance(batch, dict) and "labels" in batch:
+    if isinstance(batch, Mapping) and has_labels(batch):
         outputs: Any = model(**batch)
         if getattr(outputs, "loss", None) is not None:
             return outputs.loss
@@ -91,6 +91,7 @@ def factor_names(model: nn.Module, factor: str) -> list[str]:
     return names
 
 
+@torch.inference_mode(False)  # the updates are trained
 def refine_factors(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -211,7 +212,7 @@ def restore_flags(model: nn.Module) -> Iterator[None]:
 
 
 def repeat_batches(batches: Iterable[Batch]) -> Callable[[int], Iterator[Batch]]:
-    """Repeat batches without end, for `fit`.
+    """Repeat batches without end, for `fit`, and leave empty ones out.
 
     **Arguments**
 
@@ -228,11 +229,12 @@ def repeat_batches(batches: Iterable[Batch]) -> Callable[[int], Iterator[Batch]]
 
     def repeat() -> Iterator[Batch]:
         while True:
-            empty = True
+            none = True
             for batch in batches:
-                empty = False
-                yield batch
-            if empty:
+                if not is_empty(batch):
+                    none = False
+                    yield batch
+            if none:
                 raise ValueError("`batches` must hold at least one batch, got none.")
 
     return lambda done: itertools.islice(repeat(), done, None)

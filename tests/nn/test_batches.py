@@ -1,5 +1,6 @@
 """Batches of every form: models run on them, they move and convert as wholes, and labels stay out of the model."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,12 +10,15 @@ from torch import Tensor, nn
 
 from lowrank.nn.batches import (
     as_double,
+    batches_on,
     compute_logits,
+    count_samples,
     device_of,
     eval_mode,
     get_labels,
     get_token_mask,
     has_labels,
+    is_empty,
     move_batch,
 )
 
@@ -64,6 +68,50 @@ def test_labels_are_returned_or_asked_for() -> None:
         assert not has_labels(batch)
         with pytest.raises(ValueError, match="`batch` must have labels: a mapping with the key 'labels', or"):
             get_labels(batch)
+
+
+@dataclass
+class Fielded:
+    x: Tensor
+    labels: Tensor | None = None
+    attention_mask: Tensor | None = None
+
+
+def test_a_dataclass_is_read_as_keyword_arguments() -> None:
+    class Masked(Model):
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Any:
+            return super().forward(x)
+
+    batch = move_batch(Fielded(X, Y, torch.ones(2, 3)), torch.device("cpu"))
+    assert isinstance(batch, Fielded)
+    assert torch.equal(compute_logits(Masked(OUTPUTS["tensor"]), batch), 2 * X)
+    assert get_labels(batch) is Y
+    assert not has_labels(Fielded(X))
+    assert not has_labels({"x": X, "labels": None})
+    mask = get_token_mask(batch)
+    assert mask is not None
+    assert mask.all()
+    assert as_double(batch).x.dtype == torch.float64
+
+
+def test_samples_are_counted_in_the_first_tensor() -> None:
+    for batch in (X, {"flag": True, "scale": torch.tensor(2.0), "x": X}, ([X, X], Y), Fielded(X), ("a.png", X)):
+        assert count_samples(batch) == 2
+        assert not is_empty(batch)
+    with pytest.raises(ValueError, match="`batch` must hold a tensor with samples in its first dimension, got list"):
+        count_samples(["a.png"])
+    assert is_empty({"mask": None, "x": X[:0]})
+    assert not is_empty(["a.png"])
+    assert [len(batch) for batch in batches_on([X, X[:0], X[:1]], torch.device("cpu"))] == [2, 1]
+
+
+def test_tensors_of_inference_mode_are_copied_to_be_used_outside() -> None:
+    with torch.inference_mode():
+        made = torch.ones(2, 3)
+        assert move_batch(made, torch.device("cpu")) is made
+    moved = move_batch({"x": made, "y": X}, torch.device("cpu"))
+    assert not moved["x"].is_inference()
+    assert moved["y"] is X
 
 
 def test_a_mask_is_boolean_and_of_two_dimensions() -> None:
