@@ -3,6 +3,7 @@
 - `batches`: run a model on a batch of any form: a mapping, a pair (inputs, labels), a bare tensor.
 - `block_calls`: find the blocks that a model calls, in what order it calls layers, and run one block alone.
 - `convertible`: find the layers that `usv` can replace.
+- `dry_run`: try out replacing layers, before anything is replaced.
 - `lazy_weight`: weights that are multiplied out only if somebody computes with them.
 - `low_rank`: linear layers stored as two factors, or as pivot rows and coefficients (PIFA).
 - `pivots`: choose the pivot rows of a low-rank matrix.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 _FACTS: set[Any] = {  # what is known without the values
     Tensor.dtype.__get__,  # pyright: ignore[reportAttributeAccessIssue] (getters of C)
@@ -48,13 +49,13 @@ class LazyWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _FACTS:
                 return func(*args, **(kwargs or {}))
-            args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda lazy: lazy.compute(), (args, kwargs or {}))
+            args, kwargs = tree_map_only(cls, lambda lazy: lazy.compute(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute the tensor for code that is below `__torch_function__`."""
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda lazy: lazy.compute(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, lambda lazy: lazy.compute(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
