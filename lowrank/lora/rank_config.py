@@ -8,7 +8,7 @@ parameters of the weights; `analysis_metadata`, the rule and its numbers; `hashe
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -206,7 +206,8 @@ class RankConfig:
         **Raises**
 
         - `ValueError`: a module that the model does not have or has in another shape; an option that this method sets; both
-          `scaling` and `lora_alpha`, or one that is 0, infinite or NaN.
+          `scaling` and `lora_alpha`, or one that is 0, infinite or NaN; the output projection of an
+          `nn.MultiheadAttention`, which an adapter would not change.
         """
         import peft  # noqa: PLC0415
 
@@ -218,10 +219,10 @@ class RankConfig:
             rule = "be finite and not 0, which would switch the adapter off"
             require(value is None or (math.isfinite(value) and value != 0), name, rule, value)
         power = 0.5 if peft_options.get("use_rslora") else 1.0
-        alpha = lambda rank: (
-            lora_alpha if lora_alpha is not None else (1.0 if scaling is None else scaling) * rank**power
-        )  # noqa: E731
+        scale = 1.0 if scaling is None else scaling
+        alpha = lambda rank: lora_alpha if lora_alpha is not None else scale * rank**power  # noqa: E731
         names = self.find_modules(model)
+        _refuse_read(model, names.values())
         if all(is_conv1d(model.get_submodule(name)) for name in names.values()):
             peft_options.setdefault("fan_in_fan_out", True)  # peft finds out itself, but warns
         patterns = {f"^{re.escape(names[name])}": rank for name, rank in self.module_ranks.items()}
@@ -234,6 +235,16 @@ class RankConfig:
             alpha_pattern={pattern: alpha(rank) for pattern, rank in patterns.items()},
             **peft_options,
         )
+
+
+def _refuse_read(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse modules whose weight the parent reads: an adapter beside it would never be called."""
+    for name in names:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"`model` must call the modules of this file, got {name!r}, whose weight {type(parent).__name__} reads itself."
+            )
 
 
 def _describe(spectrum: DeltaSpectrum, rank: int, threshold: float | int) -> dict[str, Any]:

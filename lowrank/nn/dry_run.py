@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.nn.batches import Batch, compute_logits, device_of, eval_mode, move_batch
+from lowrank.nn.lazy_weight import LazyWeight
 from lowrank.nn.surgery import replace_module
 
 SAMPLED = 4096  # values of an output that are compared
@@ -19,16 +20,19 @@ TOLERANCE = 1e-3  # relative to the largest: two equal passes may round unlike o
 
 
 class _StandIn(nn.Module):
-    """Call a layer from its place, and count calls and reads of its weight."""
+    """Call a layer from its place, and count calls and uses of its weight, which is lazy as that of a factored layer."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.layer, self.in_features, self.out_features = layer, layer.in_features, layer.out_features
-        self.calls = self.reads = 0
+        self.calls = self.uses = 0
 
     @property
     def weight(self) -> Tensor:
-        self.reads += 1
+        return LazyWeight(self.layer.weight, tuple(self.layer.weight.shape), self._use_weight)
+
+    def _use_weight(self) -> Tensor:
+        self.uses += 1
         return self.layer.weight
 
     @property
@@ -91,7 +95,8 @@ class _Trial:
                 replace_module(self.model, name, stand_in)
             output = _sample_output(self.model, self.batch)
         except Exception as error:
-            return f"the model fails without it as an nn.Linear ({type(error).__name__}: {error})"
+            text = next(iter(str(error).splitlines()), "")
+            return f"the model fails without it as an nn.Linear ({type(error).__name__}: {text})"
         finally:
             for name, layer in dense.items():
                 replace_module(self.model, name, layer)
@@ -106,7 +111,7 @@ class _Trial:
         stand_in = self.stand_ins[name]
         if stand_in.calls:
             return None
-        if stand_in.reads:
+        if stand_in.uses:
             return "the model reads its weight instead of calling it"
         return "the model calls it from another place than its name" if was_called else None
 
