@@ -25,7 +25,7 @@ def find_obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | N
     """
     name = type(module).__name__
     obstacles = {
-        f"{type(parent).__name__} reads its weight itself": isinstance(parent, nn.MultiheadAttention),
+        "nn.MultiheadAttention reads its weight itself": isinstance(parent, nn.MultiheadAttention),
         "its weight or bias is not a parameter of its own, but computed (by a parametrisation, a norm or a mask)": not (
             has_own_weight(module)
         ),

@@ -227,7 +227,7 @@ LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator], B
     "llama4": (llama4, texts, {"model.layers.0.feed_forward.router": OWN_FORWARD}),
     "beit": (beit, images, {"blocks.0.attn.qkv": READ}),
     "swinv2": (swinv2, images, {"layers.0.blocks.0.attn.qkv": READ}),
-    "encoder": (encoder, sequences, {"0.layers.0.self_attn.out_proj": "MultiheadAttention reads its weight itself"}),
+    "encoder": (encoder, sequences, {"0.layers.0.self_attn.out_proj": "nn.MultiheadAttention reads its weight itself"}),
 }
 
 
