@@ -75,18 +75,14 @@ def compress(
       unknown choice; a budget too small; a layer that cannot be replaced, by its name; and as for `replace_layers`.
     """
     require((keep is None) != (ranks is None), "keep", "be given, or `ranks`, and not both", keep)
-    names = layers if isinstance(layers, str) else list(layers)
-    names = names if ranks is None else list(ranks)
+    names = list(ranks) if ranks is not None else layers if isinstance(layers, str) else list(layers)
     targeted, left_out = find_linears(model, names), find_left_out(model, names)
     configuration = _choose(targeted, choices, batches, statistics)
     check_layers(model, targeted, dict.fromkeys(targeted, 1) if ranks is None else ranks)
     batches = batches if configuration.retarget is None else read_batches(batches)
     rule, probes, trials = RULES[configuration.allocation], [], []
     if ranks is None and rule.measures:
-        text = f"be given for allocation {configuration.allocation!r}, which measures on samples held out"
-        require(batches is not None, "batches", text, batches)
-        probes, rest = hold_out(batches or ())
-        batches = rest if configuration.retarget is None else list(rest)
+        probes, batches = _hold_out(batches, configuration)
     first, batches = _peek(batches, probes)
     left_out |= _leave_out(model, targeted, first, names, ranks is not None)
     if statistics is None and batches is not None:
@@ -106,6 +102,14 @@ def compress(
         rows = retarget_layers(model, ranks, configuration, statistics, batches or (), progress=progress)
     after = measure_model(model, sum(row["parameters"] for row in rows))
     return CompressionResult(rows, configuration, before, after, trials, left_out)
+
+
+def _hold_out(batches: Iterable[Batch] | None, configuration: Configuration) -> tuple[list[Batch], Iterable[Batch]]:
+    """Return the batches that a rule for ranks measures on, and the rest."""
+    text = f"be given for allocation {configuration.allocation!r}, which measures on samples held out"
+    require(batches is not None, "batches", text, batches)
+    probes, rest = hold_out(batches or ())
+    return probes, rest if configuration.retarget is None else list(rest)
 
 
 def _peek(batches: Iterable[Batch] | None, probes: Sequence[Batch]) -> tuple[Batch | None, Iterable[Batch] | None]:

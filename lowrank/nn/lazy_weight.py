@@ -25,7 +25,7 @@ _FACTS: set[Any] = {  # what is known without the values
 
 
 class LazyWeight(Tensor):
-    """Stand for a tensor that is computed when it is used; each use computes it again, with gradients for its parts.
+    """Hold the place of a tensor that is computed when it is used, and again at each use, with gradients for its parts.
 
     **Arguments**
 
