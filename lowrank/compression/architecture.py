@@ -4,14 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from torch import nn
 
 from lowrank.io.checks import require
 from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.nn.surgery import PackedLinear, replace_module
-from lowrank.nn.usv import USVLinear
+from lowrank.nn.usv import USVConv2d, USVLinear
 
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 LAYER_KINDS: dict[str, type[Any]] = {**FACTORED_LAYERS, USVLinear.storage: USVLinear}
 
 
@@ -110,14 +112,25 @@ def describe_layers(
     - `rows`: layer -> row of the table that `compress` returned; layers that stayed dense have one too.
 
     **Returns** layer -> its row, if it has one, with `kind`, `in`, `out`, `rank` and `bias`, or `kind` and `parts` for a packed
-    projection. Packed projections come before their parts. Layers that stayed as they are have no `kind`.
+    projection. Packed projections come before their parts. Layers that stayed as they are have no `kind`. A layer of `OIALR`
+    has the `dtype` of its dense weight too.
+
+    **Raises**
+
+    - `ValueError`: a converted convolution, which has no form in the files.
     """
+    if other := next((name for name, module in model.named_modules() if isinstance(module, USVConv2d)), None):
+        raise ValueError(
+            f"`model` must have linear or factored layers, got {other!r}, a USVConv2d: call OIALR.merge() or fold(model) first."
+        )
     layers: dict[str, dict[str, Any]] = {}
     before = {} if skeleton is None else dict(skeleton.named_modules())
     for name, module in model.named_modules():
         if isinstance(module, tuple(LAYER_KINDS.values())):
             sizes = {"in": module.in_features, "out": module.out_features, "rank": module.rank}
             kind = {"kind": module.storage, **sizes, "bias": module.bias is not None}
+            if isinstance(module, USVLinear):
+                kind["dtype"] = str(module.like.dtype).removeprefix("torch.")
             layers[name] = {**rows.get(name, {}), **kind}
         elif isinstance(module, PackedLinear):
             layers[name] = {"kind": "packed", "parts": [part for part, _ in module.named_children()]}
@@ -173,4 +186,8 @@ def _build_layer(layer: Mapping[str, Any]) -> nn.Module:
         return PackedLinear([nn.Linear(1, 1) for _ in layer["parts"]], layer["parts"])
     if layer["kind"] == "linear":
         return nn.Linear(layer["in"], layer["out"], bias=layer["bias"])
-    return LAYER_KINDS[layer["kind"]](layer["in"], layer["out"], layer["rank"], bias=layer["bias"])
+    made = LAYER_KINDS[layer["kind"]](layer["in"], layer["out"], layer["rank"], bias=layer["bias"])
+    if isinstance(made, USVLinear) and "dtype" in layer:  # files of older versions have none
+        require(layer["dtype"] in DTYPES, "layers", f"have a dtype among {sorted(DTYPES)}", layer["dtype"])
+        made.like = made.like.to(DTYPES[layer["dtype"]])
+    return made

@@ -21,6 +21,7 @@ from lowrank.io.records import read_record, write_record
 from lowrank.nn.batches import Batch
 from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.nn.nests import list_tensors
+from lowrank.nn.surgery import copy_mode
 
 FORMAT = "lowrank.blocks/1"
 IDENTITY = "identity.json"
@@ -123,4 +124,4 @@ def _build(dense: Any, name: str, row: Mapping[str, Any], tensors: Mapping[str, 
         layer = FACTORED_LAYERS[row["storage"]](row["in"], row["out"], row["rank"], bias=dense.bias is not None)
     state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
     layer.load_state_dict(state, assign=True)
-    return layer.to(dense.weight.device).requires_grad_(dense.weight.requires_grad).train(dense.training)
+    return copy_mode(layer.to(dense.weight.device), dense)

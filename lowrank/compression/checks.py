@@ -14,7 +14,8 @@ from lowrank.factorization.sides import check_reads
 from lowrank.factorization.storages import STORAGES
 from lowrank.io.checks import require
 from lowrank.io.hashing import check_in_memory
-from lowrank.nn.targets import find_shared_weights, is_conv1d
+from lowrank.nn.plain import find_obstacle
+from lowrank.nn.targets import find_shared_weights, is_conv1d, refuse_root
 
 Statistics = Mapping[str, LayerStatistics]
 
@@ -29,9 +30,10 @@ def find_layers(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, nn.Line
 
     **Raises**
 
-    - `ValueError`: no name, or a name that is no `nn.Linear` of the model.
+    - `ValueError`: no name, or a name that is no plain `nn.Linear` inside the model, see `lowrank.nn.plain.find_obstacle`.
     """
     require(len(ranks) > 0, "ranks", "name at least one layer", dict(ranks))
+    refuse_root(model, nn.Linear)
     modules = dict(model.named_modules())
     for name in ranks:
         if is_conv1d(modules.get(name)):
@@ -40,6 +42,8 @@ def find_layers(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, nn.Line
             )
         rule = "name nn.Linear layers of the model, not patterns or others"
         require(isinstance(modules.get(name), nn.Linear), "ranks", rule, name)
+        if reason := find_obstacle(modules[name], modules[name.rpartition(".")[0]]):
+            raise ValueError(f"`ranks` must name plain linear layers: of {name!r}, {reason}.")
     return {name: module for name, module in modules.items() if name in ranks and isinstance(module, nn.Linear)}
 
 
@@ -55,19 +59,23 @@ def check_layers(model: nn.Module, layers: Mapping[str, nn.Linear], ranks: Mappi
     **Raises**
 
     - `ValueError`: weights that are not in memory; a rank that is no whole number in [1, min(out, in)]; a weight that another
-      module shares or that is not finite.
+      module shares or that is not finite; a layer with hooks on its forward pass.
     """
     weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}
     check_in_memory(weights | model.state_dict())
     shared = find_shared_weights(model, layers)
     for name, layer in layers.items():
         shape = tuple(layer.weight.shape)
-        rule = f"be in [1, {min(shape)}] for layer {name!r} of shape {shape}"
+        rule = f"be an int in [1, {min(shape)}] for layer {name!r} of shape {shape}"
         require(_is_whole(ranks[name]) and 1 <= ranks[name] <= min(shape), "ranks", rule, ranks[name])
         if name in shared:
             raise ValueError(
                 f"`ranks` must leave out layer {name!r}: its weight is shared ({', '.join(shared[name])}), and factors of one "
                 "copy would be stored beside the other."
+            )
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            raise ValueError(
+                f"`model` must have no forward hooks on layer {name!r}, which would be lost with it: remove them first."
             )
         if not all_finite(layer.weight):
             raise ValueError(f"`model` must have finite weights, got NaN or infinity in layer {name!r}.")

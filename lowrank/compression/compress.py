@@ -1,7 +1,8 @@
 """Compress a model in one call: statistics, ranks within a budget, factored layers."""
 
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import fields
+from itertools import chain, islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from lowrank.compression.retarget import read_batches, retarget_layers
 from lowrank.factorization.methods import READS, needs_gradients
 from lowrank.io.checks import require
 from lowrank.nn.batches import Batch
-from lowrank.nn.targets import BLOCKS, find_linears
+from lowrank.nn.dry_run import find_irreplaceable
+from lowrank.nn.targets import BLOCKS, find_left_out, find_linears
 
 
 def compress(
@@ -45,6 +47,9 @@ def compress(
     compressed copies of the model with the dense one on them: about ten copies, one after the other, and for 'measured' one per
     layer. No layer is decomposed again for a copy, so the factors of all layers are in memory until ranks are chosen.
 
+    Patterns leave out layers that only look linear, and, seen in two passes over the first batch, those that the model reads
+    instead of calling or does not run without (`lowrank.nn.dry_run`). The result tells them; to name one is an error.
+
     **Arguments**
 
     - `model`: any PyTorch module with `nn.Linear` layers.
@@ -67,19 +72,19 @@ def compress(
     **Raises**
 
     - `ValueError`, before anything is changed: neither or both of `keep` and `ranks`; no data for a method that needs it; an
-      unknown choice; a budget too small; and as for `replace_layers`.
+      unknown choice; a budget too small; a layer that cannot be replaced, by its name; and as for `replace_layers`.
     """
     require((keep is None) != (ranks is None), "keep", "be given, or `ranks`, and not both", keep)
-    targeted = find_linears(model, layers if ranks is None else ranks)
+    names = list(ranks) if ranks is not None else layers if isinstance(layers, str) else list(layers)
+    targeted, left_out = find_linears(model, names), find_left_out(model, names)
     configuration = _choose(targeted, choices, batches, statistics)
     check_layers(model, targeted, dict.fromkeys(targeted, 1) if ranks is None else ranks)
     batches = batches if configuration.retarget is None else read_batches(batches)
     rule, probes, trials = RULES[configuration.allocation], [], []
     if ranks is None and rule.measures:
-        text = f"be given for allocation {configuration.allocation!r}, which measures on samples held out"
-        require(batches is not None, "batches", text, batches)
-        probes, rest = hold_out(batches or ())
-        batches = rest if configuration.retarget is None else list(rest)
+        probes, batches = _hold_out(batches, configuration)
+    first, batches = _peek(batches, probes)
+    left_out |= _leave_out(model, targeted, first, names, ranks is not None)
     if statistics is None and batches is not None:
         bar = iter(tqdm(batches, "statistics", unit="batch", leave=False, disable=not progress))
         statistics = _collect(model, bar, targeted, {configuration.method, *rule.methods}, loss or predictive_loss())
@@ -96,7 +101,37 @@ def compress(
     else:
         rows = retarget_layers(model, ranks, configuration, statistics, batches or (), progress=progress)
     after = measure_model(model, sum(row["parameters"] for row in rows))
-    return CompressionResult(rows, configuration, before, after, trials)
+    return CompressionResult(rows, configuration, before, after, trials, left_out)
+
+
+def _hold_out(batches: Iterable[Batch] | None, configuration: Configuration) -> tuple[list[Batch], Iterable[Batch]]:
+    """Return the batches that a rule for ranks measures on, and the rest."""
+    text = f"be given for allocation {configuration.allocation!r}, which measures on samples held out"
+    require(batches is not None, "batches", text, batches)
+    probes, rest = hold_out(batches or ())
+    return probes, rest if configuration.retarget is None else list(rest)
+
+
+def _peek(batches: Iterable[Batch] | None, probes: Sequence[Batch]) -> tuple[Batch | None, Iterable[Batch] | None]:
+    """Return a batch, if there is one, and batches that still start with it: they may be an iterator, or shuffle."""
+    if probes or batches is None or isinstance(batches, Sequence):
+        return next(iter(probes or batches or ()), None), batches
+    rest = iter(batches)
+    first = list(islice(rest, 1))
+    return (first[0] if first else None), chain(first, rest)
+
+
+def _leave_out(
+    model: nn.Module, targeted: dict[str, nn.Linear], batch: Batch | None, names: Iterable[str], by_rank: bool
+) -> dict[str, str]:
+    """Take the layers that nothing can replace out of the targeted ones, and return why; refuse those that are named."""
+    reasons = {} if batch is None else find_irreplaceable(model, batch, targeted)
+    if named := next((name for name in reasons if name in names or len(reasons) == len(targeted)), None):
+        argument = "ranks" if by_rank else "layers"
+        raise ValueError(f"`{argument}` must leave out {named!r}: {reasons[named]}.")
+    for name in reasons:
+        del targeted[name]
+    return reasons
 
 
 def _collect(

@@ -5,6 +5,7 @@ exact, and of equal scores the one at the lower position goes first. (The publis
 including the value at sorted index int(numel * ratio): at least one weight too many, and more if values are equal.)
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from lowrank.factorization.moments import LayerStatistics, all_finite, read_gram
 from lowrank.io.checks import require
 from lowrank.io.hashing import check_in_memory
-from lowrank.nn.targets import BLOCKS, find_linears, find_shared_weights
+from lowrank.nn.plain import has_own_weight
+from lowrank.nn.targets import BLOCKS, find_left_out, find_linears, find_shared_weights
 
 Ratios = float | int | Mapping[str, float | int]
 
@@ -166,12 +168,17 @@ def prune(
     **Raises**
 
     - `ValueError`, before anything is changed: both or none of `ratios` and `pattern`, or a value out of range; unknown layers,
-      method or `per`; missing statistics, or of other layers; a weight that is not finite, or shared with another module.
+      method or `per`; missing statistics, or of other layers; a weight that is not finite, computed from
+      other parameters, or shared with another module.
+
+    **Warns** of layers that only look linear, see `lowrank.nn.plain`, and are left out.
 
     **Reference** Sun et al., ICLR 2024, arXiv:2306.11695.
     """
     default = ratios if isinstance(ratios, Mapping) else BLOCKS
-    linears = find_linears(model, default if layers is None else layers)
+    names = default if layers is None else layers if isinstance(layers, str) else list(layers)
+    linears = find_linears(model, names)
+    _refuse_computed(model, names)
     shares = _share_per_layer(list(linears), ratios, pattern)
     _check_layers(model, linears, method, statistics)
     masks: dict[str, Tensor] = {}
@@ -208,6 +215,14 @@ def _share_per_layer(
         if not 0 <= ratio < 1:
             raise ValueError(f"`ratios` must be in [0, 1), got {ratio} for layer {name!r}.")
     return shares
+
+
+def _refuse_computed(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse layers whose weight is computed, where zeros would be lost, and tell of others that are left out."""
+    for name, reason in find_left_out(model, names).items():
+        if not has_own_weight(model.get_submodule(name)):
+            raise ValueError(f"`layers` must leave out {name!r}: {reason}, and zeros would be lost.")
+        warnings.warn(f"layer {name!r} is left out: {reason}.", stacklevel=3)
 
 
 def _check_layers(

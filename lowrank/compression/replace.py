@@ -29,8 +29,12 @@ from lowrank.io.checks import require
 from lowrank.io.hashing import hash_model
 from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.nn.offloaded import check_not_offloaded
-from lowrank.nn.surgery import PackedLinear, as_linear, replace_module
-from lowrank.nn.targets import BLOCKS, find_linears
+from lowrank.nn.surgery import PackedLinear, as_linear, copy_mode, replace_module
+from lowrank.nn.targets import BLOCKS, find_linears, refuse_root
+from lowrank.nn.usv import USV_LAYERS
+
+_MERGED = tuple(USV_LAYERS.values())  # which have a way back of their own
+_FOLDED = (*LAYER_KINDS.values(), *_MERGED, PackedLinear)
 
 
 def decompose(
@@ -210,8 +214,7 @@ def build_replacement(
         mean = moments.mean.to(weight.device, torch.float64)[:, None]
         bias = bias.double() + (wide_product(weight, mean) - replacement.multiply(mean))[:, 0]
         replacement.set_bias(bias if target.shift is None else bias + target.shift)
-    replacement.requires_grad_(layer.weight.requires_grad).train(layer.training)
-    return replacement, row | {
+    return copy_mode(replacement, layer), row | {
         "rank": rank,
         "storage": configuration.storage,
         "centre": centre,
@@ -255,25 +258,37 @@ def _weigh(layer: nn.Linear, name: str, method: str, moments: LayerStatistics | 
 
 @torch.inference_mode(False)
 def fold(model: nn.Module) -> nn.Module:
-    """Multiply every factored layer out to an `nn.Linear` and join the parts of packed ones, in place.
+    """Multiply every factored layer out to a dense one and join the parts of packed ones, in place.
 
     **Arguments**
 
-    - `model`: a compressed model.
+    - `model`: a compressed model, or one that `OIALR` trains.
 
-    **Returns** the model, with the layout of the dense one and weights of low rank.
+    **Returns** the model, with the layout and the dtypes of the dense one and weights of low rank.
 
     **Raises**
 
-    - `ValueError`, before anything is changed: offloaded weights.
+    - `ValueError`, before anything is changed: offloaded weights; a model that is such a layer itself.
     """
     check_not_offloaded(model)
-    kinds = (*LAYER_KINDS.values(), PackedLinear)
-    factored: list[tuple[str, Any]] = [(name, part) for name, part in model.named_modules() if isinstance(part, kinds)]
+    refuse_root(model, _FOLDED)
+    factored: list[tuple[str, Any]] = [
+        (name, part) for name, part in model.named_modules() if isinstance(part, _FOLDED)
+    ]
     for name, module in reversed(factored):  # parts before the module that joins them
-        first = next(module.parameters())
-        layer = as_linear(module.dense().to(first.dtype), module.bias)
-        replace_module(model, name, layer.requires_grad_(first.requires_grad).train(module.training))
+        replace_module(model, name, module.merge() if isinstance(module, _MERGED) else _multiply_out(module))
     if hasattr(model, RECORD):
         delattr(model, RECORD)
     return model
+
+
+def _multiply_out(module: Any) -> nn.Linear:
+    """Build the dense layer of a factored or packed one: dtypes and flags are those of its weights and of its biases."""
+    parameters = dict(module.named_parameters())
+    biases = [parameter for name, parameter in parameters.items() if name.endswith("bias")]
+    weights = [parameter for name, parameter in parameters.items() if not name.endswith("bias")]
+    layer = as_linear(module.dense().to(weights[0].dtype), module.bias)
+    layer.weight.requires_grad_(any(parameter.requires_grad for parameter in weights))
+    if layer.bias is not None:
+        layer.bias.requires_grad_(any(parameter.requires_grad for parameter in biases))
+    return layer.train(module.training)

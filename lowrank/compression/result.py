@@ -1,7 +1,7 @@
 """Say what a compression did: one row per layer, and the totals of the targeted layers, the model and its bytes."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -54,6 +54,7 @@ class CompressionResult:
     - `before`, `after`: what the model stored and stores.
     - `trials`: one row per candidate that was measured to choose ranks: its settings, such as `alpha` and `gamma`, and the
       `divergence` of the whole model. Default none.
+    - `left_out`: layers that the patterns match but that cannot be replaced -> why. Default none.
     """
 
     layers: list[dict[str, Any]]
@@ -61,6 +62,7 @@ class CompressionResult:
     before: ModelSize
     after: ModelSize
     trials: Sequence[Mapping[str, Any]] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -107,6 +109,7 @@ class CompressionResult:
             f"{len(self.layers)} targeted layers: {_change(self.before.targeted, self.after.targeted)} parameters",
             f"whole model: {_change(self.before.model, self.after.model)} parameters",
             f"whole model: {_change(self.before.bytes, self.after.bytes)} bytes",
+            *(f"left out: {name}: {reason}" for name, reason in self.left_out.items()),
         ]
 
 

@@ -5,5 +5,6 @@
 - `rank_rule`: `RankRule`, these rules with their options as one object.
 - `rank_config`: `RankConfig`, the exact rank of every module as a file and as `peft.LoraConfig`.
 - `module_names`: find the modules of a file in a model that names them differently.
+- `warm_start`: start an adapter from the change, whatever form a module keeps its weight in.
 - `adapters`: load a frozen model, add an adapter with one of four starts, load a saved adapter.
 """

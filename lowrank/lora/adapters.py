@@ -15,6 +15,7 @@ from lowrank.io.hub import load_pretrained
 from lowrank.io.weights import Source, read_tensors
 from lowrank.lora.deltas import delta_factors
 from lowrank.lora.rank_config import RankConfig
+from lowrank.lora.warm_start import check_warm_start, set_factors
 from lowrank.nn.batches import Batch, batches_on, compute_logits, device_of, get_token_mask
 from lowrank.training.loop import seed_everything
 
@@ -102,7 +103,8 @@ def add_adapter(
 
     **Raises**
 
-    - `ValueError`: an unknown start; a start without its checkpoints or batches; as `RankConfig.lora_config`.
+    - `ValueError`, before the model is changed: an unknown start; a start without its checkpoints or batches; a warm start of a
+      module that has no place for the factors, or with `use_dora`; as `RankConfig.lora_config`.
 
     **Reference** Meng et al., PiSSA, arXiv:2404.02948; Paischer et al., EVA, arXiv:2410.07170; both as in peft.
     """
@@ -113,6 +115,10 @@ def add_adapter(
     names = config.find_modules(model)
     if start == "eva":
         options |= {"eva_config": peft.EvaConfig()}  # the defaults; peft warns if it has to fill them in
+    factors: Mapping[str, tuple[Tensor, Tensor]] = {}
+    if start == "warm" and base is not None and tuned is not None:  # before anything is changed: they may not fit
+        check_warm_start(model, names.values(), bool(options.get("use_dora")))
+        factors = delta_factors(base, tuned, config.module_ranks, progress=False)
     lora = config.lora_config(model, init_lora_weights=ADAPTER_STARTS[start], **options)
     seed_everything(seed)
     untyped: Any = model  # peft's annotation asks for a transformers model, but any module works
@@ -120,8 +126,8 @@ def add_adapter(
         adapted: Any = peft.get_peft_model(untyped, lora, low_cpu_mem_usage=start == "eva")
     if start == "eva":
         _start_from_inputs(adapted, batches)
-    if start == "warm" and base is not None and tuned is not None:
-        _set_factors(adapted, names, delta_factors(base, tuned, config.module_ranks, progress=False))
+    if start == "warm" and tuned is not None:
+        set_factors(adapted, names, factors)
         _set_saved_modules(adapted, read_tensors(tuned, options.get("modules_to_save") or ()))
     return adapted.eval()
 
@@ -188,14 +194,6 @@ def _select_rows(inputs: Any, mask: Tensor | None, name: str) -> Tensor:
     """Return the inputs of a layer without padding, `(tokens, in)`."""
     rows = inputs[0] if isinstance(inputs, tuple) else inputs
     return rows.flatten(0, -2) if mask is None else rows[mask]
-
-
-@torch.no_grad()
-def _set_factors(adapted: Any, names: Mapping[str, str], factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    for name, (left, right) in factors.items():
-        layer = adapted.base_model.model.get_submodule(names[name])
-        layer.lora_B["default"].weight.copy_(left / layer.scaling["default"])
-        layer.lora_A["default"].weight.copy_(right)
 
 
 @torch.no_grad()

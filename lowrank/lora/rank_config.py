@@ -6,8 +6,9 @@ The file (`lora_rank_config.json`, format "lowrank.rank_config/1") has these key
 parameters of the weights; `analysis_metadata`, the rule and its numbers; `hashes` of `base` and `tuned`; `versions`.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Any
 
 from torch import nn
 
+from lowrank.io.checks import require
 from lowrank.io.records import read_record, write_record
 from lowrank.lora.deltas import DeltaSpectrum
 from lowrank.lora.module_names import find_modules
 from lowrank.lora.rank_rule import RankRule, median_ranks
 from lowrank.lora.ranks import rank_for_delta
+from lowrank.nn.targets import is_conv1d
 
 DEFAULT_RULE = RankRule()
 _FORMAT = "lowrank.rank_config/1"
@@ -203,7 +206,8 @@ class RankConfig:
         **Raises**
 
         - `ValueError`: a module that the model does not have or has in another shape; an option that this method sets; both
-          `scaling` and `lora_alpha`.
+          `scaling` and `lora_alpha`, or one that is 0, infinite or NaN; the output projection of an
+          `nn.MultiheadAttention`, which an adapter would not change.
         """
         import peft  # noqa: PLC0415
 
@@ -211,9 +215,16 @@ class RankConfig:
             raise ValueError(f"`peft_options` must leave {clash[0]!r} to the ranks of this file.")
         if scaling is not None and lora_alpha is not None:
             raise ValueError(f"`scaling` must be left out if `lora_alpha` is set, got {scaling} and {lora_alpha}.")
+        for name, value in (("scaling", scaling), ("lora_alpha", lora_alpha)):
+            rule = "be finite and not 0, which would switch the adapter off"
+            require(value is None or (math.isfinite(value) and value != 0), name, rule, value)
         power = 0.5 if peft_options.get("use_rslora") else 1.0
-        alpha = lambda rank: lora_alpha if lora_alpha is not None else (scaling or 1.0) * rank**power  # noqa: E731
+        scale = 1.0 if scaling is None else scaling
+        alpha = lambda rank: lora_alpha if lora_alpha is not None else scale * rank**power  # noqa: E731
         names = self.find_modules(model)
+        _refuse_read(model, names.values())
+        if all(is_conv1d(model.get_submodule(name)) for name in names.values()):
+            peft_options.setdefault("fan_in_fan_out", True)  # peft finds out itself, but warns
         patterns = {f"^{re.escape(names[name])}": rank for name, rank in self.module_ranks.items()}
         first = next(iter(self.module_ranks.values()))
         return peft.LoraConfig(
@@ -224,6 +235,16 @@ class RankConfig:
             alpha_pattern={pattern: alpha(rank) for pattern, rank in patterns.items()},
             **peft_options,
         )
+
+
+def _refuse_read(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse modules whose weight the parent reads: an adapter beside it would never be called."""
+    for name in names:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"`model` must call the modules of this file, got {name!r}, whose weight {type(parent).__name__} reads itself."
+            )
 
 
 def _describe(spectrum: DeltaSpectrum, rank: int, threshold: float | int) -> dict[str, Any]:

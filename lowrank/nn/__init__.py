@@ -4,10 +4,13 @@
 - `autograd`: run and differentiate a model whatever mode of autograd the caller is in.
 - `block_calls`: find the blocks that a model calls, in what order it calls layers, and run one block alone.
 - `convertible`: find the layers that `usv` can replace.
+- `dry_run`: try out replacing layers, before anything is replaced.
+- `lazy_weight`: weights that are multiplied out only if somebody computes with them.
 - `low_rank`: linear layers stored as two factors, or as pivot rows and coefficients (PIFA).
 - `nests`: reach the tensors in a nest of mappings, sequences and dataclasses.
 - `offloaded`: models whose weights accelerate keeps on the CPU or on disk until a layer is called.
 - `pivots`: choose the pivot rows of a low-rank matrix.
+- `plain`: tell which layers compute x W^T + b from parameters of their own, and why others do not.
 - `profiling`: measure time, memory and floating-point operations.
 - `residuals`: find the layers of a block whose output is added to hidden states.
 - `surgery`: replace layers, split packed projections, turn `Conv1D` layers into linear ones.

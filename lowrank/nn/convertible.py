@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.nn.targets import find_shared_weights, select_names
+from lowrank.nn.plain import find_obstacle
+from lowrank.nn.targets import find_shared_weights, refuse_root, select_names
 from lowrank.nn.usv import USV_LAYERS
 
 MAX_ASPECT = 10  # a weight whose sides differ by more than this factor gains little from a lower rank
@@ -28,13 +29,14 @@ def find_convertible(
 
     - `ValueError`: as in `select_names`; no layer can be converted.
     """
+    refuse_root(model, tuple(USV_LAYERS))
     modules: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, tuple(USV_LAYERS))}
     names = select_names(modules, include, exclude)
     shared = find_shared_weights(model, {name: modules[name] for name in names})
-    attention = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     layers, skipped = {}, {}
     for name in names:
-        if reason := _find_obstacle(modules[name], name in shared, name.rpartition(".")[0] in attention):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if reason := find_obstacle(modules[name], parent) or _find_limit(modules[name], name in shared):
             skipped[name] = reason
         else:
             layers[name] = modules[name].weight.shape
@@ -44,15 +46,14 @@ def find_convertible(
     return layers, skipped
 
 
-def _find_obstacle(module: Any, is_shared: bool, is_in_attention: bool) -> str | None:
-    """Return the first reason why a layer cannot be converted, or None if it can."""
+def _find_limit(module: Any, is_shared: bool) -> str | None:
+    """Return the first reason why a plain layer cannot be converted, or None if it can."""
     sides = module.weight.flatten(1).shape
-    obstacles = {
+    limits = {
         "its weight is shared": is_shared,
         "its weight is frozen": not module.weight.requires_grad,
-        "nn.MultiheadAttention reads its weight itself": is_in_attention,
         "its groups or padding have no such form": getattr(module, "groups", 1) != 1
         or getattr(module, "padding_mode", "zeros") != "zeros",
         f"its sides, {tuple(sides)}, differ by more than {MAX_ASPECT} times": min(sides) * MAX_ASPECT < max(sides),
     }
-    return next((reason for reason, holds in obstacles.items() if holds), None)
+    return next((reason for reason, holds in limits.items() if holds), None)

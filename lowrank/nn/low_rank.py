@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lowrank.factorization.factorize import Factors
 from lowrank.factorization.storages import FACTORS, PIVOTED
+from lowrank.nn.lazy_weight import LazyWeight, weight_of
 from lowrank.nn.pivots import find_pivot_rows
 
 
@@ -68,8 +69,9 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
-        """Compute W' = B A, `(out, in)`, in the dtype of the layer; each access multiplies again."""
-        return self.left.weight @ self.right.weight
+        """Return W' = B A, `(out, in)`, in the dtype of the layer; each use multiplies again, see `LazyWeight`."""
+        shape = (self.out_features, self.in_features)
+        return LazyWeight(weight_of(self.left), shape, lambda: weight_of(self.left) @ weight_of(self.right))
 
     def dense(self) -> Float[Tensor, "out in"]:
         """Compute W' = B A, `(out, in)`, in float64, without gradients."""
@@ -163,21 +165,23 @@ class PivotedLinear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
-        """Compute W', `(out, in)`, in the dtype of the layer; each access multiplies again."""
-        rows = self.right.weight
-        return self._join(rows.T, (self.left.weight @ rows).T).T
+        """Return W', `(out, in)`, in the dtype of the layer; each use multiplies again, see `LazyWeight`."""
+        shape = (self.out_features, self.in_features)
+        return LazyWeight(weight_of(self.right), shape, lambda: self._complete(weight_of(self.right)))
 
+    @torch.no_grad()
     def dense(self) -> Float[Tensor, "out in"]:
         """Compute W', `(out, in)`, in float64, without gradients."""
         return self._complete(self.right.weight.detach().double())
 
+    @torch.no_grad()
     def multiply(self, columns: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
         """Compute W' X for float64 columns, `(in, k)`, in float64, without gradients and without forming W'."""
         return self._complete(self.right.weight.detach().double() @ columns)
 
     def _complete(self, rows: Tensor) -> Tensor:
-        """Return all rows of a product from those of the pivots, `(rank, k)`, float64."""
-        return self._join(rows.T, (self.left.weight.detach().double() @ rows).T).T
+        """Return all rows of a product from those of the pivots, `(rank, k)`."""
+        return self._join(rows.T, (weight_of(self.left).to(rows) @ rows).T).T
 
     def update_others(self) -> None:
         """Recompute `others`, the ascending indices of the rows that are no pivots; needed after `pivots` changes."""
@@ -208,8 +212,14 @@ def _update_others(module: Any, _: object) -> None:
 
 
 def _build_empty(cls: type[Any], left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:
-    """Build a layer of the sizes of two factors on their device, without initializing its parameters."""
+    """Build a layer of the sizes of two factors on their device, without initializing its parameters.
+
+    The bias keeps a dtype of its own, as the dense layer's may have.
+    """
     sizes = (right.shape[1], left.shape[0], right.shape[0])
     with torch.device("meta"):
         layer = cls(*sizes, bias=bias is not None, dtype=dtype)
+    for part in (layer.left, layer.right):
+        if bias is not None and part.bias is not None:
+            part.bias = nn.Parameter(part.bias.to(bias.dtype))
     return layer.to_empty(device=left.device)

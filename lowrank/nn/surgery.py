@@ -1,14 +1,16 @@
 """Replace modules of a model: packed projections by their parts, `Conv1D` layers by linear ones, any module by another."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lowrank.io.checks import require
+from lowrank.nn.lazy_weight import LazyWeight, weight_of
 from lowrank.nn.offloaded import check_not_offloaded
-from lowrank.nn.targets import find_linears, is_conv1d
+from lowrank.nn.targets import find_linears, find_shared_weights, is_conv1d
 
 
 class PackedLinear(nn.Module):
@@ -35,6 +37,13 @@ class PackedLinear(nn.Module):
         return torch.cat([part.weight.detach().double() for part in parts])
 
     @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """Return the packed weight, `(out, in)`, for models that read it; each use joins the parts again."""
+        parts = [weight_of(part) for part in self.children()]
+        shape = (sum(map(len, parts)), parts[0].shape[1])
+        return LazyWeight(parts[0], shape, lambda: torch.cat([weight_of(part) for part in self.children()]))
+
+    @property
     def bias(self) -> Tensor | None:
         """Return the packed bias, `(out,)`, or None."""
         parts: list[Any] = list(self.children())
@@ -57,10 +66,12 @@ def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] =
 
     **Raises**
 
-    - `ValueError`: a layer whose outputs do not divide evenly; offloaded weights; nothing is changed then.
+    - `ValueError`: a layer whose outputs do not divide evenly, or whose weight another module shares; offloaded weights;
+      nothing is changed then.
     """
     packed = find_linears(model, layers)
     check_not_offloaded(model)
+    names = _find_names(model, packed)
     for name, layer in packed.items():
         if layer.out_features % len(parts):
             raise ValueError(
@@ -70,7 +81,9 @@ def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] =
         biases = [None] * len(parts) if layer.bias is None else layer.bias.detach().chunk(len(parts))
         weights = layer.weight.detach().chunk(len(parts))
         pieces = [as_linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-        replace_module(model, name, _copy_mode(PackedLinear(pieces, parts), layer))
+        replacement = copy_mode(PackedLinear(pieces, parts), layer)
+        for alias in names[name]:
+            replace_module(model, alias, replacement)
     return [f"{name}.{part}" for name in packed for part in parts]
 
 
@@ -84,19 +97,47 @@ def unify_linears(model: nn.Module) -> list[str]:
 
     **Raises**
 
-    - `ValueError`: offloaded weights; nothing is changed then.
+    - `ValueError`: a layer whose weight another module shares, or which is the model itself; offloaded weights; nothing is
+      changed then.
     """
     check_not_offloaded(model)
-    names = [name for name, module in model.named_modules() if is_conv1d(module)]
-    for name in names:
-        layer: Any = model.get_submodule(name)
-        replace_module(model, name, _copy_mode(as_linear(layer.weight.detach().T, layer.bias.detach()), layer))
-    return names
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if is_conv1d(module)}
+    if "" in layers:
+        raise ValueError("`model` must hold the layers, got one that is a Conv1D itself: pass nn.Sequential(model).")
+    names = _find_names(model, layers)
+    for name, layer in layers.items():
+        replacement = copy_mode(as_linear(layer.weight.detach().T, layer.bias.detach()), layer)
+        for alias in names[name]:
+            replace_module(model, alias, replacement)
+    return list(layers)
 
 
-def _copy_mode(module: nn.Module, layer: nn.Module) -> nn.Module:
-    """Freeze the new module, and put it in training mode, as the layer that it replaces."""
-    return module.requires_grad_(next(layer.parameters()).requires_grad).train(layer.training)
+def _find_names(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return all names of each layer, and refuse a weight that another module shares: a new layer would part them."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    found = {name: names[id(layer)] for name, layer in layers.items()}
+    for name, aliases in find_shared_weights(model, layers).items():
+        rule = f"hold the weight of {name!r} in one module, since a new layer would part them"
+        require(len(aliases) == len(found[name]), "model", rule, aliases)
+    return found
+
+
+def copy_mode(module: Any, layer: Any) -> Any:
+    """Put a new module in training mode, and freeze its weights and its biases, as the layer that it replaces.
+
+    **Arguments**
+
+    - `module`: the new module; it is changed. Parameters whose names end with 'bias' follow the bias of the layer.
+    - `layer`: the layer that it replaces, with `weight` and `bias`.
+
+    **Returns** the new module.
+    """
+    for name, parameter in module.named_parameters():
+        source = layer.bias if name.endswith("bias") else layer.weight
+        parameter.requires_grad_(source.requires_grad)
+    return module.train(layer.training)
 
 
 def as_linear(weight: Float[Tensor, "out in"], bias: Tensor | None) -> nn.Linear:
@@ -124,6 +165,11 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     - `model`: any PyTorch module; it is changed.
     - `name`: dotted name of the submodule to replace.
     - `module`: the new submodule.
+
+    **Raises**
+
+    - `ValueError`: an empty name, which is the model itself.
     """
+    require(name != "", "name", "be that of a submodule", name)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

@@ -5,8 +5,11 @@ An entry of a list of layers is a dotted module name, or a regular expression th
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
+
+from lowrank.nn.plain import find_obstacle
 
 # Every linear layer inside a numbered block: `encoder.layer.0.…`, `model.layers.0.…`, `blocks.0.…`. Embeddings, poolers,
 # classifiers and `lm_head` stand outside the blocks, so one pattern serves BERT, Llama, OPT, ViT and their relatives.
@@ -22,6 +25,8 @@ HEADS_AND_EMBEDDINGS = (
 def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, nn.Linear]:
     """Find the linear layers that an entry names or matches.
 
+    A pattern leaves out layers that only look linear, see `lowrank.nn.plain.find_obstacle`; `find_left_out` tells them.
+
     **Arguments**
 
     - `model`: any PyTorch module; it is not changed.
@@ -31,11 +36,37 @@ def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, 
 
     **Raises**
 
-    - `ValueError`: an entry that matches no `nn.Linear`; a single string instead of a list.
+    - `ValueError`: an entry that matches no `nn.Linear`, or none that is plain; a single string instead of a list; a model that
+      is a linear layer itself, and holds none.
     """
+    return _sort_out(model, layers)[0]
+
+
+def find_left_out(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, str]:
+    """Find the layers that patterns match but `find_linears` leaves out, because they only look linear.
+
+    **Arguments**
+
+    - `model`, `layers`: as for `find_linears`.
+
+    **Returns** name -> the reason, in the order of the model.
+
+    **Raises**
+
+    - `ValueError`: as for `find_linears`.
+    """
+    return _sort_out(model, layers)[1]
+
+
+def _sort_out(model: nn.Module, layers: Iterable[str]) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """Return the plain linear layers that entries match, and why others that they match are not plain."""
     _refuse_string("layers", layers)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    transposed = [name for name, module in model.named_modules() if is_conv1d(module)]
+    refuse_root(model, nn.Linear)
+    modules = dict(model.named_modules())
+    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    transposed = [name for name, module in modules.items() if is_conv1d(module)]
+    reasons = {name: find_obstacle(module, modules[name.rpartition(".")[0]]) for name, module in linears.items()}
+    odd = {name: reason for name, reason in reasons.items() if reason}
     selected: set[str] = set()
     for entry in layers:
         matched = {entry} & linears.keys() or {name for name in linears if re.fullmatch(entry, name)}
@@ -48,8 +79,29 @@ def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, 
             raise ValueError(
                 f"`layers` must match nn.Linear modules of the model, got {entry!r}; it has: {_first(linears)} ..."
             )
+        if matched <= odd.keys():
+            name = next(name for name in odd if name in matched)
+            raise ValueError(f"`layers` must match plain linear layers, got {entry!r}: of {name!r}, {odd[name]}.")
         selected |= matched
-    return {name: module for name, module in linears.items() if name in selected}
+    plain = {name: module for name, module in linears.items() if name in selected - odd.keys()}
+    return plain, {name: reason for name, reason in odd.items() if name in selected}
+
+
+def refuse_root(model: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
+    """Raise an error for a model that is a layer itself: nothing holds it, so it cannot be replaced in place.
+
+    **Arguments**
+
+    - `model`: any PyTorch module.
+    - `kinds`: classes of the layers to replace.
+
+    **Raises**
+
+    - `ValueError`: the model is of one of these classes.
+    """
+    if isinstance(model, kinds):
+        name = type(model).__name__
+        raise ValueError(f"`model` must hold the layers, got one that is a {name} itself: pass nn.Sequential(model).")
 
 
 def select_names(names: Iterable[str], include: Iterable[str], exclude: Iterable[str] = ()) -> list[str]:
@@ -106,7 +158,7 @@ def find_weights(model: nn.Module, include: Iterable[str] = (".*",), exclude: It
     return {name: weights[name] for name in select_names(weights, include, exclude)}
 
 
-def find_shared_weights(model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, list[str]]:
+def find_shared_weights(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, list[str]]:
     """Find the layers whose weight is a parameter of another module too, as in tied embeddings.
 
     **Arguments**
@@ -119,7 +171,7 @@ def find_shared_weights(model: nn.Module, layers: Mapping[str, nn.Linear | nn.Co
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    aliases = {name: names[id(layer.weight)] for name, layer in layers.items()}
+    aliases = {name: names.get(id(layer.weight), []) for name, layer in layers.items()}
     return {name: alias for name, alias in aliases.items() if len(alias) > 1}
 
 

@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowrank.nn.lazy_weight import LazyWeight
+
 
 class USV(NamedTuple):
     """Hold the three matrices of a weight U S V^T, `(m, n)`.
@@ -28,6 +30,7 @@ class _Bases(nn.Module):
 
     u: Tensor
     vh: Tensor
+    like: Tensor
     bias: nn.Parameter | None
 
     def __init__(self, out: int, inputs: int, rank: int, bias: bool, dtype: torch.dtype | None) -> None:
@@ -36,7 +39,8 @@ class _Bases(nn.Module):
         self.register_buffer("vh", torch.eye(rank, inputs, dtype=dtype))
         self.s = nn.Parameter(torch.zeros(rank, rank, dtype=dtype))  # declared before the bias, as a weight is
         self.register_parameter("bias", nn.Parameter(torch.zeros(out, dtype=dtype)) if bias else None)
-        self.dense_dtype = self.s.dtype  # `merge` returns to the dtype of the converted layer
+        # An empty tensor of the dtype that `merge` returns to, the converted layer's: it follows every later cast.
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     @property
     def rank(self) -> int:
@@ -75,6 +79,10 @@ class _Bases(nn.Module):
     def flat_weight(self) -> Float[Tensor, "out flat"]:
         """Compute U S V^T, `(out, flat)`, with gradients for S; each call multiplies again."""
         return self.u @ self.s @ self.vh
+
+    def lazy_weight(self, *shape: int) -> LazyWeight:
+        """Return U S V^T in a shape and in the dtype of the dense layer, with gradients for S; each use multiplies again."""
+        return LazyWeight(self.like, shape, lambda: self.flat_weight().to(self.like.dtype).view(shape))
 
     def dense(self) -> Float[Tensor, "out flat"]:
         """Compute U S V^T, `(out, flat)`, in float64, without gradients."""
@@ -121,8 +129,8 @@ class USVLinear(_Bases):
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
-        """Compute U S V^T, `(out, in)`, with gradients for S; each access multiplies again."""
-        return self.flat_weight()
+        """Return U S V^T, `(out, in)`, with gradients for S; each use multiplies again, see `LazyWeight`."""
+        return self.lazy_weight(self.out_features, self.in_features)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Compute U (S (V^T x)) + b for `x`, `(..., in)`, in the dtype of `x`."""
@@ -171,8 +179,8 @@ class USVConv2d(_Bases):
 
     @property
     def weight(self) -> Float[Tensor, "out in kh kw"]:
-        """Compute the kernel U S V^T, `(out, in, kh, kw)`, with gradients for S; each access multiplies again."""
-        return self._unflatten(self.flat_weight())
+        """Return the kernel U S V^T, `(out, in, kh, kw)`, with gradients for S; each use multiplies again."""
+        return self.lazy_weight(self.out_channels, self.in_channels, *self.kernel_size)
 
     def _unflatten(self, flat: Tensor) -> Tensor:
         return flat.unflatten(1, (self.in_channels, *self.kernel_size))
@@ -182,7 +190,7 @@ class USVConv2d(_Bases):
         if not self.is_thin(
             x.shape[:-3].numel() * x.shape[-2:].numel() // (self.geometry["stride"][0] * self.geometry["stride"][1])
         ):
-            return functional.conv2d(x, self.weight.to(x.dtype), self.bias, **self.geometry)
+            return functional.conv2d(x, self._unflatten(self.flat_weight()).to(x.dtype), self.bias, **self.geometry)
         u, s, vh = (part.to(x.dtype) for part in (self.u, self.s, self._unflatten(self.vh)))
         y = functional.conv2d(functional.conv2d(x, vh, **self.geometry), s[:, :, None, None])
         return functional.conv2d(y, u[:, :, None, None], self.bias)
@@ -216,13 +224,13 @@ def _fill(module: Any, layer: nn.Linear | nn.Conv2d, usv: USV) -> Any:
     """Give a new layer its matrices, and device, bias, mode and flags of the layer that it replaces."""
     module.to(layer.weight.device)
     module.set_usv(usv)
-    module.bias, module.dense_dtype = layer.bias, layer.weight.dtype
+    module.bias, module.like = layer.bias, module.like.to(layer.weight.dtype)
     module.s.requires_grad_(layer.weight.requires_grad)
     return module.train(layer.training)
 
 
 def _fill_dense(layer: Any, module: _Bases, weight: Tensor) -> Any:
     """Give a new dense layer its weight, and bias, mode and flags of the layer that it replaces."""
-    layer.weight = nn.Parameter(weight.to(module.dense_dtype), requires_grad=module.s.requires_grad)
+    layer.weight = nn.Parameter(weight.to(module.like.dtype), requires_grad=module.s.requires_grad)
     layer.register_parameter("bias", module.bias)
     return layer.train(module.training)

@@ -114,19 +114,30 @@ class OIALR:
         self.steps += 1
         if self.steps < self.config.delay or (self.steps - self.config.delay) % self.config.frequency:
             return False
-        check_in_memory(self.model.state_dict())
-        for name in self.layers:
-            module = self._layer(name)
-            if not all_finite(module.s.detach() if name in self.ranks else module.weight.detach()):
-                raise ValueError(
-                    f"`model` must have finite weights, got NaN or infinity in layer {name!r} at step {self.steps}."
-                )
+        self._check_step(optimizer)
         dense = [name for name in self.layers if name not in self.ranks]
         changed = self._decompose_all(dense, self._convert, optimizer)
         self.checks += 1
         changed |= self._decompose_all(self._select_covered(), self._refresh, optimizer)
         self._hide_from_ddp()
         return changed
+
+    def _check_step(self, optimizer: Any) -> None:
+        """Check every layer and the optimiser before the first layer is replaced."""
+        check_in_memory(self.model.state_dict())
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name in self.layers:
+            module = self._layer(name)
+            weight = module.s if name in self.ranks else module.weight
+            if not all_finite(weight.detach()):
+                raise ValueError(
+                    f"`model` must have finite weights, got NaN or infinity in layer {name!r} at step {self.steps}."
+                )
+            if id(weight) not in trained:
+                raise ValueError(
+                    f"`optimizer` must hold every trained weight of the model, got none for layer {name!r} of shape "
+                    f"{tuple(weight.shape)}."
+                )
 
     @torch.inference_mode(False)  # the parameters may be trained
     def merge(self) -> nn.Module:
@@ -201,14 +212,18 @@ class OIALR:
             raise ValueError(
                 f"`state` must be of this model with {self.dense_parameters} parameters, got {state['dense']}."
             )
+        for name, rank in state["ranks"].items():
+            sides = (*shapes[name][:1], shapes[name][1:].numel()) if name in shapes else (0,)
+            rule = f"hold ranks in [1, {min(sides)}] for layer {name!r}"
+            require(type(rank) is int and 1 <= rank <= min(sides), "state", rule, rank)
         for name, value in asdict(self.config).items():
             before = state["settings"].get(name)
             require(value == before, name, f"be as before, {before!r}", value)
 
     def _hide_from_ddp(self) -> None:
-        """Tell DDP to ignore the fixed bases, which it would otherwise send in every pass."""
-        bases = [f"{name}.{part}" for name in self.ranks for part in ("u", "vh")]
-        vars(self.model)["_ddp_params_and_buffers_to_ignore"] = bases
+        """Tell DDP to ignore the buffers of converted layers, which it would otherwise send in every pass."""
+        buffers = [f"{name}.{part}" for name in self.ranks for part in ("u", "vh", "like")]
+        vars(self.model)["_ddp_params_and_buffers_to_ignore"] = buffers
 
     def _layer(self, name: str) -> Any:
         return self.model.get_submodule(name)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowrank.factorization.moments import LayerStatistics, read_gram, second_moment_eigh
+from lowrank.nn.lazy_weight import LazyWeight
 from lowrank.nn.surgery import replace_module
 
 
@@ -52,7 +53,11 @@ class WhitenedLinear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
-        """Compute W in the dtype of the layer, anew at each access."""
+        """Return W, `(out, in)`, in the dtype of the layer; each use computes it again, see `LazyWeight`."""
+        fixed = self.linear.weight
+        return LazyWeight(fixed, tuple(fixed.shape), self._compute_weight)
+
+    def _compute_weight(self) -> Tensor:
         fixed = self.linear.weight
         return torch.addmm(fixed.to(self.delta.dtype), self.delta, self.inverse).to(fixed.dtype)
 
@@ -62,7 +67,7 @@ class WhitenedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Compute x W^T + b."""
-        return nn.functional.linear(x, self.weight, self.linear.bias)
+        return nn.functional.linear(x, self._compute_weight(), self.linear.bias)
 
     @torch.no_grad()
     def fold(self) -> nn.Linear:

@@ -582,7 +582,7 @@ BAD: dict[str, tuple[Callable[[nn.Module, dict[str, LayerStatistics]], Any], str
     ),
     "rank 0": (
         lambda m, s: replace_layers(m, {"0": 2, "4": 0}, "svd"),
-        r"`ranks` must be in \[1, 16\] for layer '4' .*got 0",
+        r"`ranks` must be an int in \[1, 16\] for layer '4' .*got 0",
     ),
     "rank below 0": (lambda m, s: replace_layers(m, {"0": -1, "4": 2}, "svd"), r"`ranks` .* layer '0' .*got -1"),
     "rank too large": (lambda m, s: replace_layers(m, {"0": 13, "4": 2}, "svd"), r"\[1, 12\] for layer '0' .*got 13"),

@@ -654,3 +654,37 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_changed() -> None:
 def test_an_optimiser_of_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match="`optimizer` must hold every trained weight of the model"):
         OIALR(net(), OIALRConfig(delay=1)).step(torch.optim.SGD(net().parameters(), lr=0.1))
+
+
+def test_an_optimiser_without_one_weight_changes_nothing() -> None:
+    """Each layer in turn is missing: before the conversion, and before a refresh that all the others could make."""
+    for steps, name in itertools.product((4, 7), CONVERTED):
+        model, optimizer, method, _ = trained(steps)
+        layer: Any = model.get_submodule(name)
+        missing = layer.s if steps == 7 else layer.weight
+        group = optimizer.param_groups[0]
+        group["params"] = [parameter for parameter in group["params"] if parameter is not missing]
+        modules, state, held = dict(model.named_modules()), copy.deepcopy(model.state_dict()), list(group["params"])
+        ranks, history = dict(method.ranks), list(method.history)
+        with pytest.raises(ValueError, match=f"`optimizer` must hold every trained weight .* layer {name!r} of shape"):
+            method.step(optimizer)
+        assert dict(model.named_modules()) == modules
+        assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
+        assert all(one is other for one, other in zip(group["params"], held, strict=True))
+        assert (method.ranks, method.history) == (ranks, history)
+
+
+@pytest.mark.parametrize("rank", [0, 33, 2.0, "3", None])
+def test_a_state_with_a_rank_out_of_range_changes_nothing(rank: Any) -> None:
+    _, _, method, _ = trained(8)
+    for name in CONVERTED:
+        state = copy.deepcopy(method.state_dict())
+        state["ranks"][name] = rank
+        model = net()
+        other, modules = OIALR(model, method.config), dict(model.named_modules())
+        with pytest.raises(ValueError, match=rf"`state` must hold ranks in \[1, \d+\] for layer {name!r}, got "):
+            other.load_state_dict(state)
+        assert dict(model.named_modules()) == modules
+    state = method.state_dict() | {"ranks": {"blocks.99": 2}}
+    with pytest.raises(ValueError, match="for layer 'blocks.99', got 2"):
+        OIALR(net(), method.config).load_state_dict(state)
