@@ -42,7 +42,7 @@ site: $(VENV)/.ok  ## the results of SETS, your own or the published ones, as pa
 
 test: lint  ## ruff, pyright, unit tests, notebook guards, nbval
 	python -m pytest -q -n $(CORES) --dist loadfile
-	LOWRANK_OUTPUTS=$$(mktemp -d) python -m pytest -q --nbval-lax --nbval-current-env notebooks
+	LOWRANK_OUTPUTS=$$(mktemp -d) python -m pytest -q -n $(CORES) --dist loadfile --nbval-lax --nbval-current-env notebooks
 
 test-fast: lint  ## lint and the quick unit tests, under two minutes
 	python -m pytest -q -n $(CORES) -m 'not slow and not browser and not report'

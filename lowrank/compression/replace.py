@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,6 +20,7 @@ from lowrank.factorization.factorize import (
     weighted_norm,
     weighted_spectrum,
 )
+from lowrank.factorization.gram import wide_product
 from lowrank.factorization.methods import METHODS
 from lowrank.factorization.moments import LayerStatistics, centre_moments
 from lowrank.factorization.rank_allocation import kept_parameters
@@ -61,7 +63,9 @@ def decompose(
     check_layers(model, linears, dict.fromkeys(linears, 1))
     check_statistics(linears, method, "factors", statistics, centre)
     return {
-        name: factorize(layer.weight.detach().double(), min(layer.weight.shape), _weigh(layer, name, method, moments))
+        name: factorize(
+            layer.weight, min(layer.weight.shape), _weigh(layer, name, method, moments), dtype=torch.float64
+        )
         for name, layer in linears.items()
         for moments in [_moments(layer, name, statistics, centre)]
     }
@@ -196,13 +200,13 @@ def build_replacement(
     centre = configuration.centre and layer.bias is not None
     moments = centre_moments(target.moments) if centre and target.moments is not None else target.moments
     weighting = _weigh(layer, name, configuration.method, moments)
-    weight = target.weight.double()
-    factors = factors or factorize(weight, rank, weighting, spectrum=False)
+    weight = target.weight
+    factors = factors or factorize(weight, rank, weighting, spectrum=False, dtype=torch.float64)
     bias = None if layer.bias is None else layer.bias.detach()
     replacement = FACTORED_LAYERS[configuration.storage].from_factors(factors, bias, layer.weight.dtype)
     if centre and bias is not None and moments is not None:
-        mean = moments.mean.to(weight)
-        bias = bias.double() + weight @ mean - replacement.multiply(mean[:, None])[:, 0]
+        mean = moments.mean.to(weight.device, torch.float64)[:, None]
+        bias = bias.double() + (wide_product(weight, mean) - replacement.multiply(mean))[:, 0]
         replacement.set_bias(bias if target.shift is None else bias + target.shift)
     replacement.requires_grad_(layer.weight.requires_grad).train(layer.training)
     return replacement, row | {
@@ -221,7 +225,7 @@ def build_replacement(
 def _measure(weight: Tensor, factors: Factors, replacement: Any, weighting: Weighting) -> dict[str, Any]:
     """Return the relative error of a stored layer, and on what it was measured."""
     if weighting.inputs_sketch is None:
-        error, measured_on = weighted_norm(weight - replacement.dense(), weighting), "moments"
+        error, measured_on = weighted_norm(weight.double() - replacement.dense(), weighting), "moments"
     else:
         error, measured_on = measured_norm(weight, factors, replacement.multiply, weighting), "sketch"
     return {"measured_error": error / (factors.norm or 1.0), "measured_on": measured_on}

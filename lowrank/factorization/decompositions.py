@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lowrank.factorization.gram import eigh
+from lowrank.factorization.gram import eigh, wide_product
 
 
 def multiply(matrix: Tensor, moments: Tensor | None) -> Tensor:
@@ -95,10 +95,10 @@ def leading(matrix: Tensor, rank: int, inputs: Tensor | None, pairs: int | None)
     - `pairs`: how many eigenpairs to compute at least, None for all.
     """
     if matrix.shape[0] <= matrix.shape[1]:
-        return leading_of(multiply(matrix, inputs) @ matrix.T, rank, pairs, lambda: matrix)
+        return leading_of(multiply(matrix, inputs) @ matrix.T, rank, pairs, lambda: matrix, overwrite=True)
     reflectors = torch.geqrf(matrix)  # M = Q R: work on the cheaper side, never form Q
     core = reflectors[0][: matrix.shape[1]].triu()
-    basis, roots, energy = leading_of(multiply(core, inputs) @ core.T, rank, pairs, lambda: core)
+    basis, roots, energy = leading_of(multiply(core, inputs) @ core.T, rank, pairs, lambda: core, overwrite=True)
     if rank == 0:
         return matrix[:, :0], roots, energy
     padded = nn.functional.pad(basis, (0, 0, 0, matrix.shape[0] - matrix.shape[1]))
@@ -106,7 +106,7 @@ def leading(matrix: Tensor, rank: int, inputs: Tensor | None, pairs: int | None)
 
 
 def leading_of(
-    image: Tensor, rank: int, pairs: int | None, matrix: Callable[[], Tensor]
+    image: Tensor, rank: int, pairs: int | None, matrix: Callable[[], Tensor], *, overwrite: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return leading eigenvectors of a matrix M G M^T that is known, the roots of its eigenvalues, and its trace.
 
@@ -116,13 +116,14 @@ def leading_of(
     - `rank`: int >= 0, the number of eigenvectors.
     - `pairs`: how many eigenpairs to compute at least, None for all.
     - `matrix`: returns M; called only if there are directions that G does not excite.
+    - `overwrite`: `image` may be destroyed. Default False.
     """
     energy, size = image.trace(), len(image)
-    values, basis = eigh(image, pairs)
+    values, basis = eigh(image, pairs, overwrite=overwrite)
     excited = _excited(values, size)
     values[excited:] = 0.0  # rounding, not energy
     if excited < rank:
-        basis = _fill(matrix(), basis[:, :excited])
+        basis = _fill(matrix(), basis[:, :excited], rank)
     return basis[:, :rank], values.sqrt(), energy
 
 
@@ -131,11 +132,12 @@ def _excited(values: Tensor, size: int) -> int:
     return int((values > values[0] * torch.finfo(values.dtype).eps * size).sum())
 
 
-def _fill(core: Tensor, basis: Tensor) -> Tensor:
-    """Complete the basis to a square one, by the left singular vectors of what it leaves of the matrix."""
+def _fill(core: Tensor, basis: Tensor, rank: int) -> Tensor:
+    """Complete the basis to `rank` columns, by the leading left singular vectors of what it leaves of the matrix."""
     complement = torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
-    u = torch.linalg.svd(complement.T @ core, full_matrices=False).U
-    return torch.cat([basis, complement @ u], dim=1)
+    rest = complement.T @ core
+    _, vectors = eigh(rest @ rest.T, rank - basis.shape[1], overwrite=True)
+    return torch.cat([basis, complement @ vectors], dim=1)
 
 
 def leading_by_pullback(
@@ -149,16 +151,18 @@ def leading_by_pullback(
 
     **Arguments**
 
-    - `w`: W, `(m, n)`, float64.
+    - `w`: W, `(m, n)`, any floating dtype.
     - `rank`: int >= 0.
     - `moments`: M, `(n, n)`, positive semidefinite.
     - `inputs`: S S^T, a matrix, a diagonal or None for the identity.
     - `pairs`: how many eigenpairs to compute at least, None for all.
     """
     root = None if inputs is None else _factor(inputs)  # S^T
-    inner = apply(root, apply(root, moments).T)
-    values, vectors = eigh(inner, pairs)
+    inner = moments if root is None else apply(root, apply(root, moments).T)
+    energy = inner.trace()
+    values, vectors = eigh(inner, pairs, overwrite=root is not None)
     excited = _excited(values, len(inner))
+    del inner
     values[excited:] = 0.0
     kept = min(rank, excited)
     basis = vectors[:, :kept] / values[:kept].sqrt()
@@ -166,12 +170,13 @@ def leading_by_pullback(
     upper, failed = torch.linalg.cholesky_ex(basis.T @ moments @ basis, upper=True)
     if not bool(failed):  # rounding made E slightly oblique, which would cost accuracy in B A
         basis = torch.linalg.solve_triangular(upper, basis, upper=True, left=False)
-    left, right = w @ basis, basis.T @ moments
+    left, right = wide_product(w, basis), basis.T @ moments
     if kept < rank:
-        _, rest = eigh(moments - right.T @ right)
+        _, rest = eigh(moments - right.T @ right, overwrite=True)
         rest = rest[:, : rank - kept]
-        left, right = torch.cat([left, w @ rest - left @ (right @ rest)], dim=1), torch.cat([right, rest.T])
-    return left, right, values.sqrt(), inner.trace()
+        more = wide_product(w, rest) - left @ (right @ rest)
+        left, right = torch.cat([left, more], dim=1), torch.cat([right, rest.T])
+    return left, right, values.sqrt(), energy
 
 
 def _factor(inputs: Tensor) -> Tensor:

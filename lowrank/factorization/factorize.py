@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from lowrank.factorization.decompositions import (
     root_of,
     solve,
 )
+from lowrank.factorization.gram import wide_product
 from lowrank.factorization.moments import all_finite, gram_norm
 from lowrank.io.checks import require
 
@@ -108,7 +110,12 @@ class Factors:
 
 
 def factorize(
-    weight: Float[Tensor, "out in"], rank: int, weighting: Weighting = ALIKE, *, spectrum: bool = True
+    weight: Float[Tensor, "out in"],
+    rank: int,
+    weighting: Weighting = ALIKE,
+    *,
+    spectrum: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Factors:
     """Return the factors of a rank that minimise ||H (W - B A) S||_F.
 
@@ -122,8 +129,9 @@ def factorize(
     - `rank`: int in [1, min(out, in)].
     - `weighting`: what outputs and inputs count for; by default all count alike, which is the plain SVD.
     - `spectrum`: compute all singular values. False computes no more than the factors need, which is faster. Default True.
+    - `dtype`: of the factors; they are computed in float64. Default None, that of the weight.
 
-    **Returns** `Factors` in the dtype and on the device of `weight`, with the spectrum of H W S.
+    **Returns** `Factors` on the device of `weight`, with the spectrum of H W S.
 
     **Raises**
 
@@ -133,7 +141,7 @@ def factorize(
     rule = f"be in [1, {min(weight.shape)}] for a weight of shape {tuple(weight.shape)}"
     _check_weight(weight)
     require(1 <= rank <= min(weight.shape), "rank", rule, rank)
-    return _factorize(weight, rank, weighting, None if spectrum else rank)
+    return _factorize(weight, rank, weighting, None if spectrum else rank, dtype or weight.dtype)
 
 
 def weighted_spectrum(weight: Float[Tensor, "out in"], weighting: Weighting = ALIKE) -> Float[Tensor, " full"]:
@@ -151,38 +159,42 @@ def weighted_spectrum(weight: Float[Tensor, "out in"], weighting: Weighting = AL
     - `ValueError`: as for `factorize`.
     """
     _check_weight(weight)
-    return _factorize(weight, 0, weighting, 0).spectrum
+    return _factorize(weight, 0, weighting, 0, weight.dtype).spectrum
 
 
-def _factorize(weight: Tensor, rank: int, weighting: Weighting, pairs: int | None) -> Factors:
+def _factorize(weight: Tensor, rank: int, weighting: Weighting, pairs: int | None, dtype: torch.dtype) -> Factors:
     """Return the factors of a rank, from `pairs` eigenpairs at least (None for all); at rank 0 the spectrum alone."""
-    w = weight.detach().double()
+    w = weight.detach()  # widened as a whole only where a decomposition needs that
     sides = _check_sides(weighting, w)
     quick = None
     whitened = sides.inputs is not None and sides.inputs.dim() == 2 and sides.outputs is sides.pullback is None
     if pairs and whitened and len(w) > len(w.T):
-        quick = leading_by_pullback(w, rank, outer_sum(w), sides.inputs, pairs)  # no decomposition of the tall W
+        quick = leading_by_pullback(
+            w, rank, outer_sum(w.double()), sides.inputs, pairs
+        )  # no decomposition of the tall W
     if quick and bool(quick[2][rank - 1] > 0):  # else some directions are not excited
         left, right, spectrum, energy = quick
     elif sides.pullback is not None:
         left, right, spectrum, energy = leading_by_pullback(w, rank, sides.pullback, sides.inputs, pairs)
     elif sides.outputs is None and sides.inputs is None and sides.image is None:
-        left, right, spectrum = leading_plain(w, rank)
+        left, right, spectrum = leading_plain(w.double(), rank)
         energy = spectrum.square().sum()
     elif sides.inputs is None and sides.image is None and sides.outputs is not None and sides.outputs.dim() == 1:
-        basis, spectrum, energy = leading(w.T.contiguous(), rank, sides.outputs, pairs)
-        left, right = w @ basis, basis.T
+        basis, spectrum, energy = leading(w.double().T.contiguous(), rank, sides.outputs, pairs)
+        left, right = wide_product(w, basis), basis.T
     else:
         root = None if sides.outputs is None else root_of(sides.outputs)
         if sides.image is None:
-            basis, spectrum, energy = leading(apply(root, w), rank, sides.inputs, pairs)
+            basis, spectrum, energy = leading(apply(root, w.double()), rank, sides.inputs, pairs)
         else:
-            image = apply(root, apply(root, sides.image).T)
-            basis, spectrum, energy = leading_of(image, rank, pairs, lambda: apply(root, w))
-        left, right = solve(root, basis), multiply(basis.T, root) @ w
+            image = sides.image if root is None else apply(root, apply(root, sides.image).T)
+            whole, own = lambda: apply(root, w.double()), root is not None
+            basis, spectrum, energy = leading_of(image, rank, pairs, whole, overwrite=own)
+            del image
+        left, right = solve(root, basis), wide_product(multiply(basis.T, root), w)
     spectrum = spectrum[: min(weight.shape)]
     rest = (energy - spectrum.square().sum()).clamp_min(0.0).item() if len(spectrum) < min(weight.shape) else 0.0
-    return Factors(left.to(weight.dtype), right.to(weight.dtype), spectrum, rest)
+    return Factors(left.to(dtype), right.to(dtype), spectrum, rest)
 
 
 def weighted_norm(difference: Float[Tensor, "out in"], weighting: Weighting = ALIKE) -> float:
@@ -224,7 +236,7 @@ def measured_norm(
 
     **Arguments**
 
-    - `weight`: W, `(out, in)`, float64.
+    - `weight`: W, `(out, in)`, any floating dtype.
     - `factors`: B and A in float64, of `factorize` with this weighting.
     - `stored`: `(in, k) -> (out, k)`, multiplies columns by W' in float64.
     - `weighting`: the weighting, with `inputs_sketch`, and `outputs_sketch` if it has a `pullback`.
@@ -240,7 +252,7 @@ def measured_norm(
     if sides.inputs_sketch is None:
         raise ValueError("`weighting` must have `inputs_sketch`, got None: see collect_statistics with side='smaller'.")
     columns = sides.inputs_sketch.T
-    change = weight @ columns
+    change = wide_product(weight, columns)
     rounded = _square(change - stored(columns), sides) - _square(change - left @ (right @ columns), sides)
     return (exact + rounded).clamp_min(0.0).sqrt().item()
 
@@ -269,4 +281,4 @@ def _check_sides(weighting: Weighting, weight: Tensor) -> Weighting:
     for one, other in (("outputs", "pullback"), ("inputs", "image"), ("image", "pullback")):
         if getattr(weighting, one) is not None and getattr(weighting, other) is not None:
             raise ValueError(f"`weighting` must hold `{one}` or `{other}`, got both.")
-    return Weighting(*(side if side is None else side.to(weight) for side in weighting))
+    return Weighting(*(side if side is None else side.to(weight.device, torch.float64) for side in weighting))

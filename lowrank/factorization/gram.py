@@ -73,8 +73,28 @@ def squared_singular_values(grams: Float[Tensor, "*batch short short"]) -> Float
     return torch.linalg.eigvalsh(grams).clamp_min_(0.0)
 
 
+def wide_product(left: Float[Tensor, "m n"], right: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
+    """Return A B in float64. A factor of another dtype is widened slab by slab, never as a whole.
+
+    **Arguments**
+
+    - `left`: A, `(m, n)`, any floating dtype if B is float64.
+    - `right`: B, `(n, k)`, float64, or any floating dtype if A is float64.
+    """
+    if left.dtype == right.dtype:
+        return left @ right
+    product = torch.empty(len(left), right.shape[1], dtype=torch.float64, device=left.device)
+    if right.dtype == torch.float64:
+        for piece, rows in zip(left.split(SLAB), product.split(SLAB), strict=True):
+            torch.matmul(piece.double(), right, out=rows)
+    else:
+        for piece, columns in zip(right.split(SLAB, dim=1), product.split(SLAB, dim=1), strict=True):
+            columns.copy_(left @ piece.double())
+    return product
+
+
 def eigh(
-    matrix: Float[Tensor, "n n"], leading: int | None = None
+    matrix: Float[Tensor, "n n"], leading: int | None = None, *, overwrite: bool = False
 ) -> tuple[Float[Tensor, " values"], Float[Tensor, "n k"]]:
     """Return eigenvalues of a positive semidefinite matrix, descending and clipped at 0, and their eigenvectors.
 
@@ -83,10 +103,11 @@ def eigh(
     - `matrix`: `(n, n)`, float64; made symmetric, as products of two matrices are up to rounding.
     - `leading`: int >= 0, how many eigenpairs are needed at least. Where these few cost less than all, no others are
       computed. 0 for all eigenvalues alone. Default None, all.
+    - `overwrite`: the matrix may be destroyed, which saves a copy of it. Default False.
 
-    **Returns** `(k,)` and the eigenvectors as columns, `(n, k)`, or `(n, 0)` if `leading` is 0.
+    **Returns** at least as many eigenvalues as needed, and as many eigenvectors as needed, as columns, `(n, leading)`.
     """
-    matrix = (matrix + matrix.T).div_(2)  # two of them in memory, not three
+    matrix = _make_symmetric(matrix if overwrite else matrix.clone())
     size = len(matrix)
     if leading == 0:
         return squared_singular_values(matrix).flip(0), matrix[:, :0]
@@ -99,4 +120,15 @@ def eigh(
         subset = (size - leading, size - 1) if few and leading is not None else None
         options: dict[str, Any] = dict(driver="evr", overwrite_a=True, check_finite=False, subset_by_index=subset)
         values, basis = map(torch.from_numpy, scipy.linalg.eigh(matrix.numpy().T, **options))
-    return values.flip(0).clamp_min_(0.0), basis.flip(1)
+    needed = basis if leading is None else basis[:, -leading:]
+    return values.flip(0).clamp_min_(0.0), needed.flip(1)
+
+
+def _make_symmetric(matrix: Tensor) -> Tensor:
+    """Replace a matrix by its mean with its transpose, in place."""
+    for start in range(0, len(matrix), SLAB):
+        stop = start + SLAB
+        rows = (matrix[start:stop, :stop] + matrix[:stop, start:stop].T).div_(2)
+        matrix[start:stop, :stop] = rows
+        matrix[:stop, start:stop] = rows.T
+    return matrix

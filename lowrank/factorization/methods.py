@@ -125,10 +125,11 @@ def two_sided(statistics: LayerStatistics | None, weight: Tensor) -> Weighting:
         return Weighting(**inputs, **_weigh_pullback(statistics, weight))
     outputs = read_moment(statistics, "gradient_gram", weight)
     mean = outputs.diagonal().mean()
-    eye = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
     if statistics is None or not mean > 0:  # no gradient reaches the layer
-        return Weighting(**inputs, outputs=eye)
-    return Weighting(**inputs, outputs=(outputs + RIDGE * mean * eye) / statistics.tokens)
+        return Weighting(**inputs, outputs=torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device))
+    outputs = outputs.clone()
+    outputs.diagonal().add_(RIDGE * mean)
+    return Weighting(**inputs, outputs=outputs.div_(statistics.tokens))
 
 
 def _weigh_inputs(statistics: LayerStatistics | None, weight: Tensor) -> dict[str, Tensor]:

@@ -21,12 +21,14 @@ def find_pivot_rows(left: Float[Tensor, "out rank"]) -> tuple[Int[Tensor, " rank
     """
     basis = torch.linalg.qr(left).Q  # the same column space, well conditioned
     rank = basis.shape[1]
-    lower, permutation = _permuted_lu(basis)
+    packed, permutation = _permuted_lu(basis)
     coefficients = torch.linalg.solve_triangular(
-        lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True
+        packed[:rank], packed[rank:], upper=False, left=False, unitriangular=True
     )
+    del packed
     pivots, others = permutation[:rank].clone(), permutation[rank:].clone()
     _exchange_rows(coefficients, pivots, others)
+    del coefficients  # computed anew, without the rounding of the exchanges
     others = others.sort().values
     return pivots, torch.linalg.solve(basis[pivots].T, basis[others].T).T
 
@@ -47,9 +49,9 @@ def _exchange_rows(coefficients: Tensor, pivots: Tensor, others: Tensor) -> None
 
 
 def _permuted_lu(basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the lower triangular factor, `(out, rank)`, without its unit diagonal, and the order of the rows in it."""
+    """Return both triangular factors in one matrix, `(out, rank)`, and the order of the rows in it."""
     packed, swaps = torch.linalg.lu_factor(basis)
     order = list(range(len(basis)))  # swapped on the CPU: an accelerator would wait for each of them
     for row, other in enumerate(swaps.tolist()):
         order[row], order[other - 1] = order[other - 1], order[row]
-    return packed.tril(-1), torch.tensor(order, device=basis.device)
+    return packed, torch.tensor(order, device=basis.device)

@@ -1,6 +1,7 @@
 """Judge the claims of a notebook: does a comparison hold, fail, or hang on digits that another machine or seed would change?"""
 
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,31 @@ def judge(left: Any, relation: str, right: Any, over: str = "all", noise: int | 
     one, other = _align(left, right)
     require(one.size > 0, "left", "have at least one case", left)
     return JUDGES[over](one, other, relation, noise)
+
+
+def verdicts_agree(one: str, other: str) -> bool:
+    """Return whether two verdicts agree: equal ones do, and one that is too close to call does with any other."""
+    return one == other or CLOSE in (one, other)
+
+
+def settle_verdicts(text: str, reference: str) -> str:
+    """Replace the printed verdicts that agree with those of another run by the other's.
+
+    **Arguments**
+
+    - `text`: lines that `Report.claim` printed, others among them.
+    - `reference`: what the other run printed.
+
+    **Returns** the text; lines on other claims, and verdicts that contradict, stay as they are.
+    """
+    lines, others = text.splitlines(keepends=True), reference.splitlines(keepends=True)
+    return "".join(_settle_line(*pair) for pair in zip_longest(lines, others[: len(lines)], fillvalue=""))
+
+
+def _settle_line(line: str, other: str) -> str:
+    (one, _, claim), (another, _, same) = line.partition(": "), other.partition(": ")
+    settled = claim == same and {one, another} <= set(VERDICTS) and verdicts_agree(one, another)
+    return other if settled else line
 
 
 def _align(left: Any, right: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lowrank.io.checks import require
-from lowrank.report.claims import CLOSE
+from lowrank.report.claims import CLOSE, verdicts_agree
 from lowrank.report.pages import read_claims, read_run
 
 TOLERANCE = 1e-3  # relative, of a number without a declared one
@@ -227,7 +227,7 @@ def compare_verdicts(folder: Path, reference: Path, name: str) -> VerdictOutcome
     )
     both = [claim for claim in one if claim in other]
     close = [claim for claim in both if CLOSE in (one[claim], other[claim])]
-    flipped = [claim for claim in both if claim not in close and one[claim] != other[claim]]
+    flipped = [claim for claim in both if not verdicts_agree(one[claim], other[claim])]
     lines = [f"{name}: {claim}: published {other[claim]}, here {one[claim]}" for claim in flipped]
     if alone := len(one) + len(other) - 2 * len(both):
         lines.append(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank.factorization.gram import LARGE, SLAB, eigh, gram_triangle, slabs, squared_singular_values
+from lowrank.factorization.gram import LARGE, SLAB, eigh, gram_triangle, slabs, squared_singular_values, wide_product
 
 MANY = 2 * SLAB + 5  # rows of three slabs, the last one short
 
@@ -72,8 +72,29 @@ def test_eigenpairs_of_small_and_large_deficient_and_clustered_matrices(size, ra
     values, vectors = eigh(matrix.clone(), leading)
     count = size if leading in (None, 0) else min(leading, size)
     assert len(values) >= count
-    assert vectors.shape == (size, 0 if leading == 0 else len(values))
+    assert vectors.shape == (size, 0 if leading == 0 else count)
     scale = expected[0].item()
     assert torch.allclose(values, expected[: len(values)].clamp_min(0), atol=1e-12 * scale)
     assert torch.allclose(matrix @ vectors, vectors * values[: vectors.shape[1]], atol=1e-11 * scale)
+    again = eigh(matrix.clone(), leading, overwrite=True)
+    assert torch.equal(again[0], values)
+    assert torch.equal(again[1], vectors)
     assert torch.allclose(vectors.T @ vectors, torch.eye(vectors.shape[1], dtype=torch.float64), atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [1, SLAB, 2 * SLAB + 5])
+def test_a_matrix_counts_as_its_mean_with_its_transpose(size: int) -> None:
+    square = draw(size, size).double()
+    matrix = square @ square.T + 1e-3 * draw(size, size)
+    mean = (matrix + matrix.T) / 2
+    before = matrix.clone()
+    assert torch.equal(eigh(matrix, 0)[0], eigh(mean, 0)[0])
+    assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(MANY, 6), (6, MANY), (1, 5), (5, 1)], ids=str)
+def test_a_product_is_that_of_the_widened_factors(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    narrow, right, left = draw(*shape).to(dtype), draw(shape[1], 4).double(), draw(4, shape[0]).double()
+    torch.testing.assert_close(wide_product(narrow, right), narrow.double() @ right, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(wide_product(left, narrow), left @ narrow.double(), rtol=1e-13, atol=1e-13)

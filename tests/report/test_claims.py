@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lowrank.report.claims import CLOSE, FAILS, HOLDS, judge
+from lowrank.report.claims import CLOSE, FAILS, HOLDS, VERDICTS, judge, settle_verdicts, verdicts_agree
 
 
 @pytest.mark.parametrize(
@@ -77,3 +77,26 @@ def test_bad_arguments_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=f"`{name}`"):
             judge(**{"left": 1, "relation": "<", "right": 2} | options)
+
+
+@pytest.mark.parametrize("here", VERDICTS)
+@pytest.mark.parametrize("there", VERDICTS)
+def test_printed_verdicts_are_settled_only_if_they_agree(here: str, there: str) -> None:
+    text, reference = f"3 rows\n{here}: a < b\n", f"3 rows\n{there}: a < b\n"
+    assert (settle_verdicts(text, reference) == reference) == verdicts_agree(here, there)
+    assert verdicts_agree(here, there) == ({here, there} != {HOLDS, FAILS})
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        (f"{CLOSE}: a < b\n", f"{HOLDS}: a < c\n"),  # another claim
+        (f"{CLOSE}: a < b\n", "maybe: a < b\n"),  # no verdict
+        (f"{CLOSE}: a < b\n{CLOSE}: c\n", f"{CLOSE}: a < b\n"),  # a line more
+        (f"{CLOSE}: a < b\n", f"{CLOSE}: a < b\n{CLOSE}: c\n"),  # a line fewer
+        ("3 rows\n", "4 rows\n"),
+        ("", "4 rows\n"),
+    ],
+)
+def test_other_differences_stay(text: str, reference: str) -> None:
+    assert settle_verdicts(text, reference) == text

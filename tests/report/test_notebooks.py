@@ -1,6 +1,7 @@
 """Guards of the paired notebooks: same source on both sides, executed in order, and the conventions of a notebook."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,26 @@ class TestPair:
         command = [str(Path(sys.executable).with_name("jupytext")), "--paired-paths", str(NOTEBOOKS / f"{name}.py")]
         paths = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
         assert str(NOTEBOOKS / f"{name}.ipynb") in paths
+
+
+@pytest.mark.parametrize(
+    ("printed", "stored", "passes"),
+    [
+        ("holds: a < b", "holds: a < b", True),
+        ("too close to call: a < b", "holds: a < b", True),
+        ("fails: a < b", "too close to call: a < b", True),
+        ("fails: a < b", "holds: a < b", False),
+        ("too close to call: a < b", "holds: a < c", False),
+        ("4 rows", "3 rows", False),
+    ],
+)
+def test_nbval_compares_verdicts_as_the_report_does(tmp_path: Path, printed: str, stored: str, passes: bool) -> None:
+    output = nbformat.v4.new_output("stream", name="stdout", text=f"{stored}\n")
+    cell = nbformat.v4.new_code_cell(f"print({printed!r})", outputs=[output], execution_count=1)
+    cell.metadata.tags = ["nbval-check-output"]
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "one.ipynb")
+    shutil.copy(NOTEBOOKS / "conftest.py", tmp_path)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env"]
+    done = subprocess.run([*command, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if passes else 1), done.stdout
+    assert ("1 passed" if passes else "1 failed") in done.stdout
