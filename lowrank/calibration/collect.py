@@ -17,6 +17,7 @@ from lowrank.calibration.hooks import watch_calls
 from lowrank.calibration.skip_head import SkipHead
 from lowrank.factorization.methods import METHODS
 from lowrank.factorization.moments import LayerStatistics
+from lowrank.factorization.precision import float64_device
 from lowrank.factorization.sides import fields_for, reads_of
 from lowrank.io.checks import require
 from lowrank.nn.batches import Batch, compute_logits, device_of, eval_mode, get_token_mask, move_batch
@@ -82,7 +83,7 @@ def collect_statistics(
     reads = reads_of(methods)
     fields = {name: fields_for(layer.weight.shape, side, reads, loss is not None) for name, layer in linears.items()}
     home = device_of(model)
-    sums_on = torch.device(device) if device is not None else torch.device("cpu") if home.type == "mps" else home
+    sums_on = torch.device(device) if device is not None else float64_device(home)
     collector = Collector(linears, fields, sums_on, products)
     with eval_mode(model), watch_calls(linears, collector.add_call), SkipHead(model, linears) as head:
         for batch in batches:

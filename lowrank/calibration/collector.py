@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lowrank.calibration.hooks import exact_products, token_rows
 from lowrank.factorization.moments import MOMENTS, SIZES, LayerStatistics
+from lowrank.factorization.precision import with_float64
 from lowrank.factorization.running_moments import RunningMoments
 from lowrank.io.distributed import gather, process_count, process_index, sum_in_place
 
@@ -95,8 +96,8 @@ class Collector:
         layer = self.linears[name]
         wide = torch.promote_types(output.dtype, self.products)
         if wide != output.dtype:
-            rows = token_rows(value, self.mask, name).detach().to(wide)
-            return rows @ layer.weight.detach().to(wide).T
+            rows = with_float64(token_rows(value, self.mask, name).detach()).to(wide)
+            return rows @ layer.weight.detach().to(rows).T
         rows = token_rows(output, self.mask, name).detach()
         return rows if layer.bias is None else rows - layer.bias.detach()
 
@@ -116,9 +117,8 @@ class Collector:
                 if "gradient" in groups:
                     self.sums_of(name, "gradient").add(rows)
                 if "pullback" in groups:
-                    wide = torch.promote_types(rows.dtype, self.products)
-                    weight = self.linears[name].weight.detach()
-                    self.sums_of(name, "pullback").add(rows.to(wide) @ weight.to(wide))
+                    wide = with_float64(rows).to(torch.promote_types(rows.dtype, self.products))
+                    self.sums_of(name, "pullback").add(wide @ self.linears[name].weight.detach().to(wide))
             if any(MOMENTS[field]["over_samples"] for field in groups.get("gradient", ())):
                 x, g = (
                     torch.cat([part.detach().reshape(len(part), -1, part.shape[-1]) for part in parts], dim=1)

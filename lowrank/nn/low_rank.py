@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowrank.factorization.factorize import Factors
+from lowrank.factorization.precision import with_float64
 from lowrank.factorization.storages import FACTORS, PIVOTED
 from lowrank.nn.pivots import find_pivot_rows
 
@@ -73,11 +74,11 @@ class LowRankLinear(nn.Module):
 
     def dense(self) -> Float[Tensor, "out in"]:
         """Compute W' = B A, `(out, in)`, in float64, without gradients."""
-        return self.left.weight.detach().double() @ self.right.weight.detach().double()
+        return _widen(self.left.weight) @ _widen(self.right.weight)
 
     def multiply(self, columns: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
         """Compute W' X for float64 columns, `(in, k)`, in float64, without gradients and without forming W'."""
-        return self.left.weight.detach().double() @ (self.right.weight.detach().double() @ columns)
+        return _widen(self.left.weight) @ (_widen(self.right.weight) @ columns)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Compute B (A x) + b for `x`, `(..., in)`."""
@@ -169,15 +170,18 @@ class PivotedLinear(nn.Module):
 
     def dense(self) -> Float[Tensor, "out in"]:
         """Compute W', `(out, in)`, in float64, without gradients."""
-        return self._complete(self.right.weight.detach().double())
+        return self._complete(_widen(self.right.weight))
 
     def multiply(self, columns: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
         """Compute W' X for float64 columns, `(in, k)`, in float64, without gradients and without forming W'."""
-        return self._complete(self.right.weight.detach().double() @ columns)
+        return self._complete(_widen(self.right.weight) @ columns)
 
     def _complete(self, rows: Tensor) -> Tensor:
         """Return all rows of a product from those of the pivots, `(rank, k)`, float64."""
-        return self._join(rows.T, (self.left.weight.detach().double() @ rows).T).T
+        whole = rows.new_empty(self.out_features, rows.shape[1])
+        whole[self.others.to(rows.device)] = _widen(self.left.weight) @ rows
+        whole[self.pivots.to(rows.device)] = rows
+        return whole
 
     def update_others(self) -> None:
         """Recompute `others`, the ascending indices of the rows that are no pivots; needed after `pivots` changes."""
@@ -201,6 +205,10 @@ class PivotedLinear(nn.Module):
 
 
 FACTORED_LAYERS: dict[str, type[Any]] = {layer.storage: layer for layer in (LowRankLinear, PivotedLinear)}
+
+
+def _widen(weight: Tensor) -> Tensor:
+    return with_float64(weight.detach()).double()
 
 
 def _update_others(module: Any, _: object) -> None:

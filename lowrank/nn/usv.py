@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowrank.factorization.precision import with_float64
+
 
 class USV(NamedTuple):
     """Hold the three matrices of a weight U S V^T, `(m, n)`.
@@ -46,7 +48,7 @@ class _Bases(nn.Module):
     @property
     def usv(self) -> USV:
         """Return copies of the three matrices in float64, without gradients."""
-        return USV(self.u.double(), self.s.detach().double(), self.vh.double())
+        return USV(*(with_float64(part.detach()).double() for part in (self.u, self.s, self.vh)))
 
     @torch.no_grad()
     def set_usv(self, usv: USV) -> nn.Parameter:
@@ -223,6 +225,7 @@ def _fill(module: Any, layer: nn.Linear | nn.Conv2d, usv: USV) -> Any:
 
 def _fill_dense(layer: Any, module: _Bases, weight: Tensor) -> Any:
     """Give a new dense layer its weight, and bias, mode and flags of the layer that it replaces."""
-    layer.weight = nn.Parameter(weight.to(module.dense_dtype), requires_grad=module.s.requires_grad)
+    weight = weight.to(module.s.device, module.dense_dtype)
+    layer.weight = nn.Parameter(weight, requires_grad=module.s.requires_grad)
     layer.register_parameter("bias", module.bias)
     return layer.train(module.training)
