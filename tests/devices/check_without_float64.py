@@ -95,9 +95,10 @@ def test_methods_storages_and_files(device: torch.device, method: str, storage: 
 def test_compressing(device: torch.device, choices: dict[str, Any]) -> None:
     model, there, batches, _ = both("llama", device)
     for each in (model, there):
-        compress(each, batches * 3, 0.6, progress=False, **choices)
+        compress(each, batches * 2, 0.6, loss=loss, progress=False, **choices)
     assert everything_on(there, device)
-    assert difference(there, model, batches) < 1e-1 if choices else 1e-3
+    # ranks that are measured are measured in float32 on the device, in float64 on the CPU, and may differ
+    assert difference(there, model, batches) < (0.5 if "allocation" in choices else 1e-2)
 
 
 def test_one_matrix(device: torch.device) -> None:
