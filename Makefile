@@ -20,7 +20,7 @@ export JUPYTER_PATH := $(CURDIR)/$(VENV)/share/jupyter
 export JUPYTER_PREFER_ENV_PATH := 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help report compare publish site test test-fast cluster-test lab lint bench soak notebooks readme lock
+.PHONY: help report compare publish site test test-fast cluster-test lab lint bench gpu soak notebooks readme lock
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '%-14s%s\n' "$$name" "$$text"; done
@@ -61,6 +61,9 @@ lab: $(VENV)/.ok  ## JupyterLab; .py and .ipynb of a pair both open as a noteboo
 
 bench: $(VENV)/.ok  ## ratios of time and memory, measured in one run
 	python -m pytest -q -o addopts= benchmarks/bench_*.py --benchmark-only --benchmark-columns=median,rounds
+
+gpu:  ## the measured parts at real sizes on one GPU, in minutes; needs torch, transformers, timm and peft, not Jupyter
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py
 
 soak: $(VENV)/.ok  ## kill the report at 20 random moments: it ends with the published tables
 	python tests/soak.py '$(SETS)' --cores $(CORES)

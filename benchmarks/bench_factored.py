@@ -7,14 +7,13 @@ Ratios are of medians of calls that take turns in one process. Memory is the pea
 import copy
 import multiprocessing
 import time
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import pytest
 import torch
-from shared import bert, llama, peak_megabytes, ratio, recorder
+from recipes import LAYERS, bert, forward, layer_rows, llama, svd_llm_factors, svd_llm_moments
+from shared import peak_megabytes, ratio, recorder
 from torch import Tensor, nn
 
 from lowrank.calibration.collect import collect_statistics
@@ -23,64 +22,14 @@ from lowrank.calibration.predictive_loss import predictive_loss
 from lowrank.compression.compress import compress
 from lowrank.compression.replace import replace_layers
 from lowrank.factorization.block_sums import outer_sum
-from lowrank.factorization.factorize import Factors
 from lowrank.factorization.gram import eigh
-from lowrank.factorization.rank_allocation import allocate_ranks, rank_for_keep
-from lowrank.factorization.storages import STORAGES
-from lowrank.nn.batches import eval_mode
-from lowrank.nn.low_rank import FACTORED_LAYERS
-from lowrank.nn.profiling import count_flops, time_in_turns
+from lowrank.factorization.rank_allocation import allocate_ranks
+from lowrank.nn.profiling import time_in_turns
 from lowrank.nn.targets import find_linears
 
 row, table = recorder("factored")
-LAYERS = ("layer", "tokens", "dtype", "keep", "storage", "multiple", "rank", "speedup", "flop_ratio", "share")
 layer_row, layer_table = recorder("layers", *LAYERS)
 TOKENS = 4096
-
-
-def svd_llm_moments(model: nn.Module, layers: Iterable[str], batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """SVD-LLM's code: a float32 Gram for every layer, added up in hooks."""
-    linears = find_linears(model, layers)
-    grams = {name: torch.zeros(layer.in_features, layer.in_features) for name, layer in linears.items()}
-
-    def watch(name: str):
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].flatten(0, -2)
-            grams[name] += x.T @ x
-
-        return hook
-
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in linears.items()]
-    forward(model, batches)
-    for handle in handles:
-        handle.remove()
-    return grams
-
-
-def svd_llm_factors(model: nn.Module, ranks: dict[str, int], grams: dict[str, Tensor]) -> None:
-    """SVD-LLM's code: Cholesky of the Gram in float64, on failure an absolute ridge; explicit inverse; full SVD of W S in
-    float32; two factors with the root of the singular values on each."""
-    for name, layer in find_linears(model, ranks).items():
-        gram = grams[name].double()
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if failed:
-            smallest = torch.linalg.eigvalsh(gram)[0]
-            factor = torch.linalg.cholesky(gram + (smallest.abs() + 1e-6) * torch.eye(len(gram), dtype=gram.dtype))
-        inverse = torch.linalg.inv(factor).float()
-        u, sigma, vt = torch.linalg.svd(layer.weight.detach() @ factor.float(), full_matrices=False)
-        root = sigma[: ranks[name]].sqrt()
-        right = nn.Linear(layer.in_features, ranks[name], bias=False)
-        left = nn.Linear(ranks[name], layer.out_features, bias=layer.bias is not None)
-        right.weight.data = (root[:, None] * vt[: ranks[name]]) @ inverse
-        left.weight.data = u[:, : ranks[name]] * root
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, nn.Sequential(right, left))
-
-
-def forward(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
-    with eval_mode(model), torch.no_grad():
-        for batch in batches:
-            model(**batch)
 
 
 MODELS = {
@@ -143,28 +92,10 @@ def test_compressing_against_the_svd_llm_recipe(case: str, benchmark) -> None:
 @pytest.mark.parametrize("shape", [(3072, 768), (1024, 1024), (4096, 4096)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("keep", [0.5, 0.2])
 def test_layers_against_dense(shape: tuple[int, int], keep: float, benchmark) -> None:
-    out, inputs = shape
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    x = torch.randn(TOKENS, inputs, device=device, dtype=dtype)
-    layers: dict[tuple[object, ...], nn.Module] = {}
-    for storage in STORAGES:
-        for multiple in (1, 8, 64):
-            rank = rank_for_keep(shape, keep, storage, multiple)
-            left, right = torch.randn(out, rank), torch.randn(rank, inputs)
-            factors = Factors(left, right, torch.zeros(min(shape)))
-            made = FACTORED_LAYERS[storage].from_factors(factors, torch.zeros(out), dtype)
-            layers[storage, multiple, rank] = made.to(device)
-    layers["dense",] = nn.Linear(inputs, out, bias=True, device=device, dtype=dtype)
-    with torch.no_grad():
-        calls = {key: (lambda layer=layer: layer(x)) for key, layer in layers.items()}
-        seconds = time_in_turns(calls, repeats=7, warmup=2, device=device)
-        flops = {key: count_flops(call) for key, call in calls.items()}
-    dense = flops.pop(("dense",)), median(seconds.pop(("dense",)))
-    for key, own in flops.items():
-        speedup, ceiling = dense[1] / median(seconds[key]), dense[0] / own
-        about = f"{out}x{inputs}", TOKENS, str(dtype).removeprefix("torch.")
-        layer_row(*about, keep, *key, speedup, ceiling, speedup / ceiling)
+    for found in layer_rows(shape, keep, TOKENS, device, dtype):
+        layer_row(*found.values())
     benchmark.pedantic(lambda: None, rounds=1)
 
 

@@ -5,67 +5,21 @@ dense blocks, and over one that multiplies the weight out in every pass, as the 
 at the default interval, as a share of the training it watches.
 """
 
-import copy
 from collections.abc import Callable
 from statistics import median
-from typing import Any
 
 import pytest
 import torch
+from recipes import training_step, truncated, vit
 from shared import recorder
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lowrank.nn.profiling import time_in_turns
-from lowrank.nn.usv import USV, USVLinear
 from lowrank.tasks.registry import load_task
-from lowrank.training.oialr import OIALR
 from lowrank.training.stability import BasisMonitor
 
 row, table = recorder("oialr")
 DEPTH, BATCH, TOKENS = 2, 2, 197
-
-
-def vit(**sizes: Any) -> nn.Module:
-    from timm.models.vision_transformer import VisionTransformer  # noqa: PLC0415
-
-    return VisionTransformer(num_classes=10, **sizes)
-
-
-class Rebuilt(nn.Module):
-    """A layer that multiplies its weight out in every pass."""
-
-    def __init__(self, layer: USVLinear) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.layer.flat_weight(), self.layer.bias)
-
-
-def truncated(model: nn.Module, ratio: float, rebuild: bool) -> nn.Module:
-    """Bases of a share of the full rank in all blocks; their values do not matter to the time."""
-    own = copy.deepcopy(model)
-    for name, shape in OIALR(own).layers.items():
-        rank = round(ratio * min(shape))
-        sizes = (shape[0], rank), (rank, rank), (rank, shape[1])
-        parent, _, key = name.rpartition(".")
-        linear: Any = own.get_submodule(name)
-        layer = USVLinear.from_dense(linear, USV(*(0.03 * torch.randn(size) for size in sizes)))
-        setattr(own.get_submodule(parent), key, Rebuilt(layer) if rebuild else layer)
-    return own
-
-
-def training_step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        cross_entropy(model(batch[0]), batch[1]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    return step
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.5, 0.25, 0.1])
@@ -74,7 +28,7 @@ def test_a_training_step_of_vit_blocks(benchmark, ratio: float) -> None:
     dense = vit(img_size=224, patch_size=16, embed_dim=768, depth=DEPTH, num_heads=12)
     batch = torch.randn(BATCH, 3, 224, 224), torch.randint(0, 10, (BATCH,))
     models = {"dense": dense, "thin": truncated(dense, ratio, False), "rebuilt": truncated(dense, ratio, True)}
-    steps = {name: training_step(model, batch) for name, model in models.items()}
+    steps = {name: training_step(model, batch)[0] for name, model in models.items()}
     times = {name: median(own) for name, own in time_in_turns(steps, repeats=7).items()}
     case = f"{DEPTH} ViT blocks 768 wide, {BATCH} x {TOKENS} tokens, rank ratio {ratio}"
     row("OIALR training step over a dense one", case, "time ratio", times["thin"] / times["dense"])
@@ -98,7 +52,7 @@ def test_watching_bases(benchmark, make: Callable[[], tuple[nn.Module, tuple[Ten
     model, batch = make()
     monitor = BasisMonitor(progress=False)
     monitor.check(model)
-    pair = {"look": lambda: monitor.check(model), "step": training_step(model, batch)}
+    pair = {"look": lambda: monitor.check(model), "step": training_step(model, batch)[0]}
     times = {name: median(own) for name, own in time_in_turns(pair, repeats=3, warmup=1).items()}
     case = {"digits": "digits-vit, batches of 64", "mini": "CIFAR-10's mini ViT, 768 wide, batches of 64"}[
         make.__name__

@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from recipes import llama
 from safetensors.torch import save_file
-from shared import llama, peak_megabytes, recorder
+from shared import peak_megabytes, recorder
 
 from lowrank.io.weights import INDEX
 from lowrank.lora.deltas import delta_spectra

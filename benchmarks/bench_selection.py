@@ -12,7 +12,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from shared import bert, ratio, recorder, spread
+from recipes import bert
+from shared import ratio, recorder, spread
 
 from lowrank.nn.profiling import time_in_turns
 from lowrank.selection.assignment import assign_layers

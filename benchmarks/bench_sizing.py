@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from shared import llama, peak_megabytes, recorder
+from recipes import llama
+from shared import peak_megabytes, recorder
 
 from lowrank.calibration.collect import collect_statistics
 from lowrank.compression.checkpoint import load_compressed, save_compressed

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from shared import bert, llama, peak_megabytes, ratio, recorder
+from recipes import bert, llama
+from shared import peak_megabytes, ratio, recorder
 
 from lowrank.calibration.collect import collect_statistics
 from lowrank.factorization.alternatives import cholesky_inverse, compare_alternatives, projector

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of given sizes, the table of results, the peak memory of a part of a process."""
+"""What the benchmarks share: the table of results, the peak memory of a part of a process. Models are in `recipes`."""
 
 import json
 import os
@@ -9,7 +9,6 @@ from statistics import median
 
 import pandas as pd
 import pytest
-from torch import nn
 
 from lowrank.io.dependencies import ROOT
 from lowrank.io.files import writing
@@ -92,28 +91,3 @@ def peak_megabytes() -> Iterator[Callable[[], float]]:
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = read("VmRSS")
     yield lambda: read("VmHWM") - before
-
-
-def bert(hidden: int, layers: int) -> nn.Module:
-    import transformers  # noqa: PLC0415
-
-    config = transformers.BertConfig(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64, intermediate_size=4 * hidden
-    )
-    return transformers.BertModel(config)
-
-
-def llama(
-    hidden: int, layers: int, vocabulary: int = 8000, intermediate: int | None = None, kv_heads: int | None = None
-) -> nn.Module:
-    import transformers  # noqa: PLC0415
-
-    config = transformers.LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=kv_heads or hidden // 256,
-        intermediate_size=intermediate or 11 * hidden // 4,
-        vocab_size=vocabulary,
-    )
-    return transformers.LlamaForCausalLM(config)

@@ -85,6 +85,7 @@ SLOW = (
     "pi3/test_speed.py",
     "lora/test_rank_config.py",
     "test_benchmarks.py",
+    "test_devices.py",
 )
 
 

@@ -155,6 +155,12 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+def difference(model: nn.Module, other: nn.Module, batches: list[Batch]) -> float:
+    """How far the outputs of a model are from those of another, wherever both are."""
+    found, expected = (outputs(copy.deepcopy(each).cpu(), batches) for each in (model, other))
+    return relative(found, expected)
+
+
 def weights_below(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     """Stored elements of one layer, its bias left out: of floating tensors, and of indices."""
     own = {key: t for key, t in tensors.items() if key.startswith(f"{name}.") and not key.endswith("bias")}

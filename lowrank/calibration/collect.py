@@ -18,6 +18,7 @@ from lowrank.calibration.hooks import watch_calls
 from lowrank.calibration.skip_head import SkipHead
 from lowrank.factorization.methods import METHODS
 from lowrank.factorization.moments import LayerStatistics
+from lowrank.factorization.precision import float64_device
 from lowrank.factorization.sides import fields_for, reads_of
 from lowrank.io.checks import require
 from lowrank.nn.autograd import check_differentiable
@@ -89,7 +90,7 @@ def collect_statistics(
     if loss is not None:
         check_differentiable(model)
     home = device_of(model)
-    sums_on = torch.device(device) if device is not None else torch.device("cpu") if home.type == "mps" else home
+    sums_on = torch.device(device) if device is not None else float64_device(home)
     collector = Collector(linears, fields, sums_on, products)
     backward = BackwardPass(collector)
     watched = watch_calls(linears, collector.add_call)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lowrank.calibration.hooks import exact_products, token_rows
 from lowrank.factorization.moments import MOMENTS, SIZES, LayerStatistics
+from lowrank.factorization.precision import with_float64
 from lowrank.factorization.running_moments import RunningMoments
 from lowrank.io.distributed import gather, process_count, process_index, sum_in_place
 from lowrank.nn.autograd import version_of
@@ -100,9 +101,9 @@ class Collector:
         layer = self.linears[name]
         wide = torch.promote_types(output.dtype, self.products)
         if wide != output.dtype:
-            rows = token_rows(value, self.mask, name).detach().to(wide)
+            rows = with_float64(token_rows(value, self.mask, name).detach()).to(wide)
             with weights_of(layer):
-                return rows @ layer.weight.detach().to(wide).T
+                return rows @ layer.weight.detach().to(rows).T
         rows = token_rows(output, self.mask, name).detach()
         if layer.bias is None:
             return rows
@@ -125,10 +126,10 @@ class Collector:
                 if "gradient" in groups:
                     self.sums_of(name, "gradient").add(rows)
                 if "pullback" in groups:
-                    wide = torch.promote_types(rows.dtype, self.products)
+                    wide = with_float64(rows).to(torch.promote_types(rows.dtype, self.products))
                     with weights_of(self.linears[name]):
                         weight = self.linears[name].weight.detach().to(wide)
-                    self.sums_of(name, "pullback").add(rows.to(wide) @ weight)
+                    self.sums_of(name, "pullback").add(wide @ weight)
             if any(MOMENTS[field]["over_samples"] for field in groups.get("gradient", ())):
                 for x, g in _join_calls(values, gradients):
                     self.sums_of(name, "gradient").add_samples(x, g)

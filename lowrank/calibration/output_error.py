@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.calibration.hooks import exact_products, visit_inputs
+from lowrank.factorization.precision import with_float64
 from lowrank.factorization.running_moments import BLOCK_TOKENS
 from lowrank.nn.batches import Batch
 from lowrank.nn.targets import find_linears
@@ -28,19 +29,19 @@ def output_errors(
     **Returns** layer name -> one norm per replacement, accumulated in float64.
     """
     linears = find_linears(model, replacements)
+    weights = {name: with_float64(layer.weight.detach()).double() for name, layer in linears.items()}
     differences = {
-        name: torch.cat([(layer.weight.detach().double() - new.double()) for new in replacements[name]]).to(
-            layer.weight
-        )
-        for name, layer in linears.items()
+        name: torch.cat([weight - new.to(weight) for new in replacements[name]]).to(linears[name].weight)
+        for name, weight in weights.items()
     }
+    del weights
     sums = {name: torch.zeros(len(new), dtype=torch.float64) for name, new in replacements.items()}
 
     def add(name: str, rows: Tensor) -> None:
         for block in rows.split(BLOCK_TOKENS):
             with exact_products(block.device):
                 change = block @ differences[name].to(block).T
-            per_output = change.square().sum(0, dtype=torch.float64)
+            per_output = with_float64(change).square().sum(0, dtype=torch.float64)
             sums[name] += per_output.view(len(sums[name]), -1).sum(1).cpu()
 
     visit_inputs(model, batches, linears, add)

@@ -17,6 +17,7 @@ from lowrank.compression.configuration import Configuration
 from lowrank.compression.replace import decompose, replace_layers, spectrum_of
 from lowrank.compression.retarget import retarget_layers
 from lowrank.factorization.factorize import Factors
+from lowrank.factorization.precision import float64_device
 from lowrank.factorization.rank_allocation import allocate_ranks
 from lowrank.nn.batches import Batch, as_double, batches_on, device_of
 from lowrank.nn.targets import find_linears
@@ -235,4 +236,6 @@ class Allocator:
 
 def _has_float64(model: nn.Module) -> bool:
     """Return True for a float32 model on a device that computes in float64; a half-precision one may be too large to copy."""
-    return device_of(model).type != "mps" and all(p.dtype == torch.float32 for p in model.parameters())
+    return float64_device(device_of(model)) == device_of(model) and all(
+        p.dtype == torch.float32 for p in model.parameters()
+    )

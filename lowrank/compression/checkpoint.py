@@ -108,10 +108,8 @@ def load_compressed(
             f"`folder` must contain a model written by save_compressed, got {str(folder)!r} without {missing}."
         )
     metadata = _read_metadata(folder)
-    with open_safetensors(
-        folder / TENSORS, "folder", str(device)
-    ) as file:  # copies: a tensor as read stays mapped to the file
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    with open_safetensors(folder / TENSORS, "folder") as file:  # copies: a tensor as read stays mapped to the file
+        tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118 (no mapping)
     model = architecture if architecture is not None else build_skeleton(metadata["base"], folder)
     if model is None:
         raise ValueError("`architecture` must be the dense model, for one of neither transformers nor timm, got None.")

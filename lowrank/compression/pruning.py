@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lowrank.factorization.moments import LayerStatistics, all_finite, read_gram
+from lowrank.factorization.precision import float64_device
 from lowrank.io.checks import require
 from lowrank.io.hashing import check_in_memory
 from lowrank.nn.plain import has_own_weight
@@ -30,7 +31,7 @@ def magnitude(weight: Float[Tensor, "out in"], statistics: LayerStatistics | Non
     - `weight`: `(out, in)`, any floating-point dtype.
     - `statistics`: not used.
 
-    **Returns** scores, `(out, in)`, float64 (float32 on MPS).
+    **Returns** scores, `(out, in)`, float64 (float32 on a device without it).
 
     **Raises**
 
@@ -38,7 +39,7 @@ def magnitude(weight: Float[Tensor, "out in"], statistics: LayerStatistics | Non
     """
     if not all_finite(weight):
         raise ValueError("`weight` must be finite, got NaN or infinity.")
-    wide = torch.float32 if weight.device.type == "mps" else torch.float64  # MPS has no float64
+    wide = torch.float64 if float64_device(weight.device) == weight.device else torch.float32
     return weight.detach().to(wide).abs()
 
 
@@ -53,7 +54,7 @@ def wanda(weight: Float[Tensor, "out in"], statistics: LayerStatistics) -> Float
     - `weight`: `(out, in)`, any floating-point dtype.
     - `statistics`: of the layer; the second moments G, `(in, in)`, and the number of tokens N are used.
 
-    **Returns** scores, `(out, in)`, float64 (float32 on MPS), on the device of the weight.
+    **Returns** scores, `(out, in)`, float64 (float32 on a device without it), on the device of the weight.
 
     **Raises**
 

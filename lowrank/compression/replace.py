@@ -23,6 +23,7 @@ from lowrank.factorization.factorize import (
 from lowrank.factorization.gram import wide_product
 from lowrank.factorization.methods import METHODS
 from lowrank.factorization.moments import LayerStatistics, centre_moments
+from lowrank.factorization.precision import with_float64
 from lowrank.factorization.rank_allocation import kept_parameters
 from lowrank.factorization.storages import STORAGES
 from lowrank.io.checks import require
@@ -206,15 +207,16 @@ def build_replacement(
     centre = configuration.centre and layer.bias is not None
     moments = centre_moments(target.moments) if centre and target.moments is not None else target.moments
     weighting = _weigh(layer, name, configuration.method, moments)
-    weight = target.weight
+    weight = with_float64(target.weight)
     factors = factors or factorize(weight, rank, weighting, spectrum=False, dtype=torch.float64)
-    bias = None if layer.bias is None else layer.bias.detach()
+    bias = None if layer.bias is None else layer.bias.detach().to(weight.device)
     replacement = FACTORED_LAYERS[configuration.storage].from_factors(factors, bias, layer.weight.dtype)
     if centre and bias is not None and moments is not None:
         mean = moments.mean.to(weight.device, torch.float64)[:, None]
         bias = bias.double() + (wide_product(weight, mean) - replacement.multiply(mean))[:, 0]
         replacement.set_bias(bias if target.shift is None else bias + target.shift)
-    return copy_mode(replacement, layer), row | {
+    measured = _measure(weight, factors, replacement, weighting)
+    return copy_mode(replacement.to(layer.weight.device), layer), row | {
         "rank": rank,
         "storage": configuration.storage,
         "centre": centre,
@@ -222,7 +224,7 @@ def build_replacement(
         "indices": STORAGES[configuration.storage].indices(rank),
         "keep": parameters / row["parameters"],
         "predicted_error": factors.error / (factors.norm or 1.0),
-        **_measure(weight, factors, replacement, weighting),
+        **measured,
         "statistics": None if target.moments is None else hash_statistics(target.moments),
     }
 
@@ -251,7 +253,7 @@ def _moments(layer: nn.Linear, name: str, statistics: Statistics | None, centre:
 
 def _weigh(layer: nn.Linear, name: str, method: str, moments: LayerStatistics | None) -> Weighting:
     try:
-        return METHODS[method](moments, layer.weight)
+        return METHODS[method](moments, with_float64(layer.weight))
     except ValueError as error:
         raise ValueError(f"{error} (method {method!r}, layer {name!r})") from error
 

@@ -23,6 +23,7 @@ from lowrank.compression.checks import Statistics, check_layers, check_statistic
 from lowrank.compression.configuration import Configuration, Retargeting
 from lowrank.compression.replace import Target, build_replacement
 from lowrank.compression.streams import Streams
+from lowrank.factorization.precision import float64_device, with_float64
 from lowrank.factorization.transfer import (
     PairedMoments,
     RunningPairs,
@@ -179,7 +180,7 @@ class _Retargeter:
     def _measure(self, name: str, layer: nn.Linear, residual: str | None) -> Parts:
         """Return the moments of what a layer wants and gets."""
         wanted = layer.in_features + (layer.out_features if residual else 0)
-        sums = [RunningPairs(layer.in_features, wanted, self.device) for _ in range(2)]
+        sums = [RunningPairs(layer.in_features, wanted, float64_device(self.device)) for _ in range(2)]
         for dense, rows in self.streams.inputs(name, residual):
             count = max(len(rows) - max(round(self.options.held_out * len(rows)), 1), 1)
             with exact_products(self.device):
@@ -198,7 +199,7 @@ class _Retargeter:
 
     def _choose(self, parts: Parts, whole: PairedMoments, layers: Iterable[nn.Linear], centre: bool) -> Transfer:
         """Return the transfer that serves the outputs of some layers best, together."""
-        stacked = torch.cat([extend_weight(layer.weight.detach().double(), whole) for layer in layers])
+        stacked = torch.cat([extend_weight(with_float64(layer.weight.detach()).double(), whole) for layer in layers])
         fit, held_out = (part.centred() if centre else part for part in parts)
         best = choose_transfer(fit, held_out, stacked, self.options.ridges, self.options.blends)
         return solve_transfer(whole.centred() if centre else whole, *best)
@@ -208,7 +209,7 @@ class _Retargeter:
         moments = None if self.statistics is None else self.statistics[name]
         if whole is None or found is None:
             return Target(layer.weight.detach(), moments)
-        wanted = extend_weight(layer.weight.detach().double(), whole)
+        wanted = extend_weight(with_float64(layer.weight.detach()).double(), whole)
         target = wanted @ found.matrix
         shift = wanted @ whole.mean - target @ whole.moments.mean
         return Target(target, retargeted_statistics(moments, whole, found), shift)

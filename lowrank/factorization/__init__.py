@@ -11,6 +11,7 @@
 - `storages`: `STORAGES`, the forms of storing factors, with their costs.
 - `rank_allocation`: ranks within a budget of parameters.
 - `spectra`: effective rank, energy and other functions of singular values.
+- `precision`: the device of exact computations, for devices without float64.
 - `gram`: squared singular values from Gram matrices.
 - `alternatives`: other computations of the whitened optimum, for comparison.
 """

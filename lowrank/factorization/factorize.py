@@ -26,6 +26,7 @@ from lowrank.factorization.decompositions import (
 )
 from lowrank.factorization.gram import wide_product
 from lowrank.factorization.moments import all_finite, gram_norm
+from lowrank.factorization.precision import with_float64
 from lowrank.io.checks import require
 
 
@@ -164,7 +165,7 @@ def weighted_spectrum(weight: Float[Tensor, "out in"], weighting: Weighting = AL
 
 def _factorize(weight: Tensor, rank: int, weighting: Weighting, pairs: int | None, dtype: torch.dtype) -> Factors:
     """Return the factors of a rank, from `pairs` eigenpairs at least (None for all); at rank 0 the spectrum alone."""
-    w = weight.detach()  # widened as a whole only where a decomposition needs that
+    w = with_float64(weight.detach())  # widened as a whole only where a decomposition needs that
     sides = _check_sides(weighting, w)
     quick = None
     whitened = sides.inputs is not None and sides.inputs.dim() == 2 and sides.outputs is sides.pullback is None
@@ -194,7 +195,8 @@ def _factorize(weight: Tensor, rank: int, weighting: Weighting, pairs: int | Non
         left, right = solve(root, basis), wide_product(multiply(basis.T, root), w)
     spectrum = spectrum[: min(weight.shape)]
     rest = (energy - spectrum.square().sum()).clamp_min(0.0).item() if len(spectrum) < min(weight.shape) else 0.0
-    return Factors(left.to(dtype), right.to(dtype), spectrum, rest)
+    home = w.device if dtype == torch.float64 else weight.device
+    return Factors(left.to(home, dtype), right.to(home, dtype), spectrum, rest)
 
 
 def weighted_norm(difference: Float[Tensor, "out in"], weighting: Weighting = ALIKE) -> float:
@@ -210,7 +212,7 @@ def weighted_norm(difference: Float[Tensor, "out in"], weighting: Weighting = AL
     - `ValueError`: a weighting of another size, or with `image` or `pullback`, which know one weight only: see
       `measured_norm`.
     """
-    d = difference.detach().double()
+    d = with_float64(difference.detach()).double()
     outputs, inputs, image, pullback, *_ = _check_sides(weighting, d)
     other = next((name for name, side in (("image", image), ("pullback", pullback)) if side is not None), None)
     require(other is None, "weighting", "hold `outputs` and `inputs`: see `measured_norm`", other)

@@ -23,6 +23,7 @@ from torch import Tensor
 from lowrank.factorization.block_sums import SKETCH_ROWS, outer_sum
 from lowrank.factorization.factorize import Weighting
 from lowrank.factorization.moments import LayerStatistics, read_moment
+from lowrank.factorization.precision import with_float64
 
 ALPHA = 0.5  # exponent of ASVD's channel scales
 RIDGE = 0.03  # of two_sided, relative to the mean eigenvalue of E[g g^T]
@@ -145,7 +146,7 @@ def _weigh_inputs(statistics: LayerStatistics | None, weight: Tensor) -> dict[st
 
 def _weigh_pullback(statistics: LayerStatistics, weight: Tensor) -> dict[str, Tensor]:
     """Return W^T H^T H W, and a sketch of H, with the ridge that `two_sided` adds to the second moments of the gradients."""
-    w = weight.detach().double()
+    w = with_float64(weight.detach()).double()
     moments = read_moment(statistics, "input_gradient_gram", weight)
     mean = read_moment(statistics, "gradient_square", weight) / len(w)
     signs = torch.randint(0, 2, (SKETCH_ROWS, len(w)), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1)

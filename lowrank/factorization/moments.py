@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowrank.factorization import block_sums as sums
+from lowrank.factorization.precision import float64_device, with_float64
 from lowrank.io.checks import require
 
 Vectors = Literal["input", "output", "gradient", "pullback"]
@@ -137,7 +138,7 @@ def read_moment(statistics: LayerStatistics | None, name: str, weight: Float[Ten
     - `name`: a tensor field of `LayerStatistics`.
     - `weight`: the layer's weight; its shape and device are used.
 
-    **Returns** float64, on the device of `weight`.
+    **Returns** float64, on the device of `weight`, or on the CPU if that has no float64.
 
     **Raises**
 
@@ -148,11 +149,9 @@ def read_moment(statistics: LayerStatistics | None, name: str, weight: Float[Ten
         raise ValueError(f"`statistics` must hold {rules['label']}, got None: see collect_statistics.")
     value, size = getattr(statistics, name), weight.shape[SIZES[rules["of"]]]
     if value is not None and value.dim() and value.shape[-1] != size + rules["random"]:
-        shape = tuple(weight.shape)
-        raise ValueError(
-            f"`statistics` must have {rules['label']} of size {size} for a weight of shape {shape}, got {value.shape[-1]}."
-        )
-    return _check(statistics, name).double().to(weight.device)
+        wanted = f"{rules['label']} of size {size} for a weight of shape {tuple(weight.shape)}"
+        raise ValueError(f"`statistics` must have {wanted}, got {value.shape[-1]}.")
+    return _check(statistics, name).double().to(float64_device(weight.device))
 
 
 def _how_to_get(statistics: LayerStatistics, name: str) -> str:
@@ -297,4 +296,5 @@ def output_norm(weight: Float[Tensor, "m n"], statistics: LayerStatistics) -> fl
     - `weight`: W, `(out, in)`, any floating dtype; multiplied in float64.
     - `statistics`: of the inputs X.
     """
-    return gram_norm(weight.detach().double(), read_gram(statistics).to(weight.device))
+    weight = with_float64(weight.detach()).double()
+    return gram_norm(weight, read_gram(statistics).to(weight))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowrank.factorization.block_sums import sum_rows
 from lowrank.factorization.moments import MOMENTS, LayerStatistics
+from lowrank.factorization.precision import with_float64
 
 BLOCK_TOKENS = 4096  # tokens per product: bounds its memory, and in float32 its rounding
 SLAB = 1024  # rows of a product that are widened to float64 at a time
@@ -26,7 +27,7 @@ class RunningMoments:
 
     - `fields`: names of fields of `LayerStatistics`, all of the same vectors.
     - `size`: int, length of a vector.
-    - `device`: device of the sums; a block is multiplied on its own device.
+    - `device`: device of the sums; a block is multiplied on its own device, or on the CPU if that has no float64.
     - `products`: least dtype in which a block is multiplied, float32 or float64.
     - `stream`: int, sets the random signs apart from those of other processes. Default 0.
     """
@@ -42,7 +43,7 @@ class RunningMoments:
 
     def add(self, rows: Float[Tensor, "tokens n"]) -> None:
         """Add vectors to the sums over tokens."""
-        for block in rows.detach().split(BLOCK_TOKENS):
+        for block in with_float64(rows.detach()).split(BLOCK_TOKENS):
             block = block.to(torch.promote_types(block.dtype, self.products))
             if self.tokens == 0:
                 self.generator.manual_seed(_seed(block, self.stream))
@@ -64,7 +65,7 @@ class RunningMoments:
         - `inputs`: inputs of the layer, `(samples, tokens, in)`.
         - `rows`: gradients at its output, `(samples, tokens, out)`.
         """
-        wide = torch.promote_types(rows.dtype, self.products)
+        wide, inputs, rows = torch.promote_types(rows.dtype, self.products), with_float64(inputs), with_float64(rows)
         for name, rules in self.declared.items():
             if rules["over_samples"] is not None:
                 _accumulate(self.sums[name], rules["over_samples"](inputs.to(wide), rows.to(wide)))

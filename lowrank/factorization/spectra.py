@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lowrank.factorization.precision import with_float64
 from lowrank.io.checks import require
 
 
@@ -21,7 +22,7 @@ def _sort(singular_values: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
         raise ValueError(f"`singular_values` must have shape (..., k) with k >= 1, got {tuple(values.shape)}.")
     if values.is_complex() or not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
         raise ValueError("`singular_values` must be finite, real and >= 0.")
-    return values.to(torch.float64).sort(dim=-1, descending=True).values
+    return with_float64(values).to(torch.float64).sort(dim=-1, descending=True).values
 
 
 def _ratio(part: Tensor, whole: Tensor, empty: float) -> Tensor:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowrank.factorization.moments import LayerStatistics, centre_moments, read_gram
+from lowrank.factorization.precision import with_float64
 from lowrank.factorization.running_moments import BLOCK_TOKENS, RunningMoments
 
 OF_INPUTS = ("gram", "mean", "abs_mean", "input_square", "input_sketch")
@@ -75,6 +76,7 @@ class RunningPairs:
         - `wanted`: u; its first entries are the inputs in the dense model.
         - `rows`: inputs in the compressed model.
         """
+        wanted, rows = with_float64(wanted), with_float64(rows)
         self.inputs.add(rows)
         wide = torch.promote_types(rows.dtype, self.inputs.products)
         for x, y in zip(wanted.to(wide).split(BLOCK_TOKENS), rows.to(wide).split(BLOCK_TOKENS), strict=True):

@@ -55,14 +55,13 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def open_safetensors(path: Path | str, name: str = "path", device: str = "cpu") -> Iterator[Any]:
+def open_safetensors(path: Path | str, name: str = "path") -> Iterator[Any]:
     """Open a safetensors file for reading, and turn what goes wrong inside the block into one clear error.
 
     **Arguments**
 
     - `path`: the file.
     - `name`: the argument to name in errors. Default "path".
-    - `device`: the device that receives the tensors, for example "cuda:0". Default "cpu".
 
     **Raises**
 
@@ -73,7 +72,7 @@ def open_safetensors(path: Path | str, name: str = "path", device: str = "cpu") 
     if not path.is_file():
         raise FileNotFoundError(f"`{name}` must be a safetensors file, got {str(path)!r}, which does not exist.")
     try:
-        with safe_open(path, "pt", device=device) as file:
+        with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
         raise ValueError(f"`{name}` must be a whole safetensors file, got {str(path)!r}: {error}.") from error

@@ -4,7 +4,7 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,15 @@ def environment() -> dict[str, Any]:
     """Return the commit, the versions of Python and packages, and the machine of this run.
 
     **Returns** JSON values by name. `git_commit` is None outside a repository, `lock` the hash of the lock file, None without
-    one. `git_dirty` says whether files that results depend on have uncommitted changes. `blas` lists the libraries of linear
-    algebra, each with the instruction set that it chose.
+    one. `git_dirty` says whether files that results depend on have uncommitted changes. `versions` leaves out packages that are
+    not installed. `blas` lists the libraries of linear algebra, each with the instruction set that it chose.
     """
     cuda = torch.cuda.is_available()
     return {
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain", "--", *RESULT_SOURCES)),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in VERSIONED},
+        "versions": {name: found for name in VERSIONED if (found := _version(name))},
         "lock": hash_files([LOCK]) if LOCK.exists() else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -40,6 +40,14 @@ def environment() -> dict[str, Any]:
         "blas": _linear_algebra(),
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
     }
+
+
+def _version(package: str) -> str | None:
+    """Return the version of a package, None if it is not installed: a GPU's machine has no `datasets`, perhaps."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _linear_algebra() -> list[str]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lowrank.factorization.gram import gram_triangle, slabs, squared_singular_values
 from lowrank.factorization.moments import all_finite
+from lowrank.factorization.precision import with_float64
 from lowrank.factorization.spectra import effective_rank, rank_for_energy, retained_energy
 from lowrank.io.weights import OpenWeights, Source, match_modules, open_weights
 from lowrank.nn.targets import BLOCKS
@@ -145,7 +146,7 @@ def delta_factors(
             raise ValueError(f"`ranks` must name weights of both checkpoints, got {missing[0]!r}.")
         factors = {}
         for name in tqdm(names, "factors", unit="matrix", disable=not progress):
-            before, after = read(name)
+            before, after = (with_float64(side.detach()) for side in read(name))
             u, sigma, vh = torch.linalg.svd((after.double() - before.double()).flatten(1), full_matrices=False)
             root, rank = sigma.sqrt(), positive[name]
             factors[name] = ((u * root)[:, :rank].float(), (root[:, None] * vh)[:rank].float())
@@ -153,7 +154,7 @@ def delta_factors(
 
 
 def _compute_spectrum(before: Tensor, after: Tensor, name: str) -> DeltaSpectrum:
-    before, after = before.detach().flatten(1), after.detach().flatten(1)
+    before, after = (with_float64(side.detach()).flatten(1) for side in (before, after))
     for argument, tensor in (("base", before), ("tuned", after)):
         if not all_finite(tensor):
             raise ValueError(f"`{argument}` must have finite weights, got NaN or infinity in {name!r}.")

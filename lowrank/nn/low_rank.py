@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowrank.factorization.factorize import Factors
+from lowrank.factorization.precision import with_float64
 from lowrank.factorization.storages import FACTORS, PIVOTED
 from lowrank.nn.lazy_weight import LazyWeight, weight_of
 from lowrank.nn.pivots import find_pivot_rows
@@ -75,11 +76,11 @@ class LowRankLinear(nn.Module):
 
     def dense(self) -> Float[Tensor, "out in"]:
         """Compute W' = B A, `(out, in)`, in float64, without gradients."""
-        return self.left.weight.detach().double() @ self.right.weight.detach().double()
+        return _widen(self.left.weight) @ _widen(self.right.weight)
 
     def multiply(self, columns: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
         """Compute W' X for float64 columns, `(in, k)`, in float64, without gradients and without forming W'."""
-        return self.left.weight.detach().double() @ (self.right.weight.detach().double() @ columns)
+        return _widen(self.left.weight) @ (_widen(self.right.weight) @ columns)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Compute B (A x) + b for `x`, `(..., in)`."""
@@ -172,16 +173,18 @@ class PivotedLinear(nn.Module):
     @torch.no_grad()
     def dense(self) -> Float[Tensor, "out in"]:
         """Compute W', `(out, in)`, in float64, without gradients."""
-        return self._complete(self.right.weight.detach().double())
+        return self._complete(_widen(self.right.weight))
 
     @torch.no_grad()
     def multiply(self, columns: Float[Tensor, "in k"]) -> Float[Tensor, "out k"]:
         """Compute W' X for float64 columns, `(in, k)`, in float64, without gradients and without forming W'."""
-        return self._complete(self.right.weight.detach().double() @ columns)
+        return self._complete(_widen(self.right.weight) @ columns)
 
     def _complete(self, rows: Tensor) -> Tensor:
         """Return all rows of a product from those of the pivots, `(rank, k)`."""
-        return self._join(rows.T, (weight_of(self.left).to(rows) @ rows).T).T
+        left = weight_of(self.left)
+        left = left if left.dtype == rows.dtype else with_float64(left).to(rows)
+        return self._join(rows.T, (left @ rows).T).T
 
     def update_others(self) -> None:
         """Recompute `others`, the ascending indices of the rows that are no pivots; needed after `pivots` changes."""
@@ -192,7 +195,7 @@ class PivotedLinear(nn.Module):
     def _join(self, pivots: Tensor, others: Tensor) -> Tensor:
         """Put both parts of the outputs in their places, in one new tensor: cheaper than to concatenate and permute."""
         y = pivots.new_empty(*pivots.shape[:-1], self.out_features)
-        return y.index_copy_(-1, self.pivots, pivots).index_copy_(-1, self.others, others)
+        return y.index_copy_(-1, self.pivots.to(y.device), pivots).index_copy_(-1, self.others.to(y.device), others)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Compute W' x + b for `x`, `(..., in)`: the pivot outputs first, then the others from them."""
@@ -205,6 +208,10 @@ class PivotedLinear(nn.Module):
 
 
 FACTORED_LAYERS: dict[str, type[Any]] = {layer.storage: layer for layer in (LowRankLinear, PivotedLinear)}
+
+
+def _widen(weight: Tensor) -> Tensor:
+    return with_float64(weight.detach()).double()
 
 
 def _update_others(module: Any, _: object) -> None:

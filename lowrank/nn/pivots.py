@@ -51,7 +51,7 @@ def _exchange_rows(coefficients: Tensor, pivots: Tensor, others: Tensor) -> None
 def _permuted_lu(basis: Tensor) -> tuple[Tensor, Tensor]:
     """Return both triangular factors in one matrix, `(out, rank)`, and the order of the rows in it."""
     packed, swaps = torch.linalg.lu_factor(basis)
-    permutation = torch.arange(len(basis), device=basis.device)
+    order = list(range(len(basis)))  # swapped on the CPU: an accelerator would wait for each of them
     for row, other in enumerate(swaps.tolist()):
-        permutation[[row, other - 1]] = permutation[[other - 1, row]]
-    return packed, permutation
+        order[row], order[other - 1] = order[other - 1], order[row]
+    return packed, torch.tensor(order, device=basis.device)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lowrank.factorization.precision import with_float64
 from lowrank.io.checks import require
 from lowrank.nn.lazy_weight import LazyWeight, weight_of
 from lowrank.nn.offloaded import check_not_offloaded
@@ -34,7 +35,7 @@ class PackedLinear(nn.Module):
     def dense(self) -> Float[Tensor, "out in"]:
         """Return the packed weight, `(out, in)`, float64; every part must be an `nn.Linear`."""
         parts: list[Any] = list(self.children())
-        return torch.cat([part.weight.detach().double() for part in parts])
+        return torch.cat([with_float64(part.weight.detach()).double() for part in parts])
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:

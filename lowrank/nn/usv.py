@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowrank.factorization.precision import with_float64
 from lowrank.nn.lazy_weight import LazyWeight
 
 
@@ -50,7 +51,7 @@ class _Bases(nn.Module):
     @property
     def usv(self) -> USV:
         """Return copies of the three matrices in float64, without gradients."""
-        return USV(self.u.double(), self.s.detach().double(), self.vh.double())
+        return USV(*(with_float64(part.detach()).double() for part in (self.u, self.s, self.vh)))
 
     @torch.no_grad()
     def set_usv(self, usv: USV) -> nn.Parameter:
@@ -231,6 +232,7 @@ def _fill(module: Any, layer: nn.Linear | nn.Conv2d, usv: USV) -> Any:
 
 def _fill_dense(layer: Any, module: _Bases, weight: Tensor) -> Any:
     """Give a new dense layer its weight, and bias, mode and flags of the layer that it replaces."""
-    layer.weight = nn.Parameter(weight.to(module.like.dtype), requires_grad=module.s.requires_grad)
+    weight = weight.to(module.s.device, module.like.dtype)
+    layer.weight = nn.Parameter(weight, requires_grad=module.s.requires_grad)
     layer.register_parameter("bias", module.bias)
     return layer.train(module.training)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lowrank.factorization.precision import with_float64
 from lowrank.io.checks import require
 from lowrank.nn.low_rank import LowRankLinear
 from lowrank.nn.targets import find_linears
@@ -78,7 +79,7 @@ class EntropyScale:
 
         - `ValueError`: the percentiles are equal or NaN.
         """
-        values = entropies.double()
+        values = with_float64(entropies).double()
         least, most = (float(values.quantile(share)) for share in STRETCH_QUANTILES)
         if not most > least:
             raise ValueError(f"`entropies` must differ, got percentiles {least} and {most}.")
@@ -87,7 +88,7 @@ class EntropyScale:
 
     def find_regimes(self, entropies: Float[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
         """Return the regime, 0, 1 or 2, of each entropy, `(...)`, in bits."""
-        scores = ((entropies.double() - self.least) / (self.most - self.least)).clamp(0, 1)
+        scores = ((with_float64(entropies).double() - self.least) / (self.most - self.least)).clamp(0, 1)
         return (scores >= self.low).long() + (scores >= self.high).long()
 
 

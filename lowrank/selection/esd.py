@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowrank.factorization.gram import gram_triangle, slabs, squared_singular_values
 from lowrank.factorization.moments import all_finite
+from lowrank.factorization.precision import with_float64
 from lowrank.io.checks import require
 from lowrank.selection.power_law import fit_power_law
 
@@ -112,7 +113,7 @@ def eigenvalues(weight: Float[Tensor, "out in *kernel"]) -> Float[Tensor, " valu
 
     - `weight`: `(out, in)`, any floating dtype. For a convolution the eigenvalues of all kernel positions are pooled and halved.
 
-    **Returns** float64 `(min(out, in) * positions,)`, ascending, on the weight's device.
+    **Returns** float64 `(min(out, in) * positions,)`, ascending, on the weight's device, or on the CPU if that has no float64.
     """
     return eigenvalues_together([weight])[0]
 
@@ -126,7 +127,11 @@ def eigenvalues_together(weights: Sequence[Tensor]) -> list[Tensor]:
 
     **Returns** the result of `eigenvalues` for each weight.
     """
-    parts = [(owner, matrix) for owner, weight in enumerate(weights) for matrix in _split_kernel(weight.detach())]
+    parts = [
+        (owner, matrix)
+        for owner, weight in enumerate(weights)
+        for matrix in _split_kernel(with_float64(weight.detach()))
+    ]
     grams = [gram_triangle(slabs(matrix)) for _, matrix in parts]
     spectra: list[list[Tensor]] = [[] for _ in weights]
     for size in dict.fromkeys(len(gram) for gram in grams):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lowrank.factorization.precision import with_float64
 from lowrank.io.checks import require
 from lowrank.io.weights import Source, open_weights
 from lowrank.nn.targets import BLOCKS, split_block
@@ -189,10 +190,10 @@ def _device_of(model: Source) -> torch.device | str:
 
 def _entry_norms(weight: Tensor, norm: float) -> dict[str, float | None]:
     """Return norms of the entries; `norm` is the sum of the eigenvalues, which those of a convolution are half of."""
-    wide = torch.float64 if weight.device.type != "mps" else torch.float32
+    weight = with_float64(weight)
     largest, sums = [], []
     for piece in weight.split(max(1, _CACHED // weight[0].numel())):
-        sizes = piece.to(wide, copy=True).abs_()
+        sizes = piece.to(torch.float64, copy=True).abs_()
         largest.append(sizes.max())
         sums.append(sizes.sum())
     norms = {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank.calibration.divergence import at_least_float32, class_divergence
+from lowrank.factorization.precision import float64_device, with_float64
 from lowrank.io.checks import require
 from lowrank.nn.batches import Batch, batches_on, compute_logits, device_of, eval_mode, get_labels
 from lowrank.tasks.metrics import METRICS, Metric
@@ -135,9 +136,9 @@ def _run(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> tu
     with eval_mode(model), torch.no_grad():
         for batch in batches_on(batches, device_of(model)):
             outputs, targets = compute_logits(model, batch), get_labels(batch)
-            outputs = outputs if outputs.device.type == "mps" else outputs.double()
+            outputs = outputs.double() if float64_device(outputs.device) == outputs.device else outputs
             losses = objective.losses(outputs, targets)
-            total += losses.double().sum().item()
+            total += with_float64(losses).double().sum().item()
             count += len(losses)
             if predict is not None:
                 predicted.append(predict(outputs).float().cpu().numpy())

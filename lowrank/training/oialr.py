@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.factorization.moments import all_finite
+from lowrank.factorization.precision import with_float64
 from lowrank.io.checks import require
 from lowrank.io.distributed import broadcast, process_count, process_index
 from lowrank.io.hashing import check_in_memory
@@ -249,7 +250,8 @@ class OIALR:
         """Compute new matrices of a layer, the rotations of its gradients, and a row of the history, on the CPU in float64."""
         module = self._layer(name)
         if name not in self.ranks:
-            u, sigma, vh = torch.linalg.svd(module.weight.detach().double().flatten(1), full_matrices=False)
+            weight = with_float64(module.weight.detach())
+            u, sigma, vh = torch.linalg.svd(weight.double().flatten(1), full_matrices=False)
             return _on_cpu(USV(u, sigma.diag(), vh)), _on_cpu((u.T, vh)), {}
         # bases that rounding has bent are made orthonormal first: W = Q1 (R1 S R2^T) Q2^T
         old = module.usv

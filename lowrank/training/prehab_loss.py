@@ -142,7 +142,7 @@ class PrehabLoss:
             weight, rank = layer.whitened_weight(), self.ranks[name]
             basis = singular_basis(weight)
             sigma = (basis.T @ (weight if len(weight) <= weight.shape[1] else weight.T)).norm(dim=1)
-            measures.append([stable_rank(sigma), effective_rank(sigma), tail_energy(sigma, rank)])
+            measures.append(torch.stack([stable_rank(sigma), effective_rank(sigma), tail_energy(sigma, rank)]))
             self._bases[name] = basis[:, : COLUMNS[self.penalty](len(basis), rank)]
-        means = torch.tensor(measures).mean(0).tolist()
+        means = torch.stack(measures).mean(0).tolist()
         self._row |= dict(zip(("stable_rank", "effective_rank", "tail_energy"), means, strict=True))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.factorization.moments import all_finite
+from lowrank.factorization.precision import with_float64
 from lowrank.factorization.spectra import effective_rank
 from lowrank.io.checks import require
 from lowrank.nn.targets import find_weights
@@ -51,7 +52,7 @@ def decompose_weight(weight: Tensor) -> WeightParts:
 
     **Returns** `WeightParts`, float64, of the matrix or of its transpose, whichever is not wide.
     """
-    matrix = weight.detach().double().flatten(1)
+    matrix = with_float64(weight.detach()).double().flatten(1)
     matrix = matrix.T if len(matrix) < matrix.shape[1] else matrix
     left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
     mixing = torch.linalg.qr(matrix, mode="r").R

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowrank.factorization.moments import LayerStatistics, read_gram, second_moment_eigh
+from lowrank.factorization.precision import with_float64
 from lowrank.nn.lazy_weight import LazyWeight
 from lowrank.nn.surgery import replace_module
 
@@ -34,7 +35,8 @@ class WhitenedLinear(nn.Module):
         self.linear = linear
         self.delta = nn.Parameter(torch.zeros_like(weight, dtype=wide))
         self.register_buffer("inverse", inverse.to(weight.device, wide), persistent=False)
-        self.register_buffer("start", (weight.double() @ factor.to(weight.device)).to(wide), persistent=False)
+        start = with_float64(weight).double()
+        self.register_buffer("start", (start @ factor.to(start)).to(weight.device, wide), persistent=False)
 
     @property
     def in_features(self) -> int:
@@ -73,8 +75,10 @@ class WhitenedLinear(nn.Module):
     def fold(self) -> nn.Linear:
         """Write W into the original layer and return it; with D = 0 it stays the same bit for bit."""
         if bool(self.delta.any()):
-            weight = self.linear.weight
-            weight.copy_(weight.double() + self.delta.double() @ self.inverse.double())
+            weight, delta, inverse = (
+                with_float64(part).double() for part in (self.linear.weight, self.delta, self.inverse)
+            )
+            self.linear.weight.copy_(weight + delta @ inverse)
         return self.linear
 
 

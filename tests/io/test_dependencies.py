@@ -69,4 +69,4 @@ def test_sources_follow_imports_and_names() -> None:
     assert {"training/loop.py", "tasks/task.py", "nn/batches.py", "nn/targets.py"} <= found
     assert not {name for name in found if name.startswith(("compression/", "report/"))}
     found = {name_of(path) for path in sources(PACKAGE / "factorization/spectra.py")}
-    assert found == {"factorization/spectra.py", "io/checks.py"}
+    assert found == {"factorization/spectra.py", "factorization/precision.py", "io/checks.py"}
