@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -123,7 +124,8 @@ def factorize(
     - `weighting`: what outputs and inputs count for; by default all count alike, which is the plain SVD.
     - `spectrum`: compute all singular values. False computes no more than the factors need, which is faster. Default True.
 
-    **Returns** `Factors` in the dtype and on the device of `weight`, with the spectrum of H W S.
+    **Returns** `Factors` in the dtype and on the device of `weight`, with the spectrum of H W S. In less than float64 the terms
+    are balanced, see `balance`: small gradients give a large H^-1, which half precision does not hold.
 
     **Raises**
 
@@ -182,7 +184,26 @@ def _factorize(weight: Tensor, rank: int, weighting: Weighting, pairs: int | Non
         left, right = solve(root, basis), multiply(basis.T, root) @ w
     spectrum = spectrum[: min(weight.shape)]
     rest = (energy - spectrum.square().sum()).clamp_min(0.0).item() if len(spectrum) < min(weight.shape) else 0.0
+    if weight.dtype != torch.float64:
+        left, right = balance(left, right)
     return Factors(left.to(weight.dtype), right.to(weight.dtype), spectrum, rest)
+
+
+def balance(
+    left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"]
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """Scale factors so that each of the terms of their product has the same norm in both; a term that is zero stays.
+
+    **Arguments**
+
+    - `left`: B, `(out, rank)`, float64.
+    - `right`: A, `(rank, in)`, float64.
+
+    **Returns** new factors of the same product.
+    """
+    scale = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
+    scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
+    return left * scale, right / scale[:, None]
 
 
 def weighted_norm(difference: Float[Tensor, "out in"], weighting: Weighting = ALIKE) -> float:

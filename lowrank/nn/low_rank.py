@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowrank.factorization.factorize import Factors
+from lowrank.factorization.factorize import Factors, balance
 from lowrank.factorization.storages import FACTORS, PIVOTED
 from lowrank.nn.pivots import find_pivot_rows
 
@@ -46,12 +46,10 @@ class LowRankLinear(nn.Module):
         - `bias`: `(out,)`, or None for a layer without bias.
         - `dtype`: of the parameters; the scales are computed in float64.
         """
-        left, right = factors.left.double(), factors.right.double()
-        scale = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
-        scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
+        left, right = balance(factors.left.double(), factors.right.double())
         layer = _build_empty(cls, left, right, bias, dtype)
-        layer.left.weight.copy_(left * scale)
-        layer.right.weight.copy_(right / scale[:, None])
+        layer.left.weight.copy_(left)
+        layer.right.weight.copy_(right)
         layer.set_bias(bias)
         return layer
 
