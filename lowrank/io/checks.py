@@ -1,5 +1,7 @@
 """Check arguments in one line, with one form of message."""
 
+import math
+import numbers
 import re
 from typing import Any
 
@@ -23,6 +25,28 @@ def require(holds: bool, name: str, rule: str, value: Any) -> None:
     """
     if not holds:
         raise ValueError(f"`{name}` must {rule}, got {value!r}.")
+
+
+def whole_number(value: Any, name: str, least: int = 1, most: int | None = None) -> int:
+    """Return a whole number as a Python int, whatever type it has, and raise an error for any other number.
+
+    Narrow integers of NumPy overflow in products, and those of any width are no JSON.
+
+    **Arguments**
+
+    - `value`: an int, an integer of NumPy, or a float without fraction.
+    - `name`: the argument, as the caller writes it.
+    - `least`: smallest value; default 1.
+    - `most`: largest value; default: no bound.
+
+    **Raises**
+
+    - `ValueError`: another number, or no number.
+    """
+    rule = f"be a whole number >= {least}" if most is None else f"be a whole number in [{least}, {most}]"
+    holds = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    require(holds and value == int(value) >= least and (most is None or value <= most), name, rule, value)
+    return int(value)
 
 
 def require_frozen(split: str, frozen: str | None) -> None:
