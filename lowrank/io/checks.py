@@ -27,7 +27,7 @@ def require(holds: bool, name: str, rule: str, value: Any) -> None:
         raise ValueError(f"`{name}` must {rule}, got {value!r}.")
 
 
-def whole_number(value: Any, name: str, least: int = 1, most: int | None = None) -> int:
+def whole_number(value: Any, name: str, least: int = 1) -> int:
     """Return a whole number as a Python int, whatever type it has, and raise an error for any other number.
 
     Narrow integers of NumPy overflow in products, and those of any width are no JSON.
@@ -37,16 +37,16 @@ def whole_number(value: Any, name: str, least: int = 1, most: int | None = None)
     - `value`: an int, an integer of NumPy, or a float without fraction.
     - `name`: the argument, as the caller writes it.
     - `least`: smallest value; default 1.
-    - `most`: largest value; default: no bound.
 
     **Raises**
 
     - `ValueError`: another number, or no number.
     """
-    rule = f"be a whole number >= {least}" if most is None else f"be a whole number in [{least}, {most}]"
-    holds = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    require(holds and value == int(value) >= least and (most is None or value <= most), name, rule, value)
-    return int(value)
+    number: Any = value  # of any of the types below
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    whole = isinstance(value, numbers.Integral) or (real and math.isfinite(number) and number == int(number))
+    require(real and whole and number >= least, name, f"be a whole number >= {least}", value)
+    return int(number)
 
 
 def require_frozen(split: str, frozen: str | None) -> None:
