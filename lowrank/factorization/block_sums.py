@@ -68,23 +68,23 @@ def move_product(total: Float[Tensor, "m n"], one: Shift, other: Shift) -> None:
     total.addmm_(left, torch.stack([other.rest, other.point]))
 
 
-def move_outer(total: Float[Tensor, "n n"], part: Tensor, shift: Shift) -> None:
+def _move_outer(total: Float[Tensor, "n n"], part: Tensor, shift: Shift) -> None:
     """Add to a sum of x x^T, in place, what summing about a point left out; `part` is not used."""
     move_product(total, shift, shift)
 
 
-def move_rows(total: Float[Tensor, " n"], part: Tensor, shift: Shift) -> None:
+def _move_rows(total: Float[Tensor, " n"], part: Tensor, shift: Shift) -> None:
     """Add to a sum of x, in place, what summing about a point left out; `part` is not used."""
     total += shift.tokens * shift.to(total).point
 
 
-def move_squares(total: Float[Tensor, ""], part: Tensor, shift: Shift) -> None:
+def _move_squares(total: Float[Tensor, ""], part: Tensor, shift: Shift) -> None:
     """Add to a sum of |x|^2, in place, what summing about a point left out; `part` is not used."""
     point, rest, tokens = shift.to(total)
     total += point.dot(2 * rest + tokens * point)
 
 
-def move_signed(total: Float[Tensor, "k n1"], part: Float[Tensor, "k n1"], shift: Shift) -> None:
+def _move_signed(total: Float[Tensor, "k n1"], part: Float[Tensor, "k n1"], shift: Shift) -> None:
     """Add to a sketch, in place, what the sketch `part` of vectors about a point left out."""
     total[:, :-1].addr_(part[:, -1].to(total), shift.to(total).point)
 
@@ -163,8 +163,8 @@ def sum_signed(rows: Float[Tensor, "tokens n"], generator: torch.Generator) -> F
 
 # sum over tokens -> what adds to it the part that is left out about a point; the others are sums about 0.
 MOVES: dict[Callable[..., Tensor], Callable[[Tensor, Tensor, Shift], None]] = {
-    outer_sum: move_outer,
-    sum_rows: move_rows,
-    sum_squares: move_squares,
-    sum_signed: move_signed,
+    outer_sum: _move_outer,
+    sum_rows: _move_rows,
+    sum_squares: _move_squares,
+    sum_signed: _move_signed,
 }
