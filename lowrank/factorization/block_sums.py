@@ -1,4 +1,11 @@
-"""Sums over the tokens or samples of one block: the formulas of the fields of `LayerStatistics`."""
+"""Sums over the tokens or samples of one block: the formulas of the fields of `LayerStatistics`.
+
+A block is summed about its own mean, and what that leaves out is added in float64. So a mean that is large beside the spread
+takes no digits of float32 products, and sums of blocks still add up.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -6,6 +13,80 @@ from jaxtyping import Float
 from torch import Tensor
 
 SKETCH_ROWS = 64  # an estimated squared norm is off by about 18 %; only rounding is estimated
+
+
+class Shift(NamedTuple):
+    """Hold what is left out by summing vectors x about a point.
+
+    **Arguments**
+
+    - `point`: the point c, `(n,)`, float64.
+    - `rest`: sum of x - c, `(n,)`, float64; not zero, since c is rounded.
+    - `tokens`: int N, the number of vectors.
+    """
+
+    point: Float[Tensor, " n"]
+    rest: Float[Tensor, " n"]
+    tokens: int
+
+    def to(self, total: Tensor) -> "Shift":
+        """Return it on the device of a sum.
+
+        **Arguments**
+
+        - `total`: the sum, float64.
+        """
+        return self._replace(point=self.point.to(total), rest=self.rest.to(total))
+
+
+def subtract_mean(rows: Float[Tensor, "tokens n"]) -> tuple[Float[Tensor, "tokens n"], Shift]:
+    """Return vectors about their mean, rounded to their dtype, and what that leaves out.
+
+    **Arguments**
+
+    - `rows`: `(tokens, n)`, at least one vector, float32 or float64.
+
+    **Returns** x - c, `(tokens, n)`, in the dtype of the rows, and the `Shift`.
+
+    **Reference** Chan, Golub and LeVeque, Algorithms for computing the sample variance, The American Statistician 1983.
+    """
+    point = rows.mean(0)
+    offsets = rows - point
+    return offsets, Shift(point.double(), sum_rows(offsets), len(rows))
+
+
+def move_product(total: Float[Tensor, "m n"], one: Shift, other: Shift) -> None:
+    """Add to a sum of products x y^T, in place, what summing both about a point left out.
+
+    **Arguments**
+
+    - `total`: the sum, `(m, n)`, float64.
+    - `one`, `other`: the shifts of x, of length m, and of y, of length n.
+    """
+    one, other = one.to(total), other.to(total)
+    left = torch.stack([one.point, one.rest + one.tokens * one.point], dim=1)
+    total.addmm_(left, torch.stack([other.rest, other.point]))
+
+
+def _move_outer(total: Float[Tensor, "n n"], part: Tensor, shift: Shift) -> None:
+    """Add to a sum of x x^T, in place, what summing about a point left out; `part` is not used."""
+    move_product(total, shift, shift)
+
+
+def _move_rows(total: Float[Tensor, " n"], part: Tensor, shift: Shift) -> None:
+    """Add to a sum of x, in place, what summing about a point left out; `part` is not used."""
+    total += shift.tokens * shift.to(total).point
+
+
+def _move_squares(total: Float[Tensor, ""], part: Tensor, shift: Shift) -> None:
+    """Add to a sum of |x|^2, in place, what summing about a point left out; `part` is not used."""
+    point, rest, tokens = shift.to(total)
+    total += point.dot(2 * rest + tokens * point)
+
+
+def _move_signed(total: Float[Tensor, "k n1"], part: Float[Tensor, "k n1"], shift: Shift) -> None:
+    """Add to a sketch, in place, what the sketch `part` of vectors about a point left out."""
+    total[:, :-1].addr_(part[:, -1].to(total), shift.to(total).point)
 
 
 def outer_sum(rows: Float[Tensor, "tokens n"]) -> Float[Tensor, "n n"]:
@@ -40,8 +121,8 @@ def sum_squared_gradients(
 
 
 def sum_rows(rows: Float[Tensor, "tokens n"]) -> Float[Tensor, " n"]:
-    """Return the sum of vectors `(tokens, n)`, in their dtype."""
-    return rows.sum(0)  # torch sums pairwise: rounding does not grow with the block
+    """Return the sum of vectors `(tokens, n)`, in float64."""
+    return rows.sum(0, dtype=torch.float64)
 
 
 def sum_abs(rows: Float[Tensor, "tokens n"]) -> Float[Tensor, " n"]:
@@ -78,3 +159,12 @@ def sum_signed(rows: Float[Tensor, "tokens n"], generator: torch.Generator) -> F
         sketch[: len(part), :size].addcmul_(part, sign[: len(part), None])
     sketch[:, size] = signs.sum(0)
     return sketch
+
+
+# sum over tokens -> what adds to it the part that is left out about a point; the others are sums about 0.
+MOVES: dict[Callable[..., Tensor], Callable[[Tensor, Tensor, Shift], None]] = {
+    outer_sum: _move_outer,
+    sum_rows: _move_rows,
+    sum_squares: _move_squares,
+    sum_signed: _move_signed,
+}

@@ -132,7 +132,8 @@ def factorize(
     - `spectrum`: compute all singular values. False computes no more than the factors need, which is faster. Default True.
     - `dtype`: of the factors; they are computed in float64. Default None, that of the weight.
 
-    **Returns** `Factors` on the device of `weight`, with the spectrum of H W S.
+    **Returns** `Factors` on the device of `weight`, with the spectrum of H W S. In less than float64 the terms are
+    balanced, see `balance`: small gradients give a large H^-1, which half precision does not hold.
 
     **Raises**
 
@@ -195,8 +196,27 @@ def _factorize(weight: Tensor, rank: int, weighting: Weighting, pairs: int | Non
         left, right = solve(root, basis), wide_product(multiply(basis.T, root), w)
     spectrum = spectrum[: min(weight.shape)]
     rest = (energy - spectrum.square().sum()).clamp_min(0.0).item() if len(spectrum) < min(weight.shape) else 0.0
+    if dtype != torch.float64:
+        left, right = balance(left, right)
     home = w.device if dtype == torch.float64 else weight.device
     return Factors(left.to(home, dtype), right.to(home, dtype), spectrum, rest)
+
+
+def balance(
+    left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"]
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """Scale factors so that each of the terms of their product has the same norm in both; a term that is zero stays.
+
+    **Arguments**
+
+    - `left`: B, `(out, rank)`, float64.
+    - `right`: A, `(rank, in)`, float64.
+
+    **Returns** new factors of the same product.
+    """
+    scale = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
+    scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
+    return left * scale, right / scale[:, None]
 
 
 def weighted_norm(difference: Float[Tensor, "out in"], weighting: Weighting = ALIKE) -> float:

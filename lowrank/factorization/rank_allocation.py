@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowrank.factorization.storages import STORAGES, Storage
-from lowrank.io.checks import require
+from lowrank.io.checks import require, whole_number
 
 Shape = Sequence[int]
 
@@ -19,6 +19,12 @@ Shape = Sequence[int]
 def _storage(name: str) -> Storage:
     require(name in STORAGES, "storage", f"be one of {sorted(STORAGES)}", name)
     return STORAGES[name]
+
+
+def _check_shape(name: str, shape: Shape) -> tuple[int, int]:
+    """Return (out, in) as Python integers, whose products do not overflow."""
+    require(len(shape) == 2, name, "be (out, in)", tuple(shape))
+    return whole_number(shape[0], name), whole_number(shape[1], name)
 
 
 def kept_parameters(shape: Shape, rank: int, storage: str = "factors") -> int:
@@ -32,12 +38,12 @@ def kept_parameters(shape: Shape, rank: int, storage: str = "factors") -> int:
 
     **Raises**
 
-    - `ValueError`: a rank out of range, an unknown storage.
+    - `ValueError`: a shape that is none, a rank out of range, an unknown storage.
     """
-    out, inputs = shape
+    out, inputs = _check_shape("shape", shape)
     rule = f"be in [1, {min(out, inputs)}] for a weight of shape {(out, inputs)}"
     require(1 <= rank <= min(out, inputs), "rank", rule, rank)
-    return min(_storage(storage).parameters(out, inputs, rank), out * inputs)
+    return min(_storage(storage).parameters(out, inputs, whole_number(rank, "rank")), out * inputs)
 
 
 def rank_for_keep(shape: Shape, keep: float | int, storage: str = "factors", multiple: int = 1) -> int:
@@ -52,10 +58,11 @@ def rank_for_keep(shape: Shape, keep: float | int, storage: str = "factors", mul
 
     **Raises**
 
-    - `ValueError`: `keep` outside (0, 1], or too small for rank `multiple`.
+    - `ValueError`: a shape that is none; `keep` outside (0, 1], or too small for rank `multiple`; a `multiple` that is no whole
+      number >= 1.
     """
     require(0.0 < keep <= 1.0, "keep", "be in (0, 1]", keep)
-    (out, inputs), how = shape, _storage(storage)
+    (out, inputs), how, multiple = _check_shape("shape", shape), _storage(storage), whole_number(multiple, "multiple")
     full, budget = min(out, inputs), int(keep * out * inputs + 1e-9)
     if budget >= out * inputs:
         return full
@@ -109,14 +116,15 @@ def allocate_ranks(
 
     **Raises**
 
-    - `ValueError`: `keep`, `floor` or `multiple` outside its range; a budget too small for the dense layers and the least rank of
-      every other; spectra or weights of other layers or lengths; an unknown layer in `dense`.
+    - `ValueError`: shapes that are none; `keep`, `floor` or `multiple` outside its range; a budget too small for the dense layers
+      and the least rank of every other; spectra or weights of other layers or lengths; an unknown layer in `dense`.
 
     **Reference** the Lagrange condition of the problem above; floors as in Swift-SVD, arXiv:2604.01609.
     """
     require(0.0 < keep <= 1.0, "keep", "be in (0, 1]", keep)
     require(0.0 <= floor <= 1.0, "floor", "be in [0, 1]", floor)
-    require(multiple >= 1 and multiple == int(multiple), "multiple", "be a whole number >= 1", multiple)
+    multiple = whole_number(multiple, "multiple")
+    shapes = {name: _check_shape(f"shapes[{name!r}]", shape) for name, shape in shapes.items()}
     unknown = sorted(set(dense) - shapes.keys())
     require(not unknown, "dense", "name layers of `shapes`", unknown)
     weights = _check_layers(shapes, spectra, weights)

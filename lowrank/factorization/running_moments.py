@@ -1,8 +1,8 @@
 """Add up the moments of one layer over blocks of tokens, and finish them to `LayerStatistics`.
 
-Blocks of tokens are multiplied in float32 and added into float64, which keeps G to about 1e-7 of its largest eigenvalue:
-enough to compress with. The error of a nearly low-rank layer is decided below that; multiply in float64 (`products`) to predict
-it, at about twice the cost.
+Blocks of tokens are multiplied in float32 about their mean and added into float64, which keeps the second moment about the mean
+to about 1e-7 of its largest eigenvalue: enough to compress with. The error of a nearly low-rank layer is decided below that;
+multiply in float64 (`products`) to predict it, at about twice the cost.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowrank.factorization.block_sums import sum_rows
+from lowrank.factorization.block_sums import MOVES, subtract_mean, sum_rows
 from lowrank.factorization.moments import MOMENTS, LayerStatistics
 from lowrank.factorization.precision import with_float64
 
@@ -43,13 +43,19 @@ class RunningMoments:
 
     def add(self, rows: Float[Tensor, "tokens n"]) -> None:
         """Add vectors to the sums over tokens."""
-        for block in with_float64(rows.detach()).split(BLOCK_TOKENS):
+        for block in with_float64(rows.detach()).split(BLOCK_TOKENS) if len(rows) else ():
             block = block.to(torch.promote_types(block.dtype, self.products))
             if self.tokens == 0:
                 self.generator.manual_seed(_seed(block, self.stream))
+            offsets, shift = subtract_mean(block)
             for name, rules in self.declared.items():
-                if rules["over_tokens"] is not None:
-                    _accumulate(self.sums[name], self._sum(name, block))
+                if (over_tokens := rules["over_tokens"]) is None:
+                    continue
+                move = MOVES.get(over_tokens)
+                part = self._sum(name, block if move is None else offsets)
+                _accumulate(self.sums[name], part)
+                if move is not None:
+                    move(self.sums[name], part, shift)
             self.tokens += len(block)
 
     def _sum(self, name: str, block: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lowrank.factorization.block_sums import move_product, subtract_mean
 from lowrank.factorization.moments import LayerStatistics, centre_moments, read_gram
 from lowrank.factorization.precision import with_float64
 from lowrank.factorization.running_moments import BLOCK_TOKENS, RunningMoments
@@ -79,9 +80,13 @@ class RunningPairs:
         wanted, rows = with_float64(wanted), with_float64(rows)
         self.inputs.add(rows)
         wide = torch.promote_types(rows.dtype, self.inputs.products)
-        for x, y in zip(wanted.to(wide).split(BLOCK_TOKENS), rows.to(wide).split(BLOCK_TOKENS), strict=True):
+        pairs = zip(wanted.to(wide).split(BLOCK_TOKENS), rows.to(wide).split(BLOCK_TOKENS), strict=True)
+        for x, y in pairs if len(rows) else ():
+            (x, of_x), (y, of_y) = subtract_mean(x), subtract_mean(y)
             self.cross += (x.T @ y).to(self.cross)
-            self.total += x.sum(0).to(self.total)
+            move_product(self.cross, of_x, of_y)
+            of_x = of_x.to(self.total)
+            self.total += of_x.rest + of_x.tokens * of_x.point
 
     @property
     def tokens(self) -> int:

@@ -10,4 +10,5 @@
 - `provenance`: commit, versions, machine and peak memory of a run.
 - `distributed`: count the processes of a distributed run and send values between them.
 - `checks`: check an argument in one line, with one form of message.
+- `patterns`: match names of modules with names or regular expressions.
 """

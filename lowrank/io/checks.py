@@ -1,5 +1,7 @@
 """Check arguments in one line, with one form of message."""
 
+import math
+import numbers
 import re
 from typing import Any
 
@@ -23,6 +25,28 @@ def require(holds: bool, name: str, rule: str, value: Any) -> None:
     """
     if not holds:
         raise ValueError(f"`{name}` must {rule}, got {value!r}.")
+
+
+def whole_number(value: Any, name: str, least: int = 1) -> int:
+    """Return a whole number as a Python int, whatever type it has, and raise an error for any other number.
+
+    Narrow integers of NumPy overflow in products, and those of any width are no JSON.
+
+    **Arguments**
+
+    - `value`: an int, an integer of NumPy, or a float without fraction.
+    - `name`: the argument, as the caller writes it.
+    - `least`: smallest value; default 1.
+
+    **Raises**
+
+    - `ValueError`: another number, or no number.
+    """
+    number: Any = value  # of any of the types below
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    whole = isinstance(value, numbers.Integral) or (real and math.isfinite(number) and number == int(number))
+    require(real and whole and number >= least, name, f"be a whole number >= {least}", value)
+    return int(number)
 
 
 def require_frozen(split: str, frozen: str | None) -> None:

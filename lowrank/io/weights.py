@@ -5,7 +5,6 @@ A checkpoint is a folder with `model.safetensors` or its shards, a single such f
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from lowrank.io.checks import require
 from lowrank.io.files import open_safetensors
 from lowrank.io.hashing import check_in_memory, hash_model, hash_options
 from lowrank.io.hub import load_or_explain
+from lowrank.io.patterns import matches
 
 Source = Path | str | nn.Module
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -161,7 +161,7 @@ def match_modules(shapes: Mapping[str, tuple[int, ...]], layers: Iterable[str]) 
     """
     entries = list(layers)
     modules = {name.removesuffix(".weight") for name, s in shapes.items() if name.endswith(".weight") and len(s) >= 2}
-    return {name for name in modules if any(name == entry or re.fullmatch(entry, name) for entry in entries)}
+    return {name for name in modules if any(matches(name, entry) for entry in entries)}
 
 
 def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,6 +1,7 @@
 """Choose LoRA ranks from the changes that fine-tuning makes, as a file and as adapters of peft.
 
 - `deltas`: `delta_spectra` and `delta_factors`, the spectra and the factors of W_tuned - W_base, from two checkpoints.
+- `noise`: `noise_edge`, what the largest value of noise exceeds once in a thousand cases.
 - `ranks`: ranks from spectra: a threshold, rounding, smoothing, a budget; uniform and random ranks to compare with.
 - `rank_rule`: `RankRule`, these rules with their options as one object.
 - `rank_config`: `RankConfig`, the exact rank of every module as a file and as `peft.LoraConfig`.

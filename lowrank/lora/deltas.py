@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +16,7 @@ from lowrank.factorization.moments import all_finite
 from lowrank.factorization.precision import with_float64
 from lowrank.factorization.spectra import effective_rank, rank_for_energy, retained_energy
 from lowrank.io.weights import OpenWeights, Source, match_modules, open_weights
+from lowrank.lora.noise import noise_edge
 from lowrank.nn.targets import BLOCKS
 
 
@@ -48,10 +48,14 @@ class DeltaSpectrum:
     def signal_rank(self) -> int:
         """Count the singular values that exceed the noise edge; their median gives the scale of the noise.
 
+        If the median is zero, as of a change of low rank or of few rows, every value that is more than rounding counts.
+
         **Reference** Gavish and Donoho, The optimal hard threshold for singular values is 4/sqrt(3), 2014, for the scale;
-        Marchenko and Pastur for the edge.
+        `lowrank.lora.noise` for the edge.
         """
-        return int((self.sigma.square() > noise_edge(self.shape) * self.sigma.square().median()).sum())
+        squares = self.sigma.double().square()
+        rounding = torch.finfo(torch.float64).eps * max(self.shape) * squares.max()  # of the Gram matrix
+        return int((squares > torch.maximum(noise_edge(self.shape) * squares.median(), rounding)).sum())
 
     def energy(self, rank: int) -> float:
         """Return the share of ||Delta||_F^2 in the largest singular values.
@@ -71,26 +75,6 @@ class DeltaSpectrum:
         size = {"out": self.shape[0], "in": self.shape[1], "norm": self.total**0.5, "weight_norm": self.weight_norm}
         rank = float(effective_rank(self.sigma))
         return size | ranks | {"effective_rank": rank, "signal_rank": self.signal_rank, "status": self.status}
-
-
-def noise_edge(shape: tuple[int, int]) -> float:
-    """Compute the edge of the spectrum of noise: the largest sigma^2 divided by the median sigma^2.
-
-    A matrix of independent entries exceeds it once in a thousand cases.
-
-    **Arguments**
-
-    - `shape`: (out, in).
-    """
-    short, long = sorted(shape)
-    ratio = short / long
-    low, high = (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2
-    x = np.linspace(low, high, 20001)[1:-1]
-    density = np.sqrt((high - x) * (x - low)) / x  # Marchenko and Pastur, up to a factor
-    median = np.interp(0.5, np.cumsum(density) / density.sum(), x)
-    # Tracy and Widom: the largest value fluctuates about the edge on the scale (1 + sqrt(ratio))^(4/3) ratio^(-1/6) / long^(2/3)
-    width = (1 + ratio**0.5) ** (4 / 3) * ratio ** (-1 / 6) / long ** (2 / 3)
-    return float((high + 4.0 * width) / median)
 
 
 def delta_spectra(

@@ -6,17 +6,17 @@ The file (`lora_rank_config.json`, format "lowrank.rank_config/1") has these key
 parameters of the weights; `analysis_metadata`, the rule and its numbers; `hashes` of `base` and `tuned`; `versions`.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lowrank.io.checks import require
+from lowrank.io.checks import require, whole_number
 from lowrank.io.records import read_record, write_record
 from lowrank.lora.deltas import DeltaSpectrum
 from lowrank.lora.module_names import find_modules
@@ -103,6 +103,7 @@ class RankConfig:
             largest = len(spectra[name].sigma) if name in spectra else 0
             if not 0 <= rank <= largest:
                 raise ValueError(f"`ranks` must be in [0, {largest}] for {name!r}, got {rank}.")
+        ranks = {name: whole_number(rank, f"ranks[{name!r}]", 0) for name, rank in ranks.items()}
         threshold = metadata.get("svd_threshold", DEFAULT_RULE.threshold)
         rows = {name: _describe(spectrum, ranks.get(name, 0), threshold) for name, spectrum in sorted(spectra.items())}
         kept = {name: rank for name, rank in sorted(ranks.items()) if rank}
@@ -124,7 +125,7 @@ class RankConfig:
     @property
     def compression_ratio(self) -> float:
         """Divide the parameters of the adapter by those of all modules that changed; may exceed 1."""
-        return self.parameters / sum(row["out"] * row["in"] for row in self.modules.values())
+        return self.parameters / (sum(row["out"] * row["in"] for row in self.modules.values()) or 1)
 
     def save(self, path: Path | str) -> None:
         """Write the file, whole or not at all; the same config gives the same bytes.
@@ -196,17 +197,17 @@ class RankConfig:
         **Arguments**
 
         - `model`: the model of the adapter.
-        - `scaling`: the factor that peft multiplies B A by; None for 1.
-        - `lora_alpha`: one alpha for all modules instead of one scaling. B A is multiplied by alpha / r, or with `use_rslora` by
-          alpha / sqrt(r), r the rank of the module. None for `scaling`.
+        - `scaling`: the factor that peft multiplies B A by, > 0; None for 1.
+        - `lora_alpha`: > 0, one alpha for all modules instead of one scaling. B A is multiplied by alpha / r, or with
+          `use_rslora` by alpha / sqrt(r), r the rank of the module. None for `scaling`.
         - `peft_options`: other options of `peft.LoraConfig`.
 
         **Returns** a `peft.LoraConfig`.
 
         **Raises**
 
-        - `ValueError`: a module that the model does not have or has in another shape; an option that this method sets; both
-          `scaling` and `lora_alpha`, or one that is 0, infinite or NaN; the output projection of an
+        - `ValueError`: no module with a rank; a module that the model does not have or has in another shape; an option that this
+          method sets; both `scaling` and `lora_alpha`, or one that is not finite and > 0; the output projection of an
           `nn.MultiheadAttention`, which an adapter would not change.
         """
         import peft  # noqa: PLC0415
@@ -215,12 +216,14 @@ class RankConfig:
             raise ValueError(f"`peft_options` must leave {clash[0]!r} to the ranks of this file.")
         if scaling is not None and lora_alpha is not None:
             raise ValueError(f"`scaling` must be left out if `lora_alpha` is set, got {scaling} and {lora_alpha}.")
-        for name, value in (("scaling", scaling), ("lora_alpha", lora_alpha)):
-            rule = "be finite and not 0, which would switch the adapter off"
-            require(value is None or (math.isfinite(value) and value != 0), name, rule, value)
+        for name, number in (("scaling", scaling), ("lora_alpha", lora_alpha)):
+            require(number is None or 0 < number < inf, name, "be None or finite and > 0", number)
+        least = min((row["out"] + row["in"] for row in self.modules.values()), default=0)
+        rule = f"give a module a rank of at least 1, which costs {least} parameters or more here"
+        require(bool(self.module_ranks), "module_ranks", rule, self.module_ranks)
         power = 0.5 if peft_options.get("use_rslora") else 1.0
-        scale = 1.0 if scaling is None else scaling
-        alpha = lambda rank: lora_alpha if lora_alpha is not None else scale * rank**power  # noqa: E731
+        unit = 1.0 if scaling is None else scaling
+        alpha = lambda rank: lora_alpha if lora_alpha is not None else unit * rank**power  # noqa: E731
         names = self.find_modules(model)
         _refuse_read(model, names.values())
         if all(is_conv1d(model.get_submodule(name)) for name in names.values()):

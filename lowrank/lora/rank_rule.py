@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from statistics import median
 from typing import Any
 
-from lowrank.io.checks import require
+from lowrank.io.checks import require, whole_number
 from lowrank.lora.deltas import DeltaSpectrum
 from lowrank.lora.ranks import (
     MAX_RANK,
@@ -60,10 +61,14 @@ class RankRule:
             ),
             "smoothing": (0 <= self.smoothing <= 1, "be in [0, 1]"),
             "per": (self.per in ("module", "type"), "be 'module' or 'type'"),
-            "parameters": (self.parameters is None or self.parameters >= 1, "be None or >= 1"),
+            "parameters": (self.parameters is None or 1 <= self.parameters < inf, "be None or >= 1"),
         }
         for name, (holds, rule) in rules.items():
             require(holds, name, rule, getattr(self, name))
+        numbers: dict[str, Any] = {name: whole_number(getattr(self, name), name) for name in ("min_rank", "max_rank")}
+        numbers["parameters"] = None if self.parameters is None else int(self.parameters)
+        for name, number in numbers.items():  # a float without fraction, or of NumPy, which is no JSON
+            object.__setattr__(self, name, number)
 
     def choose_ranks(self, spectra: Mapping[str, DeltaSpectrum]) -> dict[str, int]:
         """Choose the rank of every module.

@@ -2,15 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from math import inf
 
 import torch
 from torch import Tensor
 
-from lowrank.io.checks import require
+from lowrank.io.checks import require, whole_number
 from lowrank.lora.deltas import DeltaSpectrum
 
 MIN_RANK, MAX_RANK = 4, 128  # the published bounds
 _TIE = 1e-12  # relative; so that rounding errors of sums decide nothing
+
+
+def _check_bounds(min_rank: int, max_rank: int) -> tuple[int, int]:
+    """Return the bounds of a rank as whole numbers in order."""
+    require(1 <= min_rank <= max_rank, "min_rank", f"be in [1, `max_rank`] for `max_rank` {max_rank}", min_rank)
+    return whole_number(min_rank, "min_rank"), whole_number(max_rank, "max_rank")
+
+
+def _check_budget(parameters: float | int, least: int) -> int:
+    """Return the budget rounded down."""
+    require(parameters >= least, "parameters", f"be >= {least}", parameters)
+    require(parameters < inf, "parameters", "be finite", parameters)
+    return int(parameters)
 
 
 def rank_for_delta(
@@ -35,7 +49,7 @@ def rank_for_delta(
     """
     values = torch.as_tensor(singular_values).double().flatten().sort(descending=True).values
     require(0 < threshold <= 1, "threshold", "be in (0, 1]", threshold)
-    require(1 <= min_rank <= max_rank, "min_rank", f"be in [1, `max_rank`] for `max_rank` {max_rank}", min_rank)
+    min_rank, max_rank = _check_bounds(min_rank, max_rank)
     if not len(values) or not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
         raise ValueError("`singular_values` must be finite and >= 0, at least one.")
     largest = float(values[0])
@@ -57,8 +71,13 @@ def nearest_power_of_two(rank: int, min_rank: int = MIN_RANK, max_rank: int = MA
     **Arguments**
 
     - `rank`: int >= 0; ranks of at most 16 are not rounded, and 0 stays 0.
-    - `min_rank`, `max_rank`: bounds of the result.
+    - `min_rank`, `max_rank`: bounds of the result, 1 <= min_rank <= max_rank.
+
+    **Raises**
+
+    - `ValueError`: a number out of its range.
     """
+    rank, (min_rank, max_rank) = whole_number(rank, "rank", 0), _check_bounds(min_rank, max_rank)
     rounded = 2 ** round(torch.tensor(float(rank), dtype=torch.float64).log2().item()) if rank > 16 else rank
     return max(min_rank, min(rounded, max_rank)) if rank else 0
 
@@ -83,11 +102,12 @@ def smooth_ranks(ranks: Mapping[str, int], groups: Mapping[str, str], factor: fl
 
     **Raises**
 
-    - `ValueError`: a factor out of its range; a module without a group.
+    - `ValueError`: a factor or a rank out of its range; a module without a group.
     """
     require(0 <= factor <= 1, "factor", "be in [0, 1]", factor)
     if missing := sorted(ranks.keys() - groups.keys()):
         raise ValueError(f"`groups` must name a group for every layer, got none for {missing[0]!r}.")
+    ranks = {name: whole_number(rank, f"ranks[{name!r}]", 0) for name, rank in ranks.items()}
     members: dict[str, list[int]] = {}
     for name, rank in ranks.items():
         if rank:
@@ -116,14 +136,15 @@ def ranks_for_budget(
 
     **Raises**
 
-    - `ValueError`: a budget below 1.
+    - `ValueError`: a budget or a largest rank below 1.
     """
-    require(parameters >= 1, "parameters", "be >= 1", parameters)
+    parameters = _check_budget(parameters, 1)
+    max_rank = None if max_rank is None else whole_number(max_rank, "max_rank")
     alive = {name: spectrum for name, spectrum in spectra.items() if spectrum.total > 0}
     steps = [
         (-(float(sigma) ** 2) / sum(spectrum.shape), name, index, sum(spectrum.shape))
         for name, spectrum in alive.items()
-        for index, sigma in enumerate(spectrum.sigma[: max_rank or len(spectrum.sigma)].tolist())
+        for index, sigma in enumerate(spectrum.sigma[:max_rank].tolist())
     ]
     ranks, left = dict.fromkeys(spectra, 0), parameters
     closed: set[str] = set()
@@ -141,11 +162,16 @@ def uniform_ranks(shapes: Mapping[str, tuple[int, int]], parameters: int) -> dic
     **Arguments**
 
     - `shapes`: layer -> (out, in).
-    - `parameters`: the budget of adapter parameters, r (out + in) for each layer.
+    - `parameters`: the budget of adapter parameters, r (out + in) for each layer; >= 0.
 
     **Returns** layer -> rank in [0, min(out, in)].
+
+    **Raises**
+
+    - `ValueError`: a shape that is none; a budget below 0.
     """
-    rank = parameters // sum(map(sum, shapes.values()))
+    shapes, parameters = _check_shapes(shapes), _check_budget(parameters, 0)
+    rank = parameters // max(1, sum(map(sum, shapes.values())))
     return _spend_rest(dict.fromkeys(shapes, rank), shapes, parameters, rank + 1)
 
 
@@ -155,15 +181,28 @@ def random_ranks(shapes: Mapping[str, tuple[int, int]], parameters: int, generat
     **Arguments**
 
     - `shapes`: layer -> (out, in).
-    - `parameters`: the budget of adapter parameters, r (out + in) for each layer.
+    - `parameters`: the budget of adapter parameters, r (out + in) for each layer; >= 0.
     - `generator`: source of the random numbers, on the CPU.
 
     **Returns** layer -> rank in [0, min(out, in)].
+
+    **Raises**
+
+    - `ValueError`: a shape that is none; a budget below 0.
     """
+    shapes, parameters = _check_shapes(shapes), _check_budget(parameters, 0)
     exponentials = -torch.rand(len(shapes), generator=generator, dtype=torch.float64).log()
     shares = (exponentials / exponentials.sum()).tolist()
     ranks = {name: int(share * parameters / sum(shapes[name])) for name, share in zip(shapes, shares, strict=True)}
     return _spend_rest(ranks, shapes, parameters)
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Return the shapes in Python integers, whose sums do not overflow."""
+    return {
+        name: (whole_number(out, f"shapes[{name!r}]"), whole_number(inputs, f"shapes[{name!r}]"))
+        for name, (out, inputs) in shapes.items()
+    }
 
 
 def _spend_rest(

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowrank.factorization.factorize import Factors
+from lowrank.factorization.factorize import Factors, balance
 from lowrank.factorization.precision import with_float64
 from lowrank.factorization.storages import FACTORS, PIVOTED
 from lowrank.nn.lazy_weight import LazyWeight, weight_of
@@ -48,12 +48,10 @@ class LowRankLinear(nn.Module):
         - `bias`: `(out,)`, or None for a layer without bias.
         - `dtype`: of the parameters; the scales are computed in float64.
         """
-        left, right = factors.left.double(), factors.right.double()
-        scale = (right.norm(dim=1) / left.norm(dim=0)).sqrt()
-        scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
+        left, right = balance(factors.left.double(), factors.right.double())
         layer = _build_empty(cls, left, right, bias, dtype)
-        layer.left.weight.copy_(left * scale)
-        layer.right.weight.copy_(right / scale[:, None])
+        layer.left.weight.copy_(left)
+        layer.right.weight.copy_(right)
         layer.set_bias(bias)
         return layer
 
@@ -92,11 +90,12 @@ class LowRankLinear(nn.Module):
 
 
 class PivotedLinear(nn.Module):
-    """Compute y_P = W'_P x + b_P and y_~P = C y_P + c: a weight of rank r in r (out + in) - r^2 parameters and r indices.
+    """Compute z = W'_P x, y_P = z + b_P and y_~P = C z + b_~P: a weight of rank r in r (out + in) - r^2 parameters.
 
     The rows P of W' = B A, the pivots, are independent. They determine the other rows: W'[~P] = C W'[P] with
-    C = B[~P] B[P]^-1. `right` is an `nn.Linear(in, rank)` with weight W'[P] and bias b_P. `left` is an
-    `nn.Linear(rank, out - rank)` with weight C and bias c = b_~P - C b_P. `pivots` is P, `(rank,)`, int64.
+    C = B[~P] B[P]^-1. `right` is an `nn.Linear(in, rank)` with weight W'[P]. `left` is an `nn.Linear(rank, out - rank)` with
+    weight C and bias b_~P. `pivots` is P, `(rank,)`, int64, and `pivot_bias` is b_P. It is added after C: a large bias would
+    take the digits of all other outputs with it.
 
     **Arguments**
 
@@ -111,14 +110,16 @@ class PivotedLinear(nn.Module):
     storage = PIVOTED.name
     pivots: Tensor
     others: Tensor
+    pivot_bias: nn.Parameter | None
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool = True, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.right = nn.Linear(in_features, rank, bias=bias, dtype=dtype)
+        self.right = nn.Linear(in_features, rank, bias=False, dtype=dtype)
         self.left = nn.Linear(rank, out_features - rank, bias=bias, dtype=dtype)
+        self.register_parameter("pivot_bias", nn.Parameter(torch.zeros(rank, dtype=dtype)) if bias else None)
         self.register_buffer("pivots", torch.arange(rank))
         self.register_buffer("others", torch.arange(rank, out_features), persistent=False)
         self.register_load_state_dict_post_hook(_update_others)
@@ -152,17 +153,15 @@ class PivotedLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """Compute the bias b, `(out,)`, from its two stored parts; None if the layer has none."""
-        rows = self.right.bias
-        return None if rows is None else self._join(rows, self.left(rows))
+        """Join the bias b, `(out,)`, of its two stored parts; None if the layer has none."""
+        return None if self.pivot_bias is None else self._join(self.pivot_bias, self.left.bias)
 
     @torch.no_grad()
     def set_bias(self, bias: Tensor | None) -> None:
         """Replace the values of the bias, `(out,)`; None changes nothing."""
-        if bias is not None:
-            self.right.bias.copy_(bias[self.pivots])
-            rows = self.left.weight.double() @ self.right.bias.double()
-            self.left.bias.copy_(bias[self.others].double() - rows)
+        if bias is not None and self.pivot_bias is not None:
+            self.pivot_bias.copy_(bias[self.pivots])
+            self.left.bias.copy_(bias[self.others])
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
@@ -200,7 +199,10 @@ class PivotedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Compute W' x + b for `x`, `(..., in)`: the pivot outputs first, then the others from them."""
         rows = self.right(x)
-        return self._join(rows, self.left(rows))
+        others = self.left(rows)
+        if self.pivot_bias is not None:
+            rows = rows + self.pivot_bias.to(rows.dtype)  # autocast casts the outputs, not the parameter
+        return self._join(rows, others)
 
     def extra_repr(self) -> str:
         """Return the sizes, for `repr`."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank.io.patterns import matches
 from lowrank.nn.plain import find_obstacle
 
 # Every linear layer inside a numbered block: `encoder.layer.0.…`, `model.layers.0.…`, `blocks.0.…`. Embeddings, poolers,
@@ -36,8 +37,8 @@ def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, 
 
     **Raises**
 
-    - `ValueError`: an entry that matches no `nn.Linear`, or none that is plain; a single string instead of a list; a model that
-      is a linear layer itself, and holds none.
+    - `ValueError`: an entry that matches no `nn.Linear`, none that is plain, or is no regular expression; a single string
+      instead of a list; a model that is a linear layer itself, and holds none.
     """
     return _sort_out(model, layers)[0]
 
@@ -69,8 +70,8 @@ def _sort_out(model: nn.Module, layers: Iterable[str]) -> tuple[dict[str, nn.Lin
     odd = {name: reason for name, reason in reasons.items() if reason}
     selected: set[str] = set()
     for entry in layers:
-        matched = {entry} & linears.keys() or {name for name in linears if re.fullmatch(entry, name)}
-        if not matched and (other := next((name for name in transposed if _matches(name, entry)), None)):
+        matched = {entry} & linears.keys() or {name for name in linears if matches(name, entry)}
+        if not matched and (other := next((name for name in transposed if matches(name, entry)), None)):
             raise ValueError(
                 f"`layers` must match nn.Linear modules, got {entry!r}, which matches {other!r}, a Conv1D: call "
                 "lowrank.nn.surgery.unify_linears(model) first."
@@ -117,16 +118,17 @@ def select_names(names: Iterable[str], include: Iterable[str], exclude: Iterable
 
     **Raises**
 
-    - `ValueError`: a single string instead of a list; an entry of `include` that matches no name.
+    - `ValueError`: a single string instead of a list; an entry that is no regular expression; one of `include` that matches no
+      name.
     """
     names = list(names)
     _refuse_string("include", include)
     _refuse_string("exclude", exclude)
-    matches = {entry: {name for name in names if _matches(name, entry)} for entry in include}
-    if idle := next((entry for entry, matched in matches.items() if not matched), None):
+    found = {entry: {name for name in names if matches(name, entry, "include")} for entry in include}
+    if idle := next((entry for entry, matched in found.items() if not matched), None):
         raise ValueError(f"`include` must match layers of the model, got {idle!r}; it has: {_first(names)} ...")
-    included = set().union(*matches.values())
-    excluded = {name for name in included for entry in exclude if _matches(name, entry)}
+    included = set().union(*found.values())
+    excluded = {name for name in included for entry in exclude if matches(name, entry, "exclude")}
     return [name for name in names if name in included - excluded]
 
 
@@ -202,10 +204,6 @@ def depth_and_kind(name: str) -> tuple[int, str]:
     block, kind = split_block(name)
     number = re.search(r"\d+", block)
     return (int(number[0]) if number else -1), kind
-
-
-def _matches(name: str, entry: str) -> bool:
-    return name == entry or bool(re.fullmatch(entry, name))
 
 
 def _first(names: Iterable[str]) -> str:

@@ -93,8 +93,9 @@ def _pose_rows(outputs: Outputs, scene: Scene, protocol: Protocol) -> MetricRows
     """Compute `pose_distance`, and `pair_angles` as `rotation` and `direction`."""
     assert scene.poses is not None
     predicted, true = outputs["camera_poses"].double(), scene.poses.double()
+    distances = pose_distance(predicted, true)  # refuses what has no inverse
     rotation, direction = pair_angles(torch.linalg.inv(predicted), torch.linalg.inv(true))
-    return [pose_distance(predicted, true) | {"rotation": rotation, "direction": direction}]
+    return [distances | {"rotation": rotation, "direction": direction}]
 
 
 def _point_rows(outputs: Outputs, scene: Scene, protocol: Protocol) -> MetricRows:

@@ -61,7 +61,7 @@ def assign_layers(
 
     **Arguments**
 
-    - `values`: one number >= 0 per layer.
+    - `values`: one number >= 0 per layer; of NumPy too, of any width.
     - `costs`: one integer >= 1 per layer.
     - `budgets`: one number >= 0 per device; rounded down.
     - `order`: 'free', or 'fixed': the run of device k is left of the run of device k + 1.
@@ -76,6 +76,7 @@ def assign_layers(
 
     - `ValueError`: an empty list; lengths that differ; a number out of its range; an unknown order.
     """
+    values, costs, budgets = (_as_python(numbers) for numbers in (values, costs, budgets))
     _check_arguments(values, costs, budgets, order)
     whole, funds = _scale_to_integers(values), [int(budget) for budget in budgets]
     starts = find_run_starts([int(cost) for cost in costs], funds)
@@ -99,8 +100,14 @@ def total_value(values: Sequence[int | float], intervals: Sequence[Interval]) ->
 
     **Returns** an int if all values taken are integers, else the correctly rounded sum.
     """
+    values = _as_python(values)
     taken = [values[i] for run in intervals if run for i in range(run[0], run[1] + 1)]
-    return sum(taken) if all(isinstance(value, int | np.integer) for value in taken) else math.fsum(taken)
+    return sum(taken) if all(isinstance(value, int) for value in taken) else math.fsum(taken)
+
+
+def _as_python(numbers: Any) -> list[Any]:
+    """Return numbers of NumPy or torch as those of Python, which do not overflow and divide in full precision."""
+    return [number.item() if hasattr(number, "item") else number for number in numbers]
 
 
 def _check_arguments(values: Any, costs: Any, budgets: Any, order: str) -> None:

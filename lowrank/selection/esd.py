@@ -17,7 +17,7 @@ from lowrank.factorization.gram import gram_triangle, slabs, squared_singular_va
 from lowrank.factorization.moments import all_finite
 from lowrank.factorization.precision import with_float64
 from lowrank.io.checks import require
-from lowrank.selection.power_law import fit_power_law
+from lowrank.selection.power_law import EQUAL, fit_power_law
 
 WINDOWS = ("published", "corrected")
 FITTED_METRICS = (
@@ -48,6 +48,7 @@ def esd_metrics(
     - 'few': fewer than 8 eigenvalues are left
     - 'rank deficient': the fits leave out zeros
     - 'constant': all eigenvalues are equal
+    - 'constant tail': the upper half of the eigenvalues is equal, and `alpha_mid` is NaN
     - 'zero': the weight is zero
     - 'not finite': the weight contains NaN or infinity
     - 'empty window': no tail starts in the window of `alpha_peak`
@@ -173,7 +174,7 @@ def _compute_metrics(
         metrics["status"] = "few"
     if len(kept) < 2:
         return metrics
-    if kept[-1] <= kept[0] * (1 + 1e-12):
+    if kept[-1] <= kept[0] * (1 + EQUAL):
         return metrics | {"status": "constant"}
     return metrics | fit_power_law(kept, window, metrics["status"])
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 _BINS = 100  # of the histogram of log10 lambda
 _STRIDE = 32  # of the eigenvalues whose gaps bound a distance
 _FEW = 32  # tails of the least bounds, which are measured first
+EQUAL = 1e-12  # relative difference of eigenvalues that rounding makes
 _ROUNDING = 1e-12  # of a distance, relative: far more than it has
 _SCRATCH = 2**15  # numbers in a block of tails: fits the cache of a core
 
@@ -24,7 +25,8 @@ def fit_power_law(values: Float[np.ndarray, " n"], window: str, status: str) -> 
 
     - `values`: eigenvalues `(n,)`, n >= 2, float64, ascending, positive, not all equal.
     - `window`: 'published' or 'corrected', see `lowrank.selection.esd.esd_metrics`.
-    - `status`: the status so far. 'empty window' replaces it if no tail may start in the window.
+    - `status`: the status so far. 'empty window' replaces it if no tail may start in the window, and 'constant tail' replaces
+      'ok' if the upper half of the eigenvalues is equal.
 
     **Returns** the `status` and the metrics `lowrank.selection.esd.FITTED_METRICS`, NaN for a fit that cannot be made.
 
@@ -33,20 +35,23 @@ def fit_power_law(values: Float[np.ndarray, " n"], window: str, status: str) -> 
     logs = np.log(values)
     exponents = _fit_exponents(logs)
     low, high = _peak_window(values, window)
-    near = np.flatnonzero((values[:-1] >= low) & (values[:-1] <= high))
+    near = np.flatnonzero((values[:-1] >= low) & (values[:-1] <= high) & np.isfinite(exponents))
     starts = np.arange(len(exponents))
     bounds = _measure_distances(logs, exponents, starts, np.arange(len(logs))[::-_STRIDE][::-1])
     best, distance = _find_closest(logs, exponents, starts, bounds)
     peak = exponents[_find_closest(logs, exponents, near, bounds[near])[0]] if len(near) else math.nan
     alpha, top = float(exponents[best]), math.log(values[-1])
-    middle = len(values) // 2
+    half = exponents[len(values) // 2 :]
+    mid = float(half[0]) if len(half) and np.isfinite(half[0]) else math.nan
+    if status == "ok" and len(half) and math.isnan(mid):
+        status = "constant tail"
     return {
         "status": status if len(near) else "empty window",
         "alpha": alpha,
         "alpha_distance": distance,
         "alpha_xmin": float(values[best]),
         "alpha_peak": float(peak),
-        "alpha_mid": float(exponents[middle]) if middle < len(exponents) else math.nan,
+        "alpha_mid": mid,
         "hill": _estimate_hill(logs, len(values) // 2),
         "hill_tenth": _estimate_hill(logs, len(values) // 10),
         "alpha_weighted": alpha * top / math.log(10),
@@ -59,7 +64,8 @@ def _fit_exponents(logs: Float[np.ndarray, " n"]) -> Float[np.ndarray, " starts"
     left = np.arange(len(logs), 0, -1.0)  # eigenvalues in each tail
     sums = logs[::-1].cumsum()[::-1]
     with np.errstate(divide="ignore"):
-        return (1 + left / (sums - left * logs).clip(min=0.0))[:-1]
+        exponents = 1 + left / (sums - left * logs).clip(min=0.0)
+    return np.where(logs[-1] - logs <= EQUAL, math.inf, exponents)[:-1]
 
 
 def _find_closest(
@@ -113,4 +119,4 @@ def _estimate_hill(logs: Float[np.ndarray, " n"], count: int) -> float:
     if not 1 <= count < len(logs):
         return math.nan
     spread = float((logs[-count:] - logs[-count - 1]).sum())
-    return 1 + count / spread if spread > 0 else math.nan
+    return 1 + count / spread if logs[-1] - logs[-count - 1] > EQUAL else math.nan

@@ -14,14 +14,15 @@ from lowrank.nn.batches import Batch, compute_logits, device_of, eval_mode, move
 from lowrank.training.penalties import COLUMNS, PENALTIES, power_step, singular_basis
 from lowrank.training.whitened_linear import WhitenedLinear
 
-SMALLEST = 1e-4  # least unit of a penalty: a layer with a smaller one at the start has next to nothing to give
+SMALLEST = 1e-4  # a penalty at the start below this is no unit: it is next to nothing
 
 
 @dataclass(eq=False)
 class PrehabLoss:
     """Add a rank penalty to the loss of a task, log both, and keep the last good weights.
 
-    The penalty of a layer counts in units of its value at the start. The loss adds the mean over layers, times the strength.
+    The penalty of a layer counts in units of its value at the start, or of the value of singular values of 1 if that is next to
+    nothing, as of a weight of zeros, which grows. The loss adds the mean over layers, times the strength.
 
     **Arguments**
 
@@ -54,8 +55,11 @@ class PrehabLoss:
     @torch.no_grad()
     def __post_init__(self) -> None:
         for name, layer in self.layers.items():
-            value = PENALTIES[self.penalty](layer.start, self.ranks[name]).item()
-            self._units[name] = max(value, SMALLEST)
+            compute, flat = PENALTIES[self.penalty], torch.eye(*layer.start.shape).to(layer.start)
+            value = compute(layer.start, self.ranks[name]).item()
+            if value < SMALLEST:
+                value = max(compute(flat, self.ranks[name]).item(), SMALLEST)
+            self._units[name] = value
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Compute the loss of a batch and go on to the next step; a task loss that is not finite is returned as it is."""

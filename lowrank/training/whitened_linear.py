@@ -98,7 +98,7 @@ def whiten_layers(
 
     - `model`: changed in place.
     - `layers`: name -> layer of the model to replace.
-    - `statistics`: name -> second moments of the inputs, for every layer to replace.
+    - `statistics`: name -> second moments of the inputs, for every layer to replace. Inputs that are all zero leave S = I.
     - `shrinkage`: > 0, added to the eigenvalues of the moments, relative to their mean; bounds S^-1.
     - `others`: let all other parameters that are not frozen require gradients too.
 
@@ -115,7 +115,8 @@ def whiten_layers(
             gram = read_gram(moments)
             if id(moments.gram) not in factors:
                 values, vectors = second_moment_eigh(moments, shrinkage)
-                roots = (values / values.mean()).sqrt()  # D in units of the weight, whatever the scale of the inputs
+                mean = values.mean()  # D in units of the weight, whatever the scale of the inputs, if there are any
+                roots = (values / mean).sqrt() if mean > 0 else torch.ones_like(values)
                 factors[id(moments.gram)] = gram, vectors * roots, (vectors / roots).T.to(layer.weight)
             _, factor, inverse = factors[id(moments.gram)]
             layer.weight.requires_grad_(False)

@@ -1,5 +1,6 @@
 """Moments on the smaller side: the same factors, spectra and errors as from the moments of the inputs."""
 
+import copy
 from dataclasses import replace
 from itertools import product
 
@@ -11,6 +12,8 @@ from lowrank.calibration.collect import collect_statistics
 from lowrank.calibration.on_demand import OnDemand
 from lowrank.calibration.storage import load_statistics, save_statistics
 from lowrank.compression.compress import compress
+from lowrank.compression.configuration import Configuration
+from lowrank.compression.replace import replace_layers
 from lowrank.factorization.factorize import factorize, measured_norm, weighted_norm, weighted_spectrum
 from lowrank.factorization.methods import METHODS, READS
 from lowrank.factorization.moments import LayerStatistics, centre_moments, shrink_moments, whitening_factor
@@ -145,6 +148,31 @@ def test_the_measured_norm_sees_the_error_and_what_storing_adds(kind, side, meth
     broken = factors.dense() + 0.1 * weight.norm() * torch.randn_like(weight) / weight.numel() ** 0.5
     wanted = weighted_norm(weight - broken, norm)
     assert measured_norm(weight, factors, lambda x: broken @ x, seen) == pytest.approx(wanted, rel=0.4)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("side", ["inputs", *SIDES])
+@pytest.mark.parametrize("mean", [0.0, 1e3, 1e5])
+def test_centring_keeps_its_digits_where_the_mean_is_large(kind, side, mean, tmp_path) -> None:
+    """The optimum of the centred inputs, and the error in the table, for a model and products in float32."""
+    torch.manual_seed(0)
+    (out, inputs), rank = SHAPES[kind], 3
+    model = nn.Sequential(nn.Linear(inputs, out))
+    rows = torch.randn(2000, inputs) * torch.logspace(0, -1, inputs) + mean
+    whole = collect_statistics(model, rows.split(700), ["0"], side=side)
+    save_statistics(tmp_path / "moments", whole, model, "data")
+    parts = [collect_statistics(model, [part], ["0"], side=side)["0"] for part in rows.split(1000)]
+    exact, wanted = rows.double(), model.double()(rows.double()).detach()
+    spectrum = torch.linalg.svdvals((exact - exact.mean(0)) @ model[0].weight.detach().T)
+    optimum = spectrum[rank:].norm().item()
+    model.float()
+    for found in (whole, load_statistics(tmp_path / "moments", model), {"0": parts[0] + parts[1]}):
+        small = copy.deepcopy(model)
+        row = replace_layers(small, {"0": rank}, Configuration("whitened", centre=True), found)[0]
+        error = (small.double()(exact) - wanted).norm().item()
+        assert error <= optimum * 1.001
+        for predicted in (row["predicted_error"], row["measured_error"]):
+            assert predicted == pytest.approx(optimum / spectrum.norm().item(), rel=1e-3)
 
 
 def test_only_what_the_methods_read_is_collected() -> None:

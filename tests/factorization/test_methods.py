@@ -193,6 +193,23 @@ def test_half_precision_activations_do_not_overflow() -> None:
     assert statistics_of_rows(rows).gram[0, 0].item() == pytest.approx(5000 * rows[0, 0].double().item() ** 2, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale", [1e-9, 1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("method", METHODS)
+def test_factors_of_half_precision_hold_gradients_of_any_size(shape, method, scale, dtype, generator) -> None:
+    weight, rows = problem(shape, 10, generator)
+    weight = weight.to(dtype)
+    statistics = statistics_with_gradients(rows, shape[0], generator)
+    size = {"gradient_gram": statistics.gradient_gram * scale**2, "row_fisher": statistics.row_fisher * scale**2}
+    weighting = METHODS[method](replace(statistics, **size), weight)
+    factors = factorize(weight, 5, weighting)
+    assert factors.left.dtype == factors.right.dtype == dtype
+    error = weighted_norm(weight.double() - factors.left.double() @ factors.right.double(), weighting)
+    assert error == pytest.approx(factors.error, rel=1e-3)
+    if weighting.outputs is not None and weighting.outputs.dim() == 2:
+        assert torch.allclose(factors.left.norm(dim=0), factors.right.norm(dim=1), rtol=0.02)
+
+
 def test_recipes_agree_where_the_moment_is_well_conditioned(shape, generator) -> None:
     weight, rows = problem(shape, 10.0, generator)
     statistics = statistics_of_rows(rows)

@@ -452,3 +452,39 @@ FLAT = {name: np.ones(6) for name in TWO}
 def test_bad_input_is_named(call, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("shape", [(-3, 4), (0, 4), (4,), (4, 4, 4), (2.5, 4), (float("nan"), 4)])
+def test_what_is_no_shape_is_refused(shape) -> None:
+    for call in (
+        lambda: allocate_ranks({"a": shape}, 0.5),
+        lambda: rank_for_keep(shape, 0.5),
+        lambda: kept_parameters(shape, 1),
+    ):
+        with pytest.raises(ValueError, match=r"`shape(s\['a'\])?` must be "):
+            call()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("multiple", [0, -2, 1.5, float("nan"), True])
+def test_what_is_no_multiple_is_refused(multiple) -> None:
+    for call in (
+        lambda: rank_for_keep((10, 10), 0.6, multiple=multiple),
+        lambda: allocate_ranks(TWO, 0.6, multiple=multiple),
+    ):
+        with pytest.raises(ValueError, match="`multiple` must be a whole number >= 1"):
+            call()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int16, np.int32])
+def test_narrow_integers_do_not_overflow(kind) -> None:
+    shape = tuple(map(kind, (100, 120)))
+    for storage in STORAGES:
+        assert rank_for_keep(shape, 0.5, storage, kind(2)) == rank_for_keep((100, 120), 0.5, storage, 2)
+        assert kept_parameters(shape, kind(20), storage) == kept_parameters((100, 120), 20, storage)
+        shapes = {"a": shape, "b": shape[::-1]}
+        found = allocate_ranks(shapes, 0.5, storage=storage)
+        assert found == allocate_ranks({"a": (100, 120), "b": (120, 100)}, 0.5, storage=storage)
+        assert all(type(rank) is int for rank in found.values())

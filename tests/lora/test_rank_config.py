@@ -9,13 +9,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
 from weight_changes import spectrum_of
 
-from lowrank.lora.deltas import delta_spectra
+from lowrank.lora.deltas import DeltaSpectrum, delta_spectra
 from lowrank.lora.rank_config import RankConfig
 from lowrank.lora.rank_rule import RankRule
 from lowrank.lora.ranks import ranks_for_budget
@@ -240,3 +241,34 @@ def test_rule_options_are_checked() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             RankRule(**options)
+
+
+def test_a_config_without_any_rank_says_so_and_is_a_file_all_the_same(tmp_path: Path) -> None:
+    sigma = torch.tensor([2.0, 1.0]).double()
+    spectra = {"layers.0.q": DeltaSpectrum((8, 6), sigma, 5.0, 1.0)}
+    config = RankConfig.from_spectra(spectra, RankRule(parameters=5))
+    with pytest.raises(
+        ValueError, match="`module_ranks` must give a module a rank of at least 1, which costs 14 param"
+    ):
+        config.lora_config(nn.Linear(6, 8))
+    for empty in (config, RankConfig({}, {}, {})):
+        empty.save(tmp_path / "ranks.json")
+        assert RankConfig.load(tmp_path / "ranks.json").module_ranks == {}
+        assert empty.compression_ratio == 0.0
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("rank", [np.int8(2), np.int64(2), 2.0, np.float32(2)])
+def test_ranks_of_any_type_are_saved_as_integers(rank: Any, tmp_path: Path) -> None:
+    spectra = {"q": DeltaSpectrum((8, 6), torch.ones(6).double(), 6.0, 1.0)}
+    RankConfig.from_ranks(spectra, {"q": rank}, {}).save(tmp_path / "ranks.json")
+    assert RankConfig.load(tmp_path / "ranks.json").module_ranks == {"q": 2}
+    with pytest.raises(ValueError, match=r"`ranks\['q'\]` must be a whole number >= 0, got 2.5"):
+        RankConfig.from_ranks(spectra, {"q": 2.5}, {})
+
+
+@pytest.mark.parametrize("number", [0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("option", ["scaling", "lora_alpha"])
+def test_a_scaling_that_switches_the_adapter_off_is_refused(option: str, number: float) -> None:
+    with pytest.raises(ValueError, match=f"`{option}` must be None or finite and > 0, got {number}"):
+        towers_config().lora_config(Towers(), **{option: number})

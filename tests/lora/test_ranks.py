@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from weight_changes import spectrum_of
 
 from lowrank.lora.deltas import DeltaSpectrum
+from lowrank.lora.rank_rule import RankRule
 from lowrank.lora.ranks import (
     layer_type,
     nearest_power_of_two,
@@ -191,3 +193,64 @@ def test_controls_use_up_the_budget() -> None:
     assert list(ranks.values()) == [4, 40, 24, 24]
     again = random_ranks(shapes, 1000, torch.Generator().manual_seed(1))
     assert again == random_ranks(shapes, 1000, torch.Generator().manual_seed(1))
+
+
+SHAPES = {"a": (np.int16(300), np.int16(300)), "b": (np.int16(200), np.int16(400))}
+
+
+def spectra_of(shapes: Any) -> dict[str, DeltaSpectrum]:
+    values = {name: torch.linspace(2, 1, min(shape)).double() for name, shape in shapes.items()}
+    return {name: DeltaSpectrum(shapes[name], v, float(v.square().sum()), 1.0) for name, v in values.items()}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("number", [float("nan"), -10, -0.5, float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda budget: ranks_for_budget(spectra_of({"a": (4, 4)}), budget),
+        lambda budget: uniform_ranks({"a": (4, 4)}, budget),
+        lambda budget: random_ranks({"a": (4, 4)}, budget, torch.Generator()),
+        lambda budget: RankRule(parameters=budget),
+    ],
+    ids=["budget", "uniform", "random", "rule"],
+)
+def test_a_budget_that_is_none_is_refused(choose: Any, number: float) -> None:
+    with pytest.raises(ValueError, match=r"`parameters` must be .*, got (nan|-10|-0.5|inf|-inf)"):
+        choose(number)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("bad", [0, -5, 2.5, float("nan"), float("inf"), True])
+def test_bounds_of_ranks_that_are_none_are_refused(bad: Any) -> None:
+    spectra = spectra_of({"a": (8, 8)})
+    if bad is not True:  # counts as 1 in Python; a bound is no flag
+        with pytest.raises(ValueError, match="`m(in|ax)_rank` must be"):
+            rank_for_delta([2.0, 1.0], 0.9, 1, bad)
+        with pytest.raises(ValueError, match="`m(in|ax)_rank` must be"):
+            RankRule(min_rank=bad)
+    with pytest.raises(ValueError, match="`max_rank` must be a whole number >= 1"):
+        ranks_for_budget(spectra, 100, max_rank=bad)
+    if bad != 0:
+        with pytest.raises(ValueError, match="`rank` must be a whole number >= 0"):
+            nearest_power_of_two(bad)
+        with pytest.raises(ValueError, match=r"`ranks\['a'\]` must be a whole number >= 0"):
+            smooth_ranks({"a": bad}, {"a": "q"}, 0.5)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", [int, float, np.int16, np.int64, np.float32])
+def test_numbers_of_any_type_give_the_same_ranks(kind: Any) -> None:
+    plain = {name: tuple(map(int, shape)) for name, shape in SHAPES.items()}
+    budget, spectra = 30000, spectra_of(plain)
+    for shapes in (plain, SHAPES):
+        uniform = uniform_ranks(shapes, kind(budget))
+        assert uniform == {"a": 25, "b": 25}
+        drawn = random_ranks(shapes, kind(budget), torch.Generator().manual_seed(0))
+        assert drawn == random_ranks(plain, budget, torch.Generator().manual_seed(0))
+        assert all(type(rank) is int for rank in (*uniform.values(), *drawn.values()))
+    found = ranks_for_budget(spectra, kind(budget), max_rank=kind(30))
+    assert found == ranks_for_budget(spectra, budget, max_rank=30)
+    assert type(rank_for_delta([2.0, 1.0, 0.5], 0.9, kind(1), kind(2))) is int
+    assert type(RankRule(min_rank=kind(2), parameters=kind(9)).metadata["parameters"]) is int
+    assert uniform_ranks({}, 10) == random_ranks({}, 10, torch.Generator()) == {}

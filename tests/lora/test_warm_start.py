@@ -99,8 +99,8 @@ class Grouped(nn.Module):
             {"lora_alpha": 0},
             "`lora_alpha` must be finite and not 0, which would switch the adapter off, got 0",
         ),
-        ("low.right", {"scaling": 0.0}, "`scaling` must be finite and not 0"),
-        ("low.right", {"scaling": float("nan")}, "`scaling` must be finite and not 0"),
+        ("low.right", {"scaling": 0.0}, "`scaling` must be None or finite and > 0"),
+        ("low.right", {"scaling": float("nan")}, "`scaling` must be None or finite and > 0"),
         ("attention.out_proj", {}, "got 'attention.out_proj', whose weight MultiheadAttention reads itself"),
     ],
 )

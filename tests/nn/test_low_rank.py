@@ -160,6 +160,35 @@ def test_half_precision_is_finite_and_close(shape, kind, method, dtype, generato
     assert relative(layer.dense(), factors.dense()) <= 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_biases_take_no_digits_of_other_outputs(shape, kind, dtype, generator) -> None:
+    weight, _, _ = problem(shape, generator)
+    factors, x = factorize(weight, 7), torch.randn(50, shape[1], generator=generator, dtype=torch.float64)
+    bias = 0.1 * torch.randn(shape[0], generator=generator, dtype=torch.float64)
+    large = torch.arange(shape[0]) % 4 == 0
+    errors = []
+    for size in (0.1, 1e2, 1e4):
+        bias[large] = size
+        layer = kind.from_factors(factors, bias, dtype)
+        assert torch.equal(layer.bias.detach(), bias.to(dtype))  # rounded once
+        wanted = x @ factors.dense().T + bias
+        errors.append(relative(layer(x.to(dtype))[:, ~large], wanted[:, ~large]))
+    assert max(errors) <= 1.001 * errors[0]
+    assert errors[0] <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_runs_under_autocast(shape, kind, generator) -> None:
+    weight, _, bias = problem(shape, generator)
+    layer = kind.from_factors(factorize(weight, 7), bias, torch.float32)
+    x = torch.randn(5, shape[1], generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert relative(y, layer(x)) <= 4 * torch.finfo(torch.bfloat16).eps
+
+
 def test_terms_weigh_the_same_on_both_sides(shape, generator) -> None:
     weight, statistics, _ = problem(shape, generator)
     layer = LowRankLinear.from_factors(factorize(weight, 8, whitened(statistics, weight)), None, torch.float64)

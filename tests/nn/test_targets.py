@@ -1,9 +1,13 @@
 """Names and patterns of layers: what they select, in which order, and what is refused."""
 
+import re
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from lowrank.io.weights import match_modules
 from lowrank.nn.targets import (
     HEADS_AND_EMBEDDINGS,
     depth_and_kind,
@@ -86,3 +90,19 @@ def test_shared_weights_are_found_under_all_their_names() -> None:
 def test_a_name_is_split_into_block_and_place(name: str, block: str, place: str, depth: int) -> None:
     assert split_block(name) == (block, place)
     assert depth_and_kind(name) == (depth, place)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("entry", ["*", "blocks.(", "+", "[", "a**", 3, None])
+def test_what_is_no_pattern_is_named(entry: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    for argument, call in (
+        ("layers", lambda: find_linears(model, [entry])),
+        ("include", lambda: select_names(["a"], [entry])),
+        ("exclude", lambda: select_names(["a"], ["a"], [entry])),
+        ("layers", lambda: match_modules({"a.weight": (2, 2)}, [entry])),
+    ):
+        with pytest.raises(
+            ValueError, match=f"`{argument}` must hold names or regular expressions, got {re.escape(repr(entry))}"
+        ):
+            call()

@@ -222,3 +222,25 @@ def test_runs_of_the_program_that_lie_in_one_another_lose_nothing(monkeypatch) -
 def test_refusals(values: Any, costs: Any, budgets: Any, order: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         assign_layers(values, costs, budgets, order)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int16, np.int32, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("order", ["free", "fixed"])
+@pytest.mark.parametrize("limit", [0, 2**25])
+def test_numbers_of_any_width_give_the_assignment_of_integers(kind: Any, order: str, limit: int) -> None:
+    generator = np.random.default_rng(0)
+    values, costs = generator.integers(1, 120, 9), generator.integers(1, 120, 9)
+    budgets = np.array([120, 90, 120, 60])
+    wanted = assign_layers(values.tolist(), costs.tolist(), budgets.tolist(), order, limit=limit)
+    found = assign_layers(values.astype(kind), costs.astype(kind), budgets.astype(kind), order, limit=limit)
+    assert found == wanted
+    assert total_value(values.astype(kind), wanted.intervals) == wanted.total
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_small_shares_keep_the_digits_of_their_own_type() -> None:
+    values = np.array([0.1, 0.2, 0.30004883], dtype=np.float16)
+    found = assign_layers(values, [1, 1, 1], [1, 1])
+    assert found.intervals == [(1, 1), (2, 2)]
+    assert found.total == float(values[1]) + float(values[2])

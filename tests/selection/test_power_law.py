@@ -59,6 +59,18 @@ def test_the_closest_of_all_tails_is_found(name: str, window: str) -> None:
         assert math.isnan(fit["alpha_peak"])
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-15])
+@pytest.mark.parametrize("equal", [16, 20, 31])
+def test_a_tail_that_does_not_fall_has_no_exponent(equal: int, noise: float) -> None:
+    """As of a weight with as many orthonormal rows: the rest falls, the upper half is equal up to rounding."""
+    values = np.sort(np.r_[np.geomspace(0.01, 0.9, 32 - equal), 1 + noise * np.arange(equal)])
+    fit = fit_power_law(values, "corrected", "ok")
+    assert fit["status"] in ("constant tail", "empty window")
+    assert math.isnan(fit["alpha_mid"])
+    assert not any(math.isinf(fit[name]) or fit[name] > 1e6 for name in FITTED_METRICS if not math.isnan(fit[name]))
+    assert fit_power_law(values, "corrected", "rank deficient")["status"] in ("rank deficient", "empty window")
+
+
 def test_the_exponents_are_those_of_any_scale() -> None:
     values = np.sort(SPECTRA["power law"])
     plain, scaled = fit_power_law(values, "corrected", "ok"), fit_power_law(1e-7 * values, "corrected", "ok")

@@ -359,3 +359,33 @@ def test_inputs_that_are_not_finite_name_the_first_layer_that_sees_them(generato
     with pytest.raises(FloatingPointError, match=r"step 0.*'blocks\.0\.attn\.qkv'.*as it was before"):
         run(model, [(images * math.nan, classes)], statistics=statistics)
     assert hash_model(model) == before
+
+
+@pytest.mark.parametrize(
+    "odd", ["no weight", "no input", "neither", "one direction of weight", "one direction of input"]
+)
+@pytest.mark.parametrize("shape", [(6, 12), (8, 8), (12, 6)])
+@every_penalty
+def test_layers_without_weight_or_input_leave_the_task_in_charge(penalty, shape, odd, generator) -> None:
+    """The penalty of such a layer is of the size of the others', not in units of next to nothing."""
+    torch.manual_seed(0)
+    out, inputs = shape
+    model = nn.Sequential(nn.Linear(inputs, out), nn.Tanh(), nn.Linear(out, 3))
+    x, labels = torch.randn(60, inputs, generator=generator), torch.randint(3, (60,), generator=generator)
+    with torch.no_grad():
+        if odd in ("no weight", "neither"):
+            model[0].weight.zero_()
+        if odd == "one direction of weight":
+            model[0].weight[1:] = 0
+    seen = x * 0 if odd in ("no input", "neither") else x
+    if odd == "one direction of input":
+        seen = x[:, :1] * torch.ones(inputs)
+    statistics = collect_statistics(model, [seen.repeat(3, 1)], ["0"]) | collect_statistics(
+        model, [x.repeat(3, 1)], ["2"]
+    )
+    config = PrehabConfig(penalty, steps=8, target_keep=0.5, schedule="constant", refresh=2)
+    recipe = replace(RECIPE, checkpoint_every=2)
+    found = prehab(model, statistics, [(x, labels)], config, recipe=recipe, progress=False).history
+    assert all(math.isfinite(row["loss"]) and 0 <= row["penalty"] <= 3 for row in found)
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    assert found[-1]["loss"] < found[0]["loss"] + 0.5

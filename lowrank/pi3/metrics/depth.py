@@ -8,8 +8,9 @@ import torch
 from scipy.optimize import minimize
 
 from lowrank.io.checks import require
-from lowrank.pi3.metrics.alignment import Array, to_float64
+from lowrank.pi3.metrics.alignment import Array, require_finite, to_float64, unit_of
 
+FAR = 1e3  # predictions this much larger or smaller than the truth are in another unit
 ADAM_STEPS, ADAM_RATE, ADAM_TOLERANCE = 1000, 1e-4, 1e-6  # of the alignment lad2
 LEAST_DEPTH = 1e-5  # aligned depth below counts as this in logarithms and ratios
 
@@ -20,12 +21,15 @@ def _lower_median(values: np.ndarray) -> float:
 
 
 def _ratio_of_medians(p: np.ndarray, g: np.ndarray) -> float:
-    return _lower_median(g) / _lower_median(p)
+    """Return the scale that brings one median to the other, or 1 if the predicted one is 0."""
+    return _lower_median(g) / (_lower_median(p) or _lower_median(g))
 
 
 def _fit_scale_irls(p: np.ndarray, g: np.ndarray) -> tuple[float, float]:
-    """Fit the scale of least absolute error in ten steps of reweighted least squares."""
-    scale = g.mean() / p.mean()
+    """Fit the scale of least absolute error in ten steps of reweighted least squares, from the ratio of the means."""
+    if not p.any():
+        return 1.0, 0.0
+    scale = g.mean() / p.mean() if p.mean() else (p @ g) / (p @ p)
     for _ in range(10):
         weights = 1 / (np.abs(scale * p - g) + 1e-8)
         scale = (weights * p * g).sum() / (weights * p * p).sum()
@@ -33,8 +37,9 @@ def _fit_scale_irls(p: np.ndarray, g: np.ndarray) -> tuple[float, float]:
 
 
 def _fit_least_squares(p: np.ndarray, g: np.ndarray) -> tuple[float, float]:
-    scale, shift = np.linalg.lstsq(np.stack([p, np.ones_like(p)], 1), g, rcond=None)[0]
-    return float(scale), float(shift)
+    unit = unit_of(p)  # a column that is small beside the ones would count as dependent
+    scale, shift = np.linalg.lstsq(np.stack([p / unit, np.ones_like(p)], 1), g, rcond=None)[0]
+    return float(scale / unit), float(shift)
 
 
 def _fit_least_absolute(p: np.ndarray, g: np.ndarray) -> tuple[float, float]:
@@ -79,7 +84,10 @@ def depth_metrics(
 ) -> dict[str, Any]:
     """Compute errors of predicted depth over the valid pixels of one image, or of all images of a video together.
 
-    A pixel is valid if 0 < gt, and gt < `max_depth` if there is such a bound.
+    A pixel is valid if 0 < gt, and gt < `max_depth` if there is such a bound. Predictions that are over a thousand times
+    larger or smaller than the truth are brought to its unit before an alignment, and both to 1 if that is a million times
+    away, since some search in steps of their own.
+    Predictions whose median is 0 keep their scale where the median sets it or starts the search.
 
     **Arguments**
 
@@ -92,30 +100,46 @@ def depth_metrics(
       'lad' (scale and shift of least absolute error by BFGS),
       'lad2' (the same by the published 1000 steps of Adam in float32),
       'metric' (no alignment).
-    - `max_depth`: bound of valid depth, in the unit of `gt`; default: no bound.
-    - `post_clip_max`: aligned predictions above are set to it; default: no bound.
+    - `max_depth`: > 0, bound of valid depth, in the unit of `gt`; default: no bound.
+    - `post_clip_max`: > 0, aligned predictions above are set to it; default: no bound.
 
     **Returns** `abs_rel` = mean |p - g| / g, `sq_rel` = mean (p - g)^2 / g, `rmse`, `log_rmse`; `delta_k`, the share of pixels
     with max(p / g, g / p) < 1.25^k, k = 1, 2, 3; `valid_pixels`. All are 0 if no pixel is valid.
 
     **Raises**
 
-    - `ValueError`: shapes differ; NaN or infinity; an unknown alignment.
+    - `ValueError`: shapes differ; NaN, infinity or a number beyond 1e100; an unknown alignment; a bound that is not > 0; errors
+      that float64 does not hold.
 
     **Reference** Eigen, Puhrsch and Fergus, NeurIPS 2014; alignments as in the evaluation of π³, arXiv:2507.13347.
     """
     require(align in ALIGNMENTS, "align", f"be one of {list(ALIGNMENTS)}", align)
+    for name, bound in (("max_depth", max_depth), ("post_clip_max", post_clip_max)):
+        require(bound is None or bound > 0, name, "be None or > 0", bound)
     p, g = to_float64("pred", pred), to_float64("gt", gt)
     require(p.shape == g.shape, "pred", f"have the shape of `gt`, {g.shape}", p.shape)
     valid = (g > 0) & (g < max_depth) if max_depth is not None else g > 0
     p, g = p[valid], g[valid]
     if not len(g):
         return dict.fromkeys(DEPTH_METRICS, 0.0) | {"valid_pixels": 0}
-    scale, shift = ALIGNMENTS[align](p, g)
-    p = scale * p + shift
-    if post_clip_max is not None:
-        p = np.minimum(p, post_clip_max)
-    return _depth_errors(p, g) | {"valid_pixels": len(g)}
+    with np.errstate(all="ignore"):  # what is not finite is named below
+        if align != "metric":
+            p = _align(p, g, align)
+        if post_clip_max is not None:
+            p = np.minimum(p, post_clip_max)
+        errors = _depth_errors(p, g)
+    require_finite(errors)
+    return errors | {"valid_pixels": len(g)}
+
+
+def _align(p: np.ndarray, g: np.ndarray, align: str) -> np.ndarray:
+    """Return predictions in the scale, and shift, of the truth."""
+    size, some = _lower_median(g), np.abs(p[p != 0])
+    if len(some) and not size / FAR <= _lower_median(some) <= size * FAR:
+        p = p / _lower_median(some) * size
+    unit = 1.0 if 1 / FAR**2 <= size <= FAR**2 else size
+    scale, shift = ALIGNMENTS[align](p / unit, g / unit)
+    return scale * p + shift * unit
 
 
 def _depth_errors(p: np.ndarray, g: np.ndarray) -> dict[str, float]:

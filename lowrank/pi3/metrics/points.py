@@ -9,7 +9,7 @@ from scipy.spatial import KDTree
 from torch import Tensor
 
 from lowrank.io.checks import require
-from lowrank.pi3.metrics.alignment import Array, fit_rotation, fit_similarity, to_float64
+from lowrank.pi3.metrics.alignment import Array, fit_rotation, fit_similarity, require_finite, to_float64
 
 NEIGHBOURS = 30  # points that the normal of a point is estimated from, itself included
 ICP_STEPS, ICP_TOLERANCE = 30, 1e-6
@@ -66,7 +66,7 @@ def point_metrics(pred: Array, gt: Array, mask: Array, distance: float | int = 0
     - `pred`: predicted points, `(..., 3)`.
     - `gt`: true points, the same shape.
     - `mask`: `(...)`, bool; True where points count. At least three.
-    - `distance`: largest distance of a match in ICP, in the unit of `gt`; default 0.1.
+    - `distance`: > 0, largest distance of a match in ICP, in the unit of `gt`; default 0.1.
 
     **Returns** mean and median (`acc_mean`, `acc_median`, ...) of `acc`, the distance from each predicted point to the nearest
     true one; `comp`, from each true point to the nearest predicted one; `nc1` and `nc2`, |cosine| of the normals at the same
@@ -74,10 +74,11 @@ def point_metrics(pred: Array, gt: Array, mask: Array, distance: float | int = 0
 
     **Raises**
 
-    - `ValueError`: shapes differ; NaN or infinity; fewer than three points.
+    - `ValueError`: shapes differ; NaN or infinity; fewer than three points; a distance that is not > 0.
 
     **Reference** Aanæs et al., IJCV 2016; the protocol of π³, arXiv:2507.13347.
     """
+    require(distance > 0, "distance", "be > 0", distance)
     p, g = _select_valid(pred, gt, mask)
     scale, rotation, shift = fit_similarity(p, g)
     p = align_by_icp(scale * p @ rotation.T + shift, g, distance)
@@ -95,7 +96,9 @@ def point_metrics(pred: Array, gt: Array, mask: Array, distance: float | int = 0
         for name, values in errors.items()
         for average, function in AVERAGES.items()
     }
-    return metrics | {f"nc_{name}": (metrics[f"nc1_{name}"] + metrics[f"nc2_{name}"]) / 2 for name in AVERAGES}
+    metrics |= {f"nc_{name}": (metrics[f"nc1_{name}"] + metrics[f"nc2_{name}"]) / 2 for name in AVERAGES}
+    require_finite(metrics)
+    return metrics
 
 
 def _select_valid(pred: Array, gt: Array, mask: Array) -> tuple[np.ndarray, np.ndarray]:
