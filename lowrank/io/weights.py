@@ -15,7 +15,7 @@ from typing import Any
 from torch import Size, Tensor, nn
 
 from lowrank.io.checks import require
-from lowrank.io.files import open_safetensors
+from lowrank.io.files import open_safetensors, path_inside
 from lowrank.io.hashing import hash_model, hash_options
 from lowrank.io.hub import load_or_explain
 
@@ -53,7 +53,7 @@ def open_weights(source: Source, name: str) -> Iterator[OpenWeights]:
     **Raises**
 
     - `FileNotFoundError`: no such checkpoint, or a shard of its index is missing.
-    - `ValueError`: a file is damaged.
+    - `ValueError`: a file is damaged; the index names a file outside of the folder.
     """
     if isinstance(source, nn.Module):
         state = source.state_dict()
@@ -88,7 +88,9 @@ def _find_files(source: Path | str, name: str) -> list[Path]:
     if not path.is_dir():
         path = _download(source, name)
     if (index := path / INDEX).exists():
-        shards = sorted({path / shard for shard in json.loads(index.read_text(encoding="utf8"))["weight_map"].values()})
+        names = sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
+        root = path.parents[1] if path.parent.name == "snapshots" else path  # in the Hub's cache all files are links
+        shards = [path_inside(path, shard, name, root) for shard in names]
         if missing := [shard.name for shard in shards if not shard.exists()]:
             raise FileNotFoundError(
                 f"`{name}` must hold every shard of its index, got {str(path)!r} without {missing[0]!r}."

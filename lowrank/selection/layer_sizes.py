@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import init_empty_weights
 from torch import nn
 
+from lowrank.io.hub import find_model_class, read_config
 from lowrank.io.weights import CONFIG, Source, match_modules, open_weights
 from lowrank.nn.targets import BLOCKS, is_conv1d
 
@@ -47,14 +48,15 @@ def layer_sizes(model: Source, layers: Iterable[str] = BLOCKS) -> dict[str, tupl
 
 def _build_skeleton(config: Path) -> nn.Module | None:
     """Build the architecture of a config.json without weights; None if transformers does not have it."""
-    import transformers  # noqa: PLC0415
-
     names = json.loads(config.read_text(encoding="utf8")).get("architectures") if config.exists() else None
-    kind: Any = getattr(transformers, names[0], None) if names else None
-    if kind is None:
+    model_class = find_model_class(names[0]) if names else None
+    if model_class is None:
         return None
-    with init_empty_weights():
-        return kind(transformers.AutoConfig.from_pretrained(config.parent))
+    try:
+        with init_empty_weights():
+            return model_class(read_config(config.parent))
+    except Exception:  # a model builds itself with any error; its layers then come in the order of their names
+        return None
 
 
 def _split_numbers(name: str) -> list[Any]:
