@@ -39,7 +39,9 @@ def writing(path: Path | str, *, resume: bool = False) -> Iterator[Path]:
         _remove(partial)
     try:
         yield partial
-        if partial.is_dir() and path.is_dir():
+        if path.is_dir():
+            if not partial.is_dir():
+                raise IsADirectoryError(f"`path` must be a file or new, got the folder {str(path)!r}.")
             shutil.rmtree(path)
         partial.replace(path)
     except BaseException:

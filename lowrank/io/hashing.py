@@ -35,7 +35,8 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Hash the names, dtypes, shapes and bytes of tensors; the order of names does not matter."""
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous().cpu()
+        tensor = tensors[name].detach()
+        tensor = (tensor if tensor.layout == torch.strided else tensor.to_dense()).contiguous().cpu()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -43,4 +44,4 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def hash_model(model: nn.Module) -> str:
     """Hash the parameters and buffers of a model: equal weights give equal hashes."""
-    return hash_tensors(model.state_dict())
+    return hash_tensors({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})

@@ -171,6 +171,8 @@ def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
     tied: dict[str, str] = {}
     first: dict[tuple[int, Size], str] = {}
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # extra state
+            continue
         stored = first.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
         if stored == name:
             distinct[name] = tensor.detach().cpu().contiguous()

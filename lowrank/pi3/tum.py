@@ -65,6 +65,6 @@ def tum_frames(sequence: Path) -> list[Frame]:
     for time, image in (row[:2] for row in _read_list(sequence / "rgb.txt")):
         depth, pose = _find_row(depths, float(time)), _find_row(poses, float(time))
         if depth and pose:
-            files = [path_inside(sequence, name, "sequence") for name in (image, depth[1])]
-            frames.append(Frame(*files, _build_pose(pose)))
+            one, other = (path_inside(sequence, name, "sequence") for name in (image, depth[1]))
+            frames.append(Frame(one, other, _build_pose(pose)))
     return frames

@@ -111,7 +111,9 @@ def _with_padding(tokenizer: Any) -> Any:
 def _set_padding(model: Any, token: int) -> None:
     """Tell a model which token pads: a decoder takes the last other token of each text as its summary."""
     known = model.get_input_embeddings().weight.shape[0]
-    require(token < known, "model", f"know the padding token of its tokenizer, and have more than {token} tokens", known)
+    require(
+        token < known, "model", f"know the padding token of its tokenizer, and have more than {token} tokens", known
+    )
     model.config.get_text_config().pad_token_id = token
 
 
