@@ -14,7 +14,7 @@ from torch import nn
 
 from lowrank.io.checks import require
 from lowrank.io.hub import find_model_class, read_config
-from lowrank.nn.skeletons import bounded_skeleton
+from lowrank.nn.skeletons import bounded_skeleton, check_counts
 
 # What timm's factory itself makes of an option, besides the classes of the architecture. None of these opens a file.
 FEATURES = {"features_only", "feature_cls", "out_indices", "output_stride", "bn_eps", "bn_momentum"}
@@ -134,11 +134,22 @@ def build_skeleton(base: Mapping[str, Any], folder: Path, tensors: int | None = 
     place: AbstractContextManager[Any] = (
         init_empty_weights(include_buffers=False) if tensors is None else bounded_skeleton(tensors)
     )
+    if tensors is not None:
+        check_counts(base, tensors)
+        check_counts(_read_json(folder / "config.json"), tensors)
     if "transformers" in base:
         return _build_transformers(base["transformers"], folder, place)
     if "timm" in base:
         return _build_timm(base["timm"], base.get("options") or {}, place)
     raise ValueError(f"`base` must have the key 'transformers' or 'timm', got {dict(base)}.")
+
+
+def _read_json(path: Path) -> Any:
+    """Return the content of a file, None if it is missing or damaged, which transformers will say."""
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _build_transformers(name: Any, folder: Path, place: AbstractContextManager[Any]) -> nn.Module:

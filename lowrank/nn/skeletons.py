@@ -1,6 +1,7 @@
 """Build a stranger's architecture without memory for it, however large its description says it is."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +12,32 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from lowrank.io.checks import require
 
 SLACK = 1000  # parameters that a constructor may make and throw away
+
+
+COUNTS = re.compile("layer|depth", re.IGNORECASE)  # in the names of the numbers that constructors count up to
+
+
+def check_counts(content: Any, tensors: int, name: str = "") -> None:
+    """Check that no description of an architecture counts more layers than a file can hold.
+
+    **Arguments**
+
+    - `content`: JSON, a configuration or options.
+    - `tensors`: how many tensors the file of the weights holds.
+    - `name`: the key of `content`. Default "".
+
+    **Raises**
+
+    - `ValueError`: a number of layers above `tensors` and `SLACK`; the message names it.
+    """
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            check_counts(value, tensors, str(key))
+    elif isinstance(content, Sequence) and not isinstance(content, str):
+        for value in content:
+            check_counts(value, tensors, name)
+    elif isinstance(content, int) and COUNTS.search(name):
+        require(content <= tensors + SLACK, "folder", f"describe a model of its {tensors} tensors", f"{name} {content}")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import nn
 
 from lowrank.io.hub import find_model_class, read_config
 from lowrank.io.weights import CONFIG, Source, match_modules, open_weights
-from lowrank.nn.skeletons import bounded_skeleton
+from lowrank.nn.skeletons import bounded_skeleton, check_counts
 from lowrank.nn.targets import BLOCKS, is_conv1d
 
 
@@ -48,11 +48,13 @@ def layer_sizes(model: Source, layers: Iterable[str] = BLOCKS) -> dict[str, tupl
 
 def _build_skeleton(config: Path, tensors: int) -> nn.Module | None:
     """Build the architecture of a config.json without weights; None if transformers does not have it."""
-    names = json.loads(config.read_text(encoding="utf8")).get("architectures") if config.exists() else None
+    content = json.loads(config.read_text(encoding="utf8")) if config.exists() else {}
+    names = content.get("architectures")
     model_class = find_model_class(names[0]) if names else None
     if model_class is None:
         return None
     try:
+        check_counts(content, tensors)
         with bounded_skeleton(tensors):
             return model_class(read_config(config.parent))
     except Exception:  # a model builds itself with any error; its layers then come in the order of their names
