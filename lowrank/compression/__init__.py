@@ -12,6 +12,10 @@
 - `result`: `CompressionResult`, what a compression did, and `parameter_counts`.
 - `checks`: what can be wrong, found before a model is changed.
 - `checkpoint`: `save_compressed` and `load_compressed`, a folder with safetensors and a JSON record.
-- `architecture`: how the dense architecture is built again without its weights.
+- `rebuild`: `plan_build`, how a model is built again, verified by shapes and outputs.
+- `bases`: how the dense architecture is described and built again without its weights.
+- `architecture`: the layers that differ from the dense ones, described and put in.
+- `probes`: the outputs of a model for a fixed input, and how they differ from those of another.
+- `stored_state`: what a file holds besides plain tensors: extra state, and buffers that no state has.
 - `pruning`: `prune` by magnitude or Wanda, to exact counts, per row, per matrix or n:m.
 """

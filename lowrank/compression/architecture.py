@@ -1,11 +1,9 @@
-"""Rebuild the architecture of a compressed model: the base model without weights, and the layers that replace its layers."""
+"""Describe the layers of a compressed model that differ from those of its dense architecture, and put them into one."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 
 from lowrank.io.checks import require
@@ -15,89 +13,7 @@ from lowrank.nn.usv import USVConv2d, USVLinear
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 LAYER_KINDS: dict[str, type[Any]] = {**FACTORED_LAYERS, USVLinear.storage: USVLinear}
-
-
-def describe_base(model: Any) -> dict[str, Any] | None:
-    """Describe how to build the architecture of a model, from what the model knows about itself.
-
-    **Returns** `{"transformers": class}`, or `{"timm": name, "options": {...}}`, or None for a model of neither library.
-    """
-    if hasattr(model, "config") and hasattr(model.config, "save_pretrained"):
-        return {"transformers": type(model).__name__}
-    settings = getattr(model, "pretrained_cfg", None) or {}
-    if settings.get("architecture"):
-        return {"timm": settings["architecture"], "options": {"num_classes": model.num_classes}}
-    return None
-
-
-def save_config(model: Any, folder: Path) -> None:
-    """Write the configuration files of a transformers model; other models have none.
-
-    **Arguments**
-
-    - `model`: any PyTorch module.
-    - `folder`: an existing folder; it gets `config.json`, and `generation_config.json` for models that generate.
-    """
-    for part in ("config", "generation_config"):
-        if hasattr(getattr(model, part, None), "save_pretrained"):
-            getattr(model, part).save_pretrained(folder)
-
-
-def build_skeleton(base: Mapping[str, Any] | None, folder: Path) -> nn.Module | None:
-    """Build the base architecture with parameters on the meta device, so that it takes no memory.
-
-    **Arguments**
-
-    - `base`: the description, see `describe_base`.
-    - `folder`: the folder with the `config.json` of a transformers model.
-
-    **Returns** the model, or None if `base` is None.
-
-    **Raises**
-
-    - `FileNotFoundError`: no `config.json`.
-    - `ValueError`: an unknown library or model; a `config.json` of another model.
-    """
-    if base is None:
-        return None
-    with init_empty_weights(include_buffers=False):
-        if "transformers" in base:
-            return _build_transformers(base["transformers"], folder)
-        if "timm" in base:
-            return _build_timm(base["timm"], base.get("options", {}))
-    raise ValueError(f"`base` must have the key 'transformers' or 'timm', got {dict(base)}.")
-
-
-def _build_transformers(name: str, folder: Path) -> nn.Module:
-    import transformers  # noqa: PLC0415
-
-    model_class = getattr(transformers, name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise ValueError(f"`base` must name a model class of transformers, got {name!r}.")
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(
-            f"`folder` must contain the config.json of the base model, got {str(folder)!r} without it."
-        )
-    try:
-        model = model_class(transformers.AutoConfig.from_pretrained(folder))
-    except (AttributeError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"`folder` must contain a config.json of {name}, got one of another model: {error}."
-        ) from error
-    if (folder / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model
-
-
-def _build_timm(name: str, options: Mapping[str, Any]) -> nn.Module:
-    import timm  # noqa: PLC0415
-
-    if timm.is_model(name):
-        return timm.create_model(name, pretrained=False, **options)
-    model_class = getattr(timm.models, name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
-        raise ValueError(f"`base` must name a model or a model class of timm, got {name!r}.")
-    return model_class(**options)
+CONVOLUTION = "usv_conv2d"  # takes stride, padding and dilation from the convolution of the base
 
 
 def describe_layers(
@@ -132,6 +48,8 @@ def describe_layers(
             if isinstance(module, USVLinear):
                 kind["dtype"] = str(module.like.dtype).removeprefix("torch.")
             layers[name] = {**rows.get(name, {}), **kind}
+        elif isinstance(module, USVConv2d):
+            layers[name] = {**rows.get(name, {}), "kind": CONVOLUTION, "rank": module.rank}
         elif isinstance(module, PackedLinear):
             layers[name] = {"kind": "packed", "parts": [part for part, _ in module.named_children()]}
         elif isinstance(module, nn.Linear) and _is_new(name, module, before, layers):
@@ -151,7 +69,7 @@ def _is_new(name: str, module: nn.Module, before: Mapping[str, nn.Module], layer
 
 
 def insert_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replace layers of a base architecture by layers of the recorded kinds, in place, with parameters on the meta device.
+    """Replace layers of a base architecture by layers of the recorded kinds, in place, with all their tensors on the meta device.
 
     **Arguments**
 
@@ -160,17 +78,21 @@ def insert_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> 
 
     **Raises**
 
-    - `ValueError`: an unknown kind; a layer that the base does not have.
+    - `ValueError`: an unknown kind; a layer that the base does not have, or has as another kind of layer.
     """
-    with init_empty_weights(include_buffers=False):
-        for name, layer in layers.items():
-            if (kind := layer.get("kind")) is None:
-                continue
-            rule = f"have kinds among {sorted({*LAYER_KINDS, 'packed', 'linear'})} (layer {name!r})"
-            require(kind in {*LAYER_KINDS, "packed", "linear"}, "layers", rule, kind)
-            if not _has_module(model, name) and name.rpartition(".")[0] not in layers:
-                raise ValueError(f"`base` must have a layer {name!r}, as the compressed model has, got none.")
-            replace_module(model, name, _build_layer(layer))
+    known = {*LAYER_KINDS, CONVOLUTION, "packed", "linear"}
+    for name, layer in layers.items():
+        if (kind := layer.get("kind")) is None:
+            continue
+        require(kind in known, "layers", f"have kinds among {sorted(known)} (layer {name!r})", kind)
+        if not _has_module(model, name) and name.rpartition(".")[0] not in layers:
+            raise ValueError(f"`base` must have a layer {name!r}, as the compressed model has, got none.")
+        with torch.device("meta"):
+            replace_module(
+                model,
+                name,
+                _build_convolution(model, name, layer["rank"]) if kind == CONVOLUTION else _build_layer(layer),
+            )
 
 
 def _has_module(model: nn.Module, name: str) -> bool:
@@ -179,6 +101,15 @@ def _has_module(model: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _build_convolution(model: nn.Module, name: str, rank: int) -> nn.Module:
+    layer = model.get_submodule(name)
+    if not isinstance(layer, nn.Conv2d):
+        raise ValueError(
+            f"`base` must have a convolution {name!r}, as the compressed model has, got {type(layer).__name__}."
+        )
+    return USVConv2d(layer, rank)
 
 
 def _build_layer(layer: Mapping[str, Any]) -> nn.Module:

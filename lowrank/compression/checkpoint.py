@@ -1,7 +1,8 @@
 """Save and load compressed models: a folder with `model.safetensors`, the configuration of the base model, and `lowrank.json`.
 
 Loading builds the base architecture without weights, inserts the recorded layers and reads the tensors. Every tensor is checked
-by name and shape. No weight of the dense model is needed, and nothing is unpickled.
+by name and shape before memory is taken, and the outputs for a fixed input are compared with those at saving. No weight of the
+dense model is needed, nothing is unpickled, and no code of the folder runs.
 """
 
 import json
@@ -11,15 +12,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Size, nn
 
-from lowrank.compression.architecture import (
-    build_skeleton,
-    describe_base,
-    describe_layers,
-    insert_layers,
-    save_config,
-)
+from lowrank.compression.architecture import insert_layers
+from lowrank.compression.bases import check_wrappers, describe_base, save_config
+from lowrank.compression.probes import check_probe
+from lowrank.compression.rebuild import build_model, compare_shapes, plan_build, shapes_of
+from lowrank.compression.stored_state import EXTRA, check_state, put_buffers
+from lowrank.io.checks import require
 from lowrank.io.files import open_safetensors, writing
 from lowrank.io.hashing import hash_tensors
 from lowrank.io.weights import distinct_tensors
@@ -39,52 +39,73 @@ def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any
     - `model`: a model that `compress` has changed, or any other with layers of this library; it is not changed.
     - `folder`: a new or empty folder, or one with a compressed model, which is replaced.
     - `base`: how to build the base architecture, `{"timm": name, "options": {...}}` with the name of a timm model or model class
-      and its keyword arguments. Models of transformers and of `timm.create_model` need none. For a model of neither library,
-      pass the dense architecture to `load_compressed`.
+      and its keyword arguments. Models of transformers and of `timm.create_model` need none. For other models, and those that
+      were changed by hand, pass the dense architecture to `load_compressed`.
 
     **Returns** the content of `lowrank.json`:
 
     - `format`: "lowrank.compressed/1".
-    - `base`: the description of the base architecture, or None.
+    - `base`: the description of the base architecture, or None; `why`: the reason, if it could not be verified.
     - `model`: the hash of the dense weights, or None for a model that `compress` has not changed.
     - `layers`: layer -> its row in the table of `compress`, with its kind and sizes.
     - `parameters`, `indices`: numbers of stored elements.
     - `tensors`: the hash of the stored tensors.
     - `tied`: name -> the name that its tensor is stored under, for tied weights.
+    - `buffers`: names of stored buffers that are no part of the model's state.
+    - `extra`: name -> extra state that is no tensor.
+    - `probe`: a fixed input and some of its outputs, which `load_compressed` compares; None if no input could be found.
 
     **Raises**
 
-    - `ValueError`: a folder with other content; a base that does not fit the model; weights that are not in memory. The folder
-      stays as it was.
+    - `ValueError`: a folder with other content; a given base that builds another model; a model inside a wrapper or with
+      adapters; a tensor that is sparse, quantised or not in memory; extra state that is not JSON. The folder stays as it was.
     """
     folder = Path(folder)
     _check_content(folder)
+    check_wrappers(model)
+    extra = check_state(model)
     tensors, tied = distinct_tensors(model)
     record: dict[str, Any] = getattr(model, RECORD, {})
-    metadata = {
-        "format": FORMAT,
-        "base": dict(base) if base is not None else describe_base(model),
-        "model": record.get("model"),
-        "layers": {},
-        "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
-        "indices": sum(t.numel() for name, t in tensors.items() if name.endswith(".pivots")),
-        "tensors": hash_tensors(tensors),
-        "tied": tied,
-    }
+    described = describe_base(model) if base is None else _as_json(base)
     with writing(folder) as partial:
         partial.mkdir()
         save_config(model, partial)
-        skeleton = build_skeleton(metadata["base"], partial)
-        metadata["layers"] = describe_layers(model, skeleton, record.get("layers", {}))
-        _check_rebuild(metadata, partial, tensors)
-        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+        plan = plan_build(model, described, record.get("layers", {}), partial, base is not None)
+        stored = tensors | plan.buffers
+        metadata = {
+            "format": FORMAT,
+            "base": plan.base,
+            "why": plan.why,
+            "model": record.get("model"),
+            "layers": plan.layers,
+            "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
+            "indices": sum(t.numel() for name, t in tensors.items() if name.endswith(".pivots")),
+            "tensors": hash_tensors(stored),
+            "tied": tied,
+            "buffers": list(plan.buffers),
+            "extra": extra,
+            "probe": plan.probe,
+        }
+        save_file(stored, partial / TENSORS, metadata={"format": "pt"})
         (partial / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf8")
     return metadata
 
 
+def _as_json(base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a base as the folder will have it."""
+    try:
+        return json.loads(json.dumps(dict(base), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`base` must be made of JSON values, got {dict(base)}: {error}.") from error
+
+
 @torch.inference_mode(False)  # the parameters may be trained
 def load_compressed(
-    folder: Path | str, device: torch.device | str = "cpu", architecture: nn.Module | None = None
+    folder: Path | str,
+    device: torch.device | str = "cpu",
+    architecture: nn.Module | None = None,
+    *,
+    verify: bool = True,
 ) -> nn.Module:
     """Load a compressed model, in evaluation mode and in the dtypes it was saved in.
 
@@ -92,15 +113,16 @@ def load_compressed(
 
     - `folder`: a folder that `save_compressed` wrote.
     - `device`: where the tensors go; default: the CPU.
-    - `architecture`: for a model of neither transformers nor timm, the dense model. It is changed in place and returned; its
-      weights do not matter.
+    - `architecture`: for a model whose folder does not say how to build it, the dense model. It is changed in place and
+      returned; its weights do not matter.
+    - `verify`: run the model once, and compare its outputs with those at saving. Default True.
 
     **Returns** the model.
 
     **Raises**
 
     - `FileNotFoundError`: no such folder, or a missing file.
-    - `ValueError`: a damaged file; another format; a tensor that is missing, left over, or of another shape.
+    - `ValueError`: a damaged file; another format; a tensor that is missing, left over, or of another shape; other outputs.
     """
     folder = Path(folder)
     if missing := [name for name in (METADATA, TENSORS) if not (folder / name).exists()]:
@@ -108,41 +130,56 @@ def load_compressed(
             f"`folder` must contain a model written by save_compressed, got {str(folder)!r} without {missing}."
         )
     metadata = _read_metadata(folder)
+    model = _build(metadata, folder, architecture)
     with open_safetensors(folder / TENSORS, "folder") as file:  # copies: a tensor as read stays mapped to the file
         tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    model = architecture if architecture is not None else build_skeleton(metadata["base"], folder)
-    if model is None:
-        raise ValueError("`architecture` must be the dense model, for one of neither transformers nor timm, got None.")
-    insert_layers(model, metadata["layers"])
-    state = _untie(tensors, metadata["tied"])
-    _compare_shapes(_shapes(model.state_dict()), _shapes(state), "folder")
     if hash_tensors(tensors) != metadata["tensors"]:
         raise ValueError(
             f"`folder` must contain the tensors that {METADATA} was written for, got others in {str(folder)!r}."
         )
+    buffers = {name: tensors.pop(name) for name in metadata.get("buffers", [])}
+    state = _untie(tensors, metadata["tied"]) | metadata.get("extra", {})
     model.load_state_dict(state, strict=True, assign=True)
+    put_buffers(model, buffers)
     for name, stored in metadata["tied"].items():
         _tie_parameter(model, name, stored)
     layers = {name: row for name, row in metadata["layers"].items() if "method" in row}
     setattr(model, RECORD, {"model": metadata["model"], "layers": layers})
-    return model.to(device).eval()
+    model.to(device).eval()
+    difference = check_probe(model, metadata["probe"]) if verify and metadata.get("probe") else None
+    rule = f"give the outputs that it gave when {str(folder)!r} was written; `verify=False` loads it all the same"
+    require(difference is None, "model", rule, difference)
+    return model
+
+
+def _build(metadata: Mapping[str, Any], folder: Path, architecture: nn.Module | None) -> nn.Module:
+    """Build the model, or change the given architecture, once the shapes of the file are known to fit."""
+    with open_safetensors(folder / TENSORS, "folder") as file:
+        stored = {name: Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    shapes = {name: shape for name, shape in stored.items() if name not in metadata.get("buffers", [])}
+    shapes = _untie(shapes, metadata["tied"]) | dict.fromkeys(metadata.get("extra", {}), Size())
+    shapes = {name: Size() if name.split(".")[-1] == EXTRA else shape for name, shape in shapes.items()}
+    if architecture is None and metadata["base"] is None:
+        why = metadata.get("why") or "it is of neither transformers nor timm"
+        raise ValueError(
+            f"`architecture` must be the dense model, because {str(folder)!r} does not build it ({why}), got None."
+        )
+    if architecture is None:
+        return build_model(metadata["base"], metadata["layers"], folder, shapes, "folder")
+    insert_layers(architecture, metadata["layers"])
+    compare_shapes(shapes_of(architecture.state_dict()), shapes, "folder")
+    return architecture
 
 
 def _check_content(folder: Path) -> None:
     """Refuse to replace a folder that is not a compressed model."""
-    other = {path.name for path in folder.iterdir()} - FILES if folder.exists() else set()
-    if other:
+    require(folder.is_dir() or not folder.exists(), "folder", "be a folder", str(folder))
+    content = folder.iterdir() if folder.exists() else ()
+    if other := {path.name for path in content if path.name not in FILES or path.is_dir()}:
         raise ValueError(
             f"`folder` must be new, empty or contain only a compressed model to replace, got {sorted(other)[0]!r} in "
             f"{str(folder)!r}."
         )
-
-
-def _check_rebuild(metadata: Mapping[str, Any], folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Rebuild the architecture as `load_compressed` will, and check that every tensor fits."""
-    if (model := build_skeleton(metadata["base"], folder)) is not None:
-        insert_layers(model, metadata["layers"])
-        _compare_shapes(_shapes(model.state_dict()), _shapes(_untie(tensors, metadata["tied"])), "base")
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
@@ -164,24 +201,6 @@ def _tie_parameter(model: nn.Module, name: str, stored: str) -> None:
     setattr(model.get_submodule(owner), key, getattr(model.get_submodule(other_owner), other_key))
 
 
-def _untie(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the whole state: the stored tensors, and the same tensors under their tied names."""
+def _untie(tensors: Mapping[str, Any], tied: Mapping[str, str]) -> dict[str, Any]:
+    """Return the whole state: what is stored, and the same under the tied names."""
     return {**tensors, **{name: tensors[stored] for name, stored in tied.items() if stored in tensors}}
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def _compare_shapes(expected: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], argument: str) -> None:
-    """Raise an error that names tensors that are missing, left over or of another shape."""
-    problems = [f"{name} is missing" for name in expected if name not in shapes]
-    problems += [f"{name} is left over" for name in shapes if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(shapes[name])} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"`{argument}` must fit the model's tensors, got: {'; '.join(problems[:5])}{more}.")

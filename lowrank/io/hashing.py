@@ -37,7 +37,8 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Hash the names, dtypes, shapes and bytes of tensors; the order of names does not matter."""
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous().cpu()
+        tensor = tensors[name].detach()
+        tensor = (tensor if tensor.layout == torch.strided else tensor.to_dense()).contiguous().cpu()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -52,7 +53,7 @@ def hash_model(model: nn.Module) -> str:
     """
     state = model.state_dict()
     check_in_memory(state)
-    return hash_tensors(state)
+    return hash_tensors({name: value for name, value in state.items() if isinstance(value, Tensor)})
 
 
 def check_in_memory(tensors: Mapping[str, Any]) -> None:

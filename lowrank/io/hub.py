@@ -5,13 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lowrank.io.checks import require
 from lowrank.io.hashing import hash_options
 
 T = TypeVar("T")
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # by default transformers asks whether to run a folder's code
 
 
 def load_or_explain(kind: str, name: str, load: Callable[[], T]) -> T:
-    """Call `load` and turn each error of the Hub into one that names the missing thing and the remedy.
+    """Call `load` and turn each error into one that names the missing thing and its reason, and the remedy if it is the Hub.
 
     **Arguments**
 
@@ -23,20 +25,33 @@ def load_or_explain(kind: str, name: str, load: Callable[[], T]) -> T:
 
     **Raises**
 
-    - `FileNotFoundError`: `load` raised an `OSError`, a `ValueError` or a `RuntimeError`.
+    - `FileNotFoundError`: `load` raised an `OSError`: a file is missing, or the Hub cannot be reached.
+    - `ValueError`: `load` raised another error, which tells of the content.
     """
     try:
         return load()
-    except (OSError, ValueError, RuntimeError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-        remedy = (
+    except OSError as error:
+        remedy = "" if Path(name).exists() else f"{_find_remedy(name)}. "
+        raise FileNotFoundError(f"{kind} {name!r} could not be loaded: {remedy}({_shorten(error)})") from error
+    except Exception as error:  # of any kind: the libraries raise what they like
+        raise ValueError(f"{kind} {name!r} could not be loaded: {_shorten(error)}") from error
+
+
+def _find_remedy(name: str) -> str:
+    if Path(name).is_absolute() or name.startswith("."):
+        return "there is no such folder"
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return (
             "HF_HUB_OFFLINE is set, so it must already be in the cache at HF_HOME: unset it once to download, or point "
             "HF_HOME at a cache that has it"
-            if offline
-            else "check the name and the network, log in with `hf auth login` if it is gated, or name a local folder"
         )
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise FileNotFoundError(f"{kind} {name!r} could not be loaded: {remedy}. ({reason})") from error
+    return "check the name and the network, log in with `hf auth login` if it is gated, or name a local folder"
+
+
+def _shorten(error: Exception) -> str:
+    """Return the lines of a message as one, at most 500 characters."""
+    text = " ".join(str(error).split()) or repr(error)
+    return text if len(text) <= 500 else f"{text[:500]}..."
 
 
 def load_splits(path: str, config: str | None = None, **options: Any) -> Any:
@@ -50,7 +65,7 @@ def load_splits(path: str, config: str | None = None, **options: Any) -> Any:
 
     **Raises**
 
-    - `FileNotFoundError`: see `load_or_explain`.
+    - `FileNotFoundError`, `ValueError`: see `load_or_explain`.
     """
     import datasets  # noqa: PLC0415
 
@@ -59,15 +74,15 @@ def load_splits(path: str, config: str | None = None, **options: Any) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load the fast tokenizer of a model by Hub name or from a local folder."""
+    """Load the fast tokenizer of a model by Hub name or from a local folder; no code of the folder runs."""
     import transformers  # noqa: PLC0415
 
-    load = lambda: transformers.AutoTokenizer.from_pretrained(name, use_fast=True)  # noqa: E731
+    load = lambda: transformers.AutoTokenizer.from_pretrained(name, use_fast=True, **NO_CODE)  # noqa: E731
     return load_or_explain("tokenizer", name, load)
 
 
 def load_pretrained(auto: str, name: str, **options: Any) -> Any:
-    """Load a transformers model with weights from safetensors only.
+    """Load a transformers model with weights from safetensors only; no code of the folder runs.
 
     **Arguments**
 
@@ -75,16 +90,53 @@ def load_pretrained(auto: str, name: str, **options: Any) -> Any:
     - `name`: its Hub name or a local folder.
     - `options`: passed on to `from_pretrained`.
 
+    **Returns** the model. A head that was saved in another size is a new one.
+
     **Raises**
 
     - `FileNotFoundError`: see `load_or_explain`.
+    - `ValueError`: see `load_or_explain`; weights below the head that have other sizes than the configuration says.
     """
     import transformers  # noqa: PLC0415
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     cls = getattr(transformers, auto)
-    return load_or_explain("model", name, lambda: cls.from_pretrained(name, use_safetensors=True, **options))
+    safely = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True, **NO_CODE}
+    model, about = load_or_explain("model", name, lambda: cls.from_pretrained(name, **safely, **options))
+    body = "" if model.base_model is model else f"{model.base_model_prefix}."
+    for key, stored, needed in sorted(about["mismatched_keys"]):
+        rule = f"hold {key} in the shape {tuple(needed)} that its config.json says"
+        require(not key.startswith(body), f"model {name!r}", rule, tuple(stored))
+    return model
+
+
+def read_config(folder: Path | str) -> Any:
+    """Read the `config.json` of a transformers model in a local folder; no code of the folder runs.
+
+    **Raises**
+
+    - `FileNotFoundError`: no `config.json`.
+    - `ValueError`: it is damaged, or of a model that transformers does not have.
+    """
+    import transformers  # noqa: PLC0415
+
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"`folder` must contain a config.json, got {str(folder)!r} without it.")
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **NO_CODE)
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        rule = f"contain a config.json of a model that transformers has ({_shorten(error)})"
+        raise ValueError(f"`folder` must {rule}, got {str(folder)!r}.") from error
+
+
+def find_model_class(name: Any) -> Any:
+    """Return the model class of transformers with a name, None if there is none; no other attribute of it counts."""
+    import transformers  # noqa: PLC0415
+
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else None
 
 
 def revision(name: str) -> str:

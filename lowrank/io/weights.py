@@ -14,7 +14,7 @@ from typing import Any
 from torch import Size, Tensor, nn
 
 from lowrank.io.checks import require
-from lowrank.io.files import open_safetensors
+from lowrank.io.files import open_safetensors, path_inside
 from lowrank.io.hashing import check_in_memory, hash_model, hash_options
 from lowrank.io.hub import load_or_explain
 from lowrank.io.patterns import matches
@@ -53,7 +53,7 @@ def open_weights(source: Source, name: str) -> Iterator[OpenWeights]:
     **Raises**
 
     - `FileNotFoundError`: no such checkpoint, or a shard of its index is missing.
-    - `ValueError`: a file is damaged, or a tensor that is read is on the meta device.
+    - `ValueError`: a file is damaged; the index names a file outside of the folder; a tensor that is read is on the meta device.
     """
     if isinstance(source, nn.Module):
         state = source.state_dict()
@@ -93,7 +93,9 @@ def _find_files(source: Path | str, name: str) -> list[Path]:
     if not path.is_dir():
         path = _download(source, name)
     if (index := path / INDEX).exists():
-        shards = sorted({path / shard for shard in json.loads(index.read_text(encoding="utf8"))["weight_map"].values()})
+        names = sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
+        root = path.parents[1] if path.parent.name == "snapshots" else path  # in the Hub's cache all files are links
+        shards = [path_inside(path, shard, name, root) for shard in names]
         if missing := [shard.name for shard in shards if not shard.exists()]:
             raise FileNotFoundError(
                 f"`{name}` must hold every shard of its index, got {str(path)!r} without {missing[0]!r}."
@@ -179,6 +181,8 @@ def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
     check_in_memory(model.state_dict())
     first: dict[tuple[int, Size], str] = {}
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # extra state
+            continue
         stored = first.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
         if stored == name:
             distinct[name] = tensor.detach().cpu().contiguous()

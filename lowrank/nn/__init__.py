@@ -13,6 +13,7 @@
 - `plain`: tell which layers compute x W^T + b from parameters of their own, and why others do not.
 - `profiling`: measure time, memory and floating-point operations.
 - `residuals`: find the layers of a block whose output is added to hidden states.
+- `skeletons`: build an architecture without memory, however large its description says it is.
 - `surgery`: replace layers, split packed projections, turn `Conv1D` layers into linear ones.
 - `targets`: find layers by name or pattern.
 - `usv`: linear and convolutional layers with fixed bases and a trained core (OIALR).

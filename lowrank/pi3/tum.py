@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lowrank.io.files import path_inside
 from lowrank.pi3.layout_files import Frame, list_folders, require_path
 
 TUM_PAUSE = 0.02  # most seconds between an image and its depth or pose
@@ -55,6 +56,7 @@ def tum_frames(sequence: Path) -> list[Frame]:
     **Raises**
 
     - `FileNotFoundError`: a list is missing.
+    - `ValueError`: a list names a file outside of the sequence.
     """
     depths, poses = (
         _read_list(require_path(sequence, name, layout="TUM RGB-D")) for name in ("depth.txt", "groundtruth.txt")
@@ -63,5 +65,6 @@ def tum_frames(sequence: Path) -> list[Frame]:
     for time, image in (row[:2] for row in _read_list(sequence / "rgb.txt")):
         depth, pose = _find_row(depths, float(time)), _find_row(poses, float(time))
         if depth and pose:
-            frames.append(Frame(sequence / image, sequence / depth[1], _build_pose(pose)))
+            one, other = (path_inside(sequence, name, "sequence") for name in (image, depth[1]))
+            frames.append(Frame(one, other, _build_pose(pose)))
     return frames

@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
 from torch import nn
 
+from lowrank.io.hub import find_model_class, read_config
 from lowrank.io.weights import CONFIG, Source, match_modules, open_weights
+from lowrank.nn.skeletons import bounded_skeleton, check_counts
 from lowrank.nn.targets import BLOCKS, is_conv1d
 
 
@@ -34,7 +35,7 @@ def layer_sizes(model: Source, layers: Iterable[str] = BLOCKS) -> dict[str, tupl
     with open_weights(model, "model") as checkpoint:
         shapes, files = checkpoint.shapes, checkpoint.files
     sizes = {name: shapes[f"{name}.weight"] for name in match_modules(shapes, patterns)}
-    modules = model if isinstance(model, nn.Module) else _build_skeleton(files[0].parent / CONFIG)
+    modules = model if isinstance(model, nn.Module) else _build_skeleton(files[0].parent / CONFIG, len(shapes))
     if modules is not None:
         kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
         names = [name for name, module in modules.named_modules() if isinstance(module, kinds) or is_conv1d(module)]
@@ -45,16 +46,19 @@ def layer_sizes(model: Source, layers: Iterable[str] = BLOCKS) -> dict[str, tupl
     return {name: sizes[name] for name in sorted(sizes, key=_split_numbers)}
 
 
-def _build_skeleton(config: Path) -> nn.Module | None:
+def _build_skeleton(config: Path, tensors: int) -> nn.Module | None:
     """Build the architecture of a config.json without weights; None if transformers does not have it."""
-    import transformers  # noqa: PLC0415
-
-    names = json.loads(config.read_text(encoding="utf8")).get("architectures") if config.exists() else None
-    kind: Any = getattr(transformers, names[0], None) if names else None
-    if kind is None:
+    content = json.loads(config.read_text(encoding="utf8")) if config.exists() else {}
+    names = content.get("architectures")
+    model_class = find_model_class(names[0]) if names else None
+    if model_class is None:
         return None
-    with init_empty_weights():
-        return kind(transformers.AutoConfig.from_pretrained(config.parent))
+    try:
+        check_counts(content, tensors)
+        with bounded_skeleton(tensors):
+            return model_class(read_config(config.parent))
+    except Exception:  # a model builds itself with any error; its layers then come in the order of their names
+        return None
 
 
 def _split_numbers(name: str) -> list[Any]:

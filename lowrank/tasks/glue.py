@@ -51,7 +51,7 @@ def load(
     max_length: int = 128,
     layers: list[str] | tuple[str, ...] = BLOCKS,
 ) -> Task:
-    """Load one GLUE task and a pretrained encoder with a new head.
+    """Load one GLUE task and a pretrained encoder or decoder with a head of its classes, new unless it was saved with one.
 
     GLUE's test splits have no labels: where that is so, a hash of its text puts each sample of the source's validation split
     into 'validation' or into 'test', about half of them each. A test split whose labels are all there is taken as it is. MNLI
@@ -68,19 +68,21 @@ def load(
 
     **Raises**
 
-    - `ValueError`: unknown task; the source lacks a column.
+    - `ValueError`: unknown task; the source lacks a column; no token of the tokenizer can pad.
     """
     require(task in GLUE, "task", f"be one of {sorted(GLUE)}", task)
     facts = GLUE[task]
     source = load_splits(data, task if data.endswith("/glue") else None)
     fields = _find_fields(facts.fields, next(iter(source.values())).column_names)
-    tokenizer = load_tokenizer(model)
+    tokenizer = _with_padding(load_tokenizer(model))
     rows = _select_rows(source, facts.validation, fields)
 
     def make_model() -> nn.Module:
-        return load_pretrained(
+        classifier = load_pretrained(
             "AutoModelForSequenceClassification", model, num_labels=facts.classes, torch_dtype=torch.float32
         )
+        _set_padding(classifier, tokenizer.pad_token_id)
+        return classifier
 
     return Task(
         name=f"glue/{task}",
@@ -95,6 +97,24 @@ def load(
             "revision": revision(model),
         },
     )
+
+
+def _with_padding(tokenizer: Any) -> Any:
+    """Give a tokenizer without a token for padding the one that ends a text, or another that it has: it is masked anyway."""
+    tokens = [tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token]
+    tokenizer.pad_token = next((token for token in tokens if token is not None), None)
+    rule = "have a tokenizer with a token for padding, for the end or the start of a text, or for unknown words"
+    require(tokenizer.pad_token is not None, "model", rule, tokenizer.name_or_path)
+    return tokenizer
+
+
+def _set_padding(model: Any, token: int) -> None:
+    """Tell a model which token pads: a decoder takes the last other token of each text as its summary."""
+    known = model.get_input_embeddings().weight.shape[0]
+    require(
+        token < known, "model", f"know the padding token of its tokenizer, and have more than {token} tokens", known
+    )
+    model.config.get_text_config().pad_token_id = token
 
 
 def _find_fields(fields: tuple[str, ...], columns: list[str]) -> tuple[str, ...]:

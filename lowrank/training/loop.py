@@ -193,7 +193,7 @@ def fit(
 
 
 class _Training:
-    """Hold model, optimiser, schedule and history between two steps of `fit`."""
+    """Hold model, optimiser and history between two steps of `fit`."""
 
     def __init__(
         self,
@@ -210,10 +210,7 @@ class _Training:
         load_objects(saved, hooks.states)  # first: they may change which parameters there are
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer: Any = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-        # a lambda: the schedule would save the object that a method belongs to
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.rate(step))  # noqa: PLW0108
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.accelerator.register_for_checkpointing(self.schedule)
         self.history = load_training(saved, self.accelerator)
 
     def step(self, batches: Sequence[Batch]) -> float:
@@ -221,6 +218,9 @@ class _Training:
         mean = self._accumulate(batches)
         logged = self.hooks.log()
         groups = self.optimizer.param_groups
+        rate = self.recipe.learning_rate * self.recipe.rate(len(self.history))  # of the step alone: nothing to save
+        for group in groups:
+            group["lr"] = rate
         self.accelerator.clip_grad_norm_([p for group in groups for p in group["params"]], self.recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -228,9 +228,8 @@ class _Training:
             self.accelerator.free_memory()  # of the wrapper, which keeps the replaced parameters alive
             self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             self.wrapped.train()
-        row = {"step": len(self.history), "loss": mean, "learning_rate": float(self.schedule.get_last_lr()[0])}
+        row = {"step": len(self.history), "loss": mean, "learning_rate": rate}
         self.history.append(row | logged)
-        self.schedule.step()
         return mean
 
     def _accumulate(self, batches: Sequence[Batch]) -> float:

@@ -1,13 +1,18 @@
-"""Save a training whole or not at all, find the last saved state, and load it."""
+"""Save a training whole or not at all, find the last saved state, and load it without running code from its files."""
 
 import json
+import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
+
+from lowrank.io.checks import require
 
 FOLDERS = "step-" + "[0-9]" * 9  # names of saved states; a name appears when its state is whole
 
@@ -43,25 +48,50 @@ def load_objects(folder: Path | None, objects: Sequence[Stateful]) -> None:
 
     - `folder`: the saved state, from `find_state`. With None nothing is loaded.
     - `objects`: in the order in which they were saved.
+
+    **Raises**
+
+    - `ValueError`: a damaged state, or one of another training.
     """
     if folder and objects:
-        for item, values in zip(objects, torch.load(folder / "states.pt", weights_only=True), strict=True):
-            item.load_state_dict(values)
+        with _reading(folder):
+            states = torch.load(folder / "states.pt", weights_only=True)
+            for item, values in zip(objects, states, strict=True):
+                item.load_state_dict(values)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong with the files of a state into one clear error."""
+    try:
+        yield
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise ValueError(
+            f"`checkpoint` must hold a whole state of this training, got {str(folder)!r}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def load_training(folder: Path | None, accelerator: Accelerator) -> list[dict[str, int | float]]:
-    """Load weights, optimiser, schedule and random states of a training.
+    """Load weights, optimiser and random states of a training.
 
     **Arguments**
 
     - `folder`: the saved state, from `find_state`. With None nothing is loaded.
-    - `accelerator`: has prepared model and optimiser, and has registered the schedule.
+    - `accelerator`: has prepared model and optimiser.
 
     **Returns** the history: one row per step done.
+
+    **Raises**
+
+    - `ValueError`: the state holds objects that accelerate would unpickle; a damaged state, or one of another training.
     """
     if folder is None:
         return []
-    accelerator.load_state(str(folder))
+    pickled = next(folder.glob("custom_checkpoint_*.pkl"), None)  # the only files that accelerate loads without limits
+    rule = "hold weights and plain values only: what another program wrote can be deleted"
+    require(pickled is None, "checkpoint", rule, str(pickled))
+    with _reading(folder):
+        accelerator.load_state(str(folder))
     history = json.loads((folder / "history.json").read_text())
     accelerator.wait_for_everyone()  # with no step left, the first could return and its caller delete the state
     return history
@@ -78,7 +108,7 @@ def save_training(
     **Arguments**
 
     - `checkpoint`: the folder of saved states.
-    - `accelerator`: has prepared model and optimiser, and has registered the schedule.
+    - `accelerator`: has prepared model and optimiser.
     - `history`: one row per step done.
     - `objects`: saved beside the training, for `load_objects`.
     """
