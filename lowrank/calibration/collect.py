@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from lowrank.calibration.collector import Collector
 from lowrank.calibration.hooks import watch_calls
+from lowrank.calibration.padding import Padding
 from lowrank.calibration.skip_head import SkipHead
 from lowrank.factorization.methods import METHODS
 from lowrank.factorization.moments import LayerStatistics
 from lowrank.factorization.sides import fields_for, reads_of
 from lowrank.io.checks import require
-from lowrank.nn.batches import Batch, compute_logits, device_of, eval_mode, get_token_mask, move_batch
+from lowrank.nn.batches import Batch, compute_logits, device_of, eval_mode, move_batch
 from lowrank.nn.targets import BLOCKS, find_linears
 
 TOKENS_PER_INPUT = 5  # fewer than this leave G poorly known, see notebook 01
@@ -84,15 +85,17 @@ def collect_statistics(
     home = device_of(model)
     sums_on = torch.device(device) if device is not None else torch.device("cpu") if home.type == "mps" else home
     collector = Collector(linears, fields, sums_on, products)
-    with eval_mode(model), watch_calls(linears, collector.add_call), SkipHead(model, linears) as head:
+    padding = Padding(model, linears)
+    with eval_mode(model), SkipHead(model, linears) as head:
         for batch in batches:
             batch = move_batch(batch, home)
-            collector.mask = get_token_mask(batch)
-            if loss is None:
-                with torch.no_grad(), head.skipped():
-                    compute_logits(model, batch)
-            else:
-                _run_backward(model, batch, loss, collector)
+            collector.mask = padding.read(batch)
+            with watch_calls(linears, collector.add_call):
+                if loss is None:
+                    with torch.no_grad(), head.skipped():
+                        compute_logits(model, batch)
+                else:
+                    _run_backward(model, batch, loss, collector)
             collector.end_batch()
     collector.sum_over_processes()
     _check_tokens(collector)
@@ -130,11 +133,11 @@ def _run_backward(model: nn.Module, batch: Batch, loss: Loss, collector: Collect
 def _check_tokens(collector: Collector) -> None:
     """Raise if a layer has no tokens, and warn if the layer with the fewest has too few."""
     for name in collector.linears:
-        if (name, "input") not in collector.leader:
+        if collector.tokens(name) is None:
             raise ValueError(f"`batches` must reach every layer, got no calibration token for {name!r}.")
         if collector.tokens(name) == 0:
             raise ValueError(f"`batches` must hold at least one unmasked token, got none for layer {name!r}.")
-    tokens = {name: (collector.tokens(name), layer.in_features) for name, layer in collector.linears.items()}
+    tokens = {name: (collector.tokens(name) or 0, layer.in_features) for name, layer in collector.linears.items()}
     name = min(tokens, key=lambda name: tokens[name][0] / tokens[name][1])
     count, inputs = tokens[name]
     if count < TOKENS_PER_INPUT * inputs:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.nn.token_masks import MASK, TARGET, as_token_mask
+
 Batch = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 
 
@@ -109,31 +111,40 @@ def count_samples(batch: Batch) -> int:
     return len(first)
 
 
-def get_token_mask(batch: Batch) -> Tensor | None:
+def get_token_mask(batch: Batch, prefix: str = "") -> Tensor | None:
     """Return the `attention_mask` of a batch: `(batch, tokens)`, bool, False on padding; None if it has no mask.
-
-    **Raises**
-
-    - `ValueError`: a mask of another shape.
-    """
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if mask is not None and mask.dim() != 2:
-        raise ValueError(f"`attention_mask` must have shape (batch, tokens), got {tuple(mask.shape)}.")
-    return None if mask is None else mask.bool()
-
-
-def drop_padding(values: Tensor, batch: Batch) -> Tensor:
-    """Return the values at positions that are not padding; all of them, if the batch has no mask of their shape.
 
     **Arguments**
 
-    - `values`: one per position, `(batch, tokens)` where there is a mask.
+    - `batch`: any batch.
+    - `prefix`: of the key, '' or 'decoder_'. Default ''.
+
+    **Raises**
+
+    - `ValueError`: a mask of no known form, see `lowrank.nn.token_masks.as_token_mask`.
+    """
+    mask = batch.get(prefix + MASK) if isinstance(batch, Mapping) else None
+    return None if mask is None else as_token_mask(mask, prefix + MASK)
+
+
+def drop_padding(values: Tensor, batch: Batch) -> Tensor:
+    """Return the values at positions of a model's output that are not padding; all of them, if no mask has their shape.
+
+    The output of an encoder and a decoder has the positions of the decoder, so its mask counts if the batch has such inputs.
+
+    **Arguments**
+
+    - `values`: one per position, `(batch, tokens)` or `(tokens, batch)` where there is a mask.
     - `batch`: the batch that they come from.
 
     **Returns** `(positions,)`, or the values as they are.
     """
-    mask = get_token_mask(batch)
-    return values if mask is None or mask.shape != values.shape else values[mask]
+    has_target = isinstance(batch, Mapping) and any(key.startswith(TARGET) for key in batch)
+    mask = get_token_mask(batch, TARGET if has_target else "")
+    for layout in () if mask is None else (mask, mask.T):
+        if layout.shape == values.shape:
+            return values[layout]
+    return values
 
 
 @contextmanager
