@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lowrank.compression.configuration import Configuration
+from lowrank.io.tensor_places import count_elements
 from lowrank.nn.profiling import weight_bytes
 from lowrank.nn.targets import find_linears
 
@@ -40,7 +41,7 @@ def measure_model(model: nn.Module, targeted: int) -> ModelSize:
 
     **Returns** `ModelSize`.
     """
-    return ModelSize(targeted, sum(parameter.numel() for parameter in model.parameters()), weight_bytes(model))
+    return ModelSize(targeted, count_elements(model.parameters()), weight_bytes(model))
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,7 +136,7 @@ def parameter_counts(model: nn.Module, dense: nn.Module, layers: Iterable[str]) 
     replaced = [model.get_submodule(name) for name in names]
     targeted = sum(p.numel() for module in replaced for key, p in module.named_parameters() if not key.endswith("bias"))
     before = sum(layer.weight.numel() for layer in find_linears(dense, names).values())
-    whole, whole_before = (sum(p.numel() for p in side.parameters()) for side in (model, dense))
+    whole, whole_before = (count_elements(side.parameters()) for side in (model, dense))
     return {
         "targeted_parameters": targeted,
         "keep_targeted": targeted / before,

@@ -6,18 +6,20 @@ A checkpoint is a folder with `model.safetensors` or its shards, a single such f
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Size, Tensor, nn
+import torch
+from torch import Tensor, nn
 
 from lowrank.io.checks import require
 from lowrank.io.files import open_safetensors
 from lowrank.io.hashing import hash_model, hash_options
 from lowrank.io.hub import load_or_explain
+from lowrank.io.tensor_places import byte_range, tensor_place
 
 Source = Path | str | nn.Module
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -162,16 +164,23 @@ def match_modules(shapes: Mapping[str, tuple[int, ...]], layers: Iterable[str]) 
 def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Split the state of a model into distinct tensors and tied names.
 
+    Tensors that overlap in memory without being one, such as a matrix and its transpose, are stored apart.
+
     **Returns** name -> tensor, contiguous on the CPU, each tensor once; and name -> the name that its tensor is stored
     under, for every further name of the same tensor.
     """
     distinct: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    first: dict[tuple[int, Size], str] = {}
-    for name, tensor in model.state_dict().items():
-        stored = first.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
-        if stored == name:
-            distinct[name] = tensor.detach().cpu().contiguous()
-        else:
+    first: dict[Hashable, str] = {}
+    ranges: dict[int, list[tuple[int, int]]] = {}  # of each storage, what is in use
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if (stored := first.setdefault(tensor_place(tensor), name)) != name:
             tied[name] = stored
+            continue
+        storage, start, end = byte_range(tensor)
+        overlaps = any(start < other_end and other < end for other, other_end in ranges.get(storage, ()))
+        ranges.setdefault(storage, []).append((start, end))
+        tensor = tensor.detach().cpu()
+        distinct[name] = tensor.clone(memory_format=torch.contiguous_format) if overlaps else tensor.contiguous()
     return distinct, tied

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from lowrank.io.tensor_places import byte_range
+
 # Every linear layer inside a numbered block: `encoder.layer.0.…`, `model.layers.0.…`, `blocks.0.…`. Embeddings, poolers,
 # classifiers and `lm_head` stand outside the blocks, so one pattern serves BERT, Llama, OPT, ViT and their relatives.
 BLOCKS = (r".*\.\d+\..*|\d+\..*",)
@@ -107,19 +109,24 @@ def find_weights(model: nn.Module, include: Iterable[str] = (".*",), exclude: It
 
 
 def find_shared_weights(model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, list[str]]:
-    """Find the layers whose weight is a parameter of another module too, as in tied embeddings.
+    """Find the layers whose weight is a parameter or buffer of another module too, as in tied embeddings, or a part of one.
 
     **Arguments**
 
     - `model`: the whole model.
     - `layers`: name -> layer, the layers to look at.
 
-    **Returns** layer -> all names of its weight in the model, for shared weights only.
+    **Returns** layer -> all names of its weight in the model, and of tensors that overlap it, for shared weights only.
     """
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    aliases = {name: names[id(layer.weight)] for name, layer in layers.items()}
+    ranges: dict[int, list[tuple[str, int, int]]] = {}
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors:
+        storage, start, end = byte_range(tensor)
+        ranges.setdefault(storage, []).append((name, start, end))
+    aliases: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        storage, start, end = byte_range(layer.weight)
+        aliases[name] = [other for other, first, last in ranges.get(storage, ()) if first < end and start < last]
     return {name: alias for name, alias in aliases.items() if len(alias) > 1}
 
 
