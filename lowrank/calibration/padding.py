@@ -127,7 +127,12 @@ class Padding:
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        self.model, self.layers = model, layers
+        matrices = (
+            (name, module)
+            for name, module in model.named_modules()
+            if not isinstance(module, nn.Embedding) and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        )
+        self.model, self.watched = model, dict(matrices) | dict(layers)  # all, to see whether anything changes at all
         self.verdicts: dict[str, list[Verdict]] = {}
         self.known: set[str] = set()
 
@@ -186,7 +191,7 @@ class Padding:
             )
 
         with ExitStack() as hooks:
-            for name, layer in self.layers.items():
+            for name, layer in self.watched.items():
                 hooks.callback(layer.register_forward_pre_hook(note(name), with_kwargs=True).remove)
             run_model(self.model, batch)
         return found

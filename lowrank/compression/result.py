@@ -1,7 +1,7 @@
 """Say what a compression did: one row per layer, and the totals of the targeted layers, the model and its bytes."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -55,6 +55,7 @@ class CompressionResult:
     - `before`, `after`: what the model stored and stores.
     - `trials`: one row per candidate that was measured to choose ranks: its settings, such as `alpha` and `gamma`, and the
       `divergence` of the whole model. Default none.
+    - `left_out`: name -> shape of the stacks of matrices, such as experts, that stayed as they are. Default none.
     """
 
     layers: list[dict[str, Any]]
@@ -62,11 +63,17 @@ class CompressionResult:
     before: ModelSize
     after: ModelSize
     trials: Sequence[Mapping[str, Any]] = ()
+    left_out: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
         """Return layer name -> rank."""
         return {row["layer"]: row["rank"] for row in self.layers}
+
+    @property
+    def share_of_model(self) -> float:
+        """Return the share of the model's parameters that was in scope: those of the targeted weights."""
+        return self.before.targeted / self.before.model
 
     @property
     def keep_targeted(self) -> float:
@@ -103,11 +110,14 @@ class CompressionResult:
         centred = ", centred" if how.centre else ""
         multiples = f" in multiples of {how.multiple}" if how.multiple > 1 else ""
         retargeted = "" if how.retarget is None else ", retargeted"
+        stacks = [f"left as they are: {name} {shape}" for name, shape in self.left_out.items()]
         return [
             f"{how.method}, {how.storage}{centred}{retargeted}, ranks: {how.allocation}{multiples}",
             f"{len(self.layers)} targeted layers: {_change(self.before.targeted, self.after.targeted)} parameters",
             f"whole model: {_change(self.before.model, self.after.model)} parameters",
             f"whole model: {_change(self.before.bytes, self.after.bytes)} bytes",
+            f"in scope: {self.share_of_model:.1%} of the model's parameters",
+            *stacks,
         ]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from lowrank.io.tensor_places import byte_range
+from lowrank.io.weights import check_weight, match_stacks
 
 # Every linear layer inside a numbered block: `encoder.layer.0.…`, `model.layers.0.…`, `blocks.0.…`. Embeddings, poolers,
 # classifiers and `lm_head` stand outside the blocks, so one pattern serves BERT, Llama, OPT, ViT and their relatives.
@@ -33,7 +34,8 @@ def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, 
 
     **Raises**
 
-    - `ValueError`: an entry that matches no `nn.Linear`; a single string instead of a list.
+    - `ValueError`: an entry that matches no `nn.Linear`, but perhaps a stack of matrices; a single string instead of a list;
+      a weight of packed bytes or without elements.
     """
     _refuse_string("layers", layers)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -46,12 +48,37 @@ def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, 
                 f"`layers` must match nn.Linear modules, got {entry!r}, which matches {other!r}, a Conv1D: call "
                 "lowrank.nn.surgery.unify_linears(model) first."
             )
+        if not matched and (stacks := find_stacks(model, [entry])):
+            name, shape = next(iter(stacks.items()))
+            raise ValueError(
+                f"`layers` must match nn.Linear modules, got {entry!r}, which matches {name!r}, a stack of matrices of shape "
+                f"{shape}: leave it out."
+            )
         if not matched:
             raise ValueError(
                 f"`layers` must match nn.Linear modules of the model, got {entry!r}; it has: {_first(linears)} ..."
             )
         selected |= matched
-    return {name: module for name, module in linears.items() if name in selected}
+    found = {name: module for name, module in linears.items() if name in selected}
+    for name, layer in found.items():
+        check_weight(layer.weight, name, "model")
+    return found
+
+
+def find_stacks(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, tuple[int, ...]]:
+    """Find the parameters that are stacks of matrices, as experts are stored: no function here handles them.
+
+    **Arguments**
+
+    - `model`: any PyTorch module; it is not changed.
+    - `layers`: names of parameters or modules, or patterns; by default all inside numbered blocks.
+
+    **Returns** name -> (matrices, rows, columns), in the order of the model.
+    """
+    convolutions = nn.Conv1d | nn.ConvTranspose1d
+    kernels = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, convolutions)}
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters() if name not in kernels}
+    return match_stacks(shapes, layers)
 
 
 def select_names(names: Iterable[str], include: Iterable[str], exclude: Iterable[str] = ()) -> list[str]:

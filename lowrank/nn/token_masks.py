@@ -97,9 +97,10 @@ def find_sequences(batch: Mapping[str, Any]) -> tuple[dict[str, MaskedInputs], b
     for prefix, own in inputs.items():
         mask = _own_mask(tensors.get(prefix + MASK), prefix, own)
         fitting = {key: value for key, value in own.items() if mask is not None and value.shape[:2] == mask.shape}
-        others |= len(fitting) < len(own)
+        named = {key: value for key, value in fitting.items() if key.removeprefix(prefix) in IDS}
+        beside = (key for key, value in fitting.items() if value.dim() > 2 or value.is_floating_point())
+        others |= len(fitting) < len(own) or (bool(named) and any(key not in named for key in beside))
         if mask is not None:
-            named = {key: value for key, value in fitting.items() if key.removeprefix(prefix) in IDS}
             found[prefix] = MaskedInputs(mask, named or fitting)
     return found, others
 
