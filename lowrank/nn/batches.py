@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from lowrank.nn.token_masks import MASK, TARGET, as_token_mask
 
+IGNORED = -100  # the label of a position without a target, as in transformers
+
 Batch = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 
 
