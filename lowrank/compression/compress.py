@@ -18,8 +18,9 @@ from lowrank.compression.result import CompressionResult, measure_model
 from lowrank.compression.retarget import read_batches, retarget_layers
 from lowrank.factorization.methods import READS, needs_gradients
 from lowrank.io.checks import require
+from lowrank.io.weights import warn_of_stacks
 from lowrank.nn.batches import Batch
-from lowrank.nn.targets import BLOCKS, find_linears
+from lowrank.nn.targets import BLOCKS, find_linears, find_stacks
 
 
 def compress(
@@ -68,11 +69,17 @@ def compress(
 
     - `ValueError`, before anything is changed: neither or both of `keep` and `ranks`; no data for a method that needs it; an
       unknown choice; a budget too small; and as for `replace_layers`.
+
+    **Warns**
+
+    - `LeftOutWarning`: stacks of matrices, such as the experts of a mixture, that stay as they are; the result lists them.
     """
     require((keep is None) != (ranks is None), "keep", "be given, or `ranks`, and not both", keep)
     targeted = find_linears(model, layers if ranks is None else ranks)
     configuration = _choose(targeted, choices, batches, statistics)
     check_layers(model, targeted, dict.fromkeys(targeted, 1) if ranks is None else ranks)
+    left_out = find_stacks(model, layers if ranks is None else BLOCKS)
+    chosen_by_pattern = ranks is None
     batches = batches if configuration.retarget is None else read_batches(batches)
     rule, probes, trials = RULES[configuration.allocation], [], []
     if ranks is None and rule.measures:
@@ -90,13 +97,15 @@ def compress(
         ranks, trials = choose_ranks(known, configuration, keep or 0), known.trials
         del known  # with the factors that it may hold
     before = measure_model(model, sum(layer.weight.numel() for layer in targeted.values()))
+    if chosen_by_pattern:
+        warn_of_stacks(left_out, before.targeted / before.model)
     targeted.clear()  # each dense weight is freed as soon as its factors exist
     if configuration.retarget is None:
         rows = replace_layers(model, ranks, configuration, statistics, progress=progress)
     else:
         rows = retarget_layers(model, ranks, configuration, statistics, batches or (), progress=progress)
     after = measure_model(model, sum(row["parameters"] for row in rows))
-    return CompressionResult(rows, configuration, before, after, trials)
+    return CompressionResult(rows, configuration, before, after, trials, left_out)
 
 
 def _collect(

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from lowrank.io.tensor_places import byte_range
+from lowrank.io.weights import check_weight, match_stacks
+
 # Every linear layer inside a numbered block: `encoder.layer.0.…`, `model.layers.0.…`, `blocks.0.…`. Embeddings, poolers,
 # classifiers and `lm_head` stand outside the blocks, so one pattern serves BERT, Llama, OPT, ViT and their relatives.
 BLOCKS = (r".*\.\d+\..*|\d+\..*",)
@@ -31,7 +34,8 @@ def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, 
 
     **Raises**
 
-    - `ValueError`: an entry that matches no `nn.Linear`; a single string instead of a list.
+    - `ValueError`: an entry that matches no `nn.Linear`, but perhaps a stack of matrices; a single string instead of a list;
+      a weight of packed bytes or without elements.
     """
     _refuse_string("layers", layers)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -44,12 +48,37 @@ def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, 
                 f"`layers` must match nn.Linear modules, got {entry!r}, which matches {other!r}, a Conv1D: call "
                 "lowrank.nn.surgery.unify_linears(model) first."
             )
+        if not matched and (stacks := find_stacks(model, [entry])):
+            name, shape = next(iter(stacks.items()))
+            raise ValueError(
+                f"`layers` must match nn.Linear modules, got {entry!r}, which matches {name!r}, a stack of matrices of shape "
+                f"{shape}: leave it out."
+            )
         if not matched:
             raise ValueError(
                 f"`layers` must match nn.Linear modules of the model, got {entry!r}; it has: {_first(linears)} ..."
             )
         selected |= matched
-    return {name: module for name, module in linears.items() if name in selected}
+    found = {name: module for name, module in linears.items() if name in selected}
+    for name, layer in found.items():
+        check_weight(layer.weight, name, "model")
+    return found
+
+
+def find_stacks(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, tuple[int, ...]]:
+    """Find the parameters that are stacks of matrices, as experts are stored: no function here handles them.
+
+    **Arguments**
+
+    - `model`: any PyTorch module; it is not changed.
+    - `layers`: names of parameters or modules, or patterns; by default all inside numbered blocks.
+
+    **Returns** name -> (matrices, rows, columns), in the order of the model.
+    """
+    convolutions = nn.Conv1d | nn.ConvTranspose1d
+    kernels = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, convolutions)}
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters() if name not in kernels}
+    return match_stacks(shapes, layers)
 
 
 def select_names(names: Iterable[str], include: Iterable[str], exclude: Iterable[str] = ()) -> list[str]:
@@ -107,19 +136,24 @@ def find_weights(model: nn.Module, include: Iterable[str] = (".*",), exclude: It
 
 
 def find_shared_weights(model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, list[str]]:
-    """Find the layers whose weight is a parameter of another module too, as in tied embeddings.
+    """Find the layers whose weight is a parameter or buffer of another module too, as in tied embeddings, or a part of one.
 
     **Arguments**
 
     - `model`: the whole model.
     - `layers`: name -> layer, the layers to look at.
 
-    **Returns** layer -> all names of its weight in the model, for shared weights only.
+    **Returns** layer -> all names of its weight in the model, and of tensors that overlap it, for shared weights only.
     """
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    aliases = {name: names[id(layer.weight)] for name, layer in layers.items()}
+    ranges: dict[int, list[tuple[str, int, int]]] = {}
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors:
+        storage, start, end = byte_range(tensor)
+        ranges.setdefault(storage, []).append((name, start, end))
+    aliases: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        storage, start, end = byte_range(layer.weight)
+        aliases[name] = [other for other, first, last in ranges.get(storage, ()) if first < end and start < last]
     return {name: alias for name, alias in aliases.items() if len(alias) > 1}
 
 
