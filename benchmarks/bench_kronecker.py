@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from lowrank import Configuration
 from lowrank.calibration.divergence import mean_divergence
-from lowrank.calibration.hooks import token_rows, watch_calls
+from lowrank.calibration.hooks import watch_calls
+from lowrank.calibration.padding import Padding, token_rows
 from lowrank.compression.result import parameter_counts
 from lowrank.factorization.methods import RIDGE
 from lowrank.factorization.moments import LayerStatistics, read_moment, shrink_moments
-from lowrank.nn.batches import device_of, get_token_mask, move_batch
+from lowrank.nn.batches import device_of, move_batch
 from lowrank.tasks.evaluation import evaluate
 from lowrank.tasks.sweep import Sweep
 
@@ -57,14 +58,15 @@ def with_shrunk_inputs(sweep: Sweep) -> Statistics:
 def with_clipped_gradients(sweep: Sweep) -> Statistics:
     """Sum F anew over the same gradients, of each token within `LIMITS` of the mean norm in its batch; zeros stay zeros."""
     model, task, config = sweep.model, sweep.task, sweep.config
-    loss, outputs, sums = task.sampled_loss(config.seed), {}, {}
+    loss, outputs, sums, padding = task.sampled_loss(config.seed), {}, {}, Padding(model, task.linears(model))
     batches = task.batches("train", config.batch_size, samples=config.calibration_samples, seed=config.seed)
     with watch_calls(task.linears(model), lambda name, _, output: outputs.update({name: output})):
         for batch in batches:
             batch = move_batch(batch, device_of(model))
+            mask = padding.read(batch)
             total = loss(model, batch)  # fills `outputs`
             for name, gradient in zip(outputs, torch.autograd.grad(total, list(outputs.values())), strict=True):
-                rows = clip_norms(token_rows(gradient, get_token_mask(batch), name).double())
+                rows = clip_norms(token_rows(gradient, mask, name).double())
                 sums[name] = sums.get(name, 0.0) + rows.T @ rows
     return change_gradients(sweep, lambda name, _: sums[name])
 

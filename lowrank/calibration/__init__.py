@@ -3,6 +3,8 @@
 - `collect`: `collect_statistics`, one pass over the data.
 - `collector`: the running sums during that pass.
 - `backward`: the gradients at the outputs of layers, from one backward pass.
+- `sharing`: `SharedInputs`, the sums of inputs, once for all layers that receive them.
+- `padding`: `Padding`, which rows of a layer are tokens, whatever sequence of a batch it sees.
 - `skip_head`: `SkipHead`, leave a pass before the output head.
 - `on_demand`: `OnDemand`, statistics that are collected one block of layers at a time, to save memory.
 - `predictive_loss`: a loss that needs no labels, for the gradients at the outputs.

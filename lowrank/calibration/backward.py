@@ -1,6 +1,7 @@
 """One backward pass that sees the gradient at the output of every call of some layers."""
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 class _Call(NamedTuple):
     name: str
+    place: int  # how many times the layer was called before
     value: Tensor
     output: Tensor
 
@@ -37,6 +39,7 @@ class BackwardPass:
         self.collector = collector
         self.calls: list[_Call] = []
         self.without: list[str] = []  # layers that were called without autograd
+        self.counts: Counter[str] = Counter()  # of all calls of a layer
 
     def run(self, model: nn.Module, batch: Batch, loss: Loss) -> None:
         """Run both passes on one batch.
@@ -64,18 +67,20 @@ class BackwardPass:
             self._add(gradients)
         finally:
             self.collector.recomputing = False
-            self.calls, self.without = [], []
+            self.calls, self.without, self.counts = [], [], Counter()
             for handle in handles:
                 handle.remove()
 
     def _keep(self, name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
+            place = self.counts[name]
+            self.counts[name] += 1
             if not torch.is_grad_enabled():
                 self._note_without(name)
                 return output
             output = output if output.requires_grad else output.requires_grad_()  # all weights may be frozen
             if not self.collector.recomputing:
-                self.calls.append(_Call(name, args[0] if args else kwargs["input"], output))
+                self.calls.append(_Call(name, place, args[0] if args else kwargs["input"], output))
             return output.clone()  # the next operation may work in place
 
         return hook
@@ -107,11 +112,12 @@ class BackwardPass:
 
     def _add(self, gradients: tuple[Tensor | None, ...]) -> None:
         """Add what came back, layer by layer."""
-        by_layer: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        by_layer: dict[str, tuple[list[int], list[Tensor], list[Tensor]]] = {}
         for call, gradient in zip(self.calls, gradients, strict=True):
             if gradient is not None and gradient.numel():
-                values, of_layer = by_layer.setdefault(call.name, ([], []))
+                places, values, of_layer = by_layer.setdefault(call.name, ([], [], []))
+                places.append(call.place)
                 values.append(call.value)
                 of_layer.append(gradient)
-        for name, (values, of_layer) in by_layer.items():
-            self.collector.add_gradients(name, values, of_layer)
+        for name, parts in by_layer.items():
+            self.collector.add_gradients(name, *parts)

@@ -15,6 +15,7 @@ from torch import nn
 from lowrank.calibration.backward import BackwardPass, Loss
 from lowrank.calibration.collector import Collector
 from lowrank.calibration.hooks import watch_calls
+from lowrank.calibration.padding import Padding
 from lowrank.calibration.skip_head import SkipHead
 from lowrank.factorization.methods import METHODS
 from lowrank.factorization.moments import LayerStatistics
@@ -22,7 +23,7 @@ from lowrank.factorization.precision import float64_device
 from lowrank.factorization.sides import fields_for, reads_of
 from lowrank.io.checks import require
 from lowrank.nn.autograd import check_differentiable
-from lowrank.nn.batches import Batch, batches_on, compute_logits, device_of, eval_mode, get_token_mask
+from lowrank.nn.batches import Batch, batches_on, compute_logits, device_of, eval_mode
 from lowrank.nn.offloaded import check_weights
 from lowrank.nn.targets import BLOCKS, find_linears
 
@@ -92,16 +93,16 @@ def collect_statistics(
     home = device_of(model)
     sums_on = torch.device(device) if device is not None else float64_device(home)
     collector = Collector(linears, fields, sums_on, products)
-    backward = BackwardPass(collector)
-    watched = watch_calls(linears, collector.add_call)
-    with torch.inference_mode(False), eval_mode(model), watched, SkipHead(model, linears) as head:
+    backward, padding = BackwardPass(collector), Padding(model, linears)
+    with torch.inference_mode(False), eval_mode(model), SkipHead(model, linears) as head:
         for batch in batches_on(batches, home):
-            collector.mask = get_token_mask(batch)
-            if loss is None:
-                with torch.no_grad(), head.skipped():
-                    compute_logits(model, batch)
-            else:
-                backward.run(model, batch, loss)
+            collector.mask = padding.read(batch)
+            with watch_calls(linears, collector.add_call):
+                if loss is None:
+                    with torch.no_grad(), head.skipped():
+                        compute_logits(model, batch)
+                else:
+                    backward.run(model, batch, loss)
             collector.end_batch()
         collector.sum_over_processes()
         _check_tokens(collector)
@@ -111,11 +112,11 @@ def collect_statistics(
 def _check_tokens(collector: Collector) -> None:
     """Raise if a layer has no tokens, and warn if the layer with the fewest has too few."""
     for name in collector.linears:
-        if (name, "input") not in collector.leader:
+        if collector.tokens(name) is None:
             raise ValueError(f"`batches` must reach every layer, got no calibration token for {name!r}.")
         if collector.tokens(name) == 0:
             raise ValueError(f"`batches` must hold at least one unmasked token, got none for layer {name!r}.")
-    tokens = {name: (collector.tokens(name), layer.in_features) for name, layer in collector.linears.items()}
+    tokens = {name: (collector.tokens(name) or 0, layer.in_features) for name, layer in collector.linears.items()}
     name = min(tokens, key=lambda name: tokens[name][0] / tokens[name][1])
     count, inputs = tokens[name]
     if count < TOKENS_PER_INPUT * inputs:

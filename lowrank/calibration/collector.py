@@ -1,17 +1,18 @@
 """Add up the moments of every layer during a pass, those of an input once for all layers that receive it."""
 
-import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.calibration.hooks import exact_products, token_rows
+from lowrank.calibration.hooks import exact_products
+from lowrank.calibration.padding import BatchPadding, token_rows
+from lowrank.calibration.sharing import SharedInputs
 from lowrank.factorization.moments import MOMENTS, SIZES, LayerStatistics
 from lowrank.factorization.precision import with_float64
 from lowrank.factorization.running_moments import RunningMoments
 from lowrank.io.distributed import gather, process_count, process_index, sum_in_place
-from lowrank.nn.autograd import version_of
 from lowrank.nn.offloaded import weights_of
 
 Key = tuple[str, str]  # a layer, and what its sums are of: "gram", "input", "output", "gradient" or "pullback"
@@ -20,8 +21,8 @@ Key = tuple[str, str]  # a layer, and what its sums are of: "gram", "input", "ou
 class Collector:
     """Hold the running sums of a pass.
 
-    The sums of an input belong to the first layer that receives it, and others point there. The second moment is apart from
-    the rest, since of two layers with one input perhaps only one needs it.
+    Layers share the sums of inputs that all of them receive. The second moment is apart from the rest, since of two layers
+    with one input perhaps only one needs it.
 
     **Arguments**
 
@@ -41,10 +42,10 @@ class Collector:
         self.linears, self.device, self.products = linears, device, products
         self.groups = {name: _group(names) for name, names in fields.items()}
         self.sums: dict[Key, RunningMoments] = {}
-        self.leader: dict[Key, str] = {}  # whose sums a layer shares, decided at its first call
-        self.mask: Tensor | None = None
+        self.shared = {group: SharedInputs(lambda name, group=group: self._create(name, group)) for group in INPUTS}
+        self.mask: BatchPadding | None = None
         self.recomputing = False  # calls that repeat a forward pass do not count
-        self._seen: dict[tuple[int, str], tuple[weakref.ref[Tensor], object, str]] = {}  # inputs that are in memory now
+        self._calls: Counter[str] = Counter()  # of each layer in this batch
 
     def sums_of(self, name: str, group: str) -> RunningMoments:
         """Return the sums of a layer, zero at first.
@@ -55,10 +56,12 @@ class Collector:
         - `group`: what they are of.
         """
         if (name, group) not in self.sums:
-            fields, shape = self.groups[name][group], self.linears[name].weight.shape
-            size = shape[SIDES_OF[group]]
-            self.sums[name, group] = RunningMoments(fields, size, self.device, self.products, process_index())
+            self.sums[name, group] = self._create(name, group)
         return self.sums[name, group]
+
+    def _create(self, name: str, group: str) -> RunningMoments:
+        fields, shape = self.groups[name][group], self.linears[name].weight.shape
+        return RunningMoments(fields, shape[SIDES_OF[group]], self.device, self.products, process_index())
 
     def add_call(self, name: str, value: Tensor, output: Tensor) -> None:
         """Add the input and the output of one call of a layer; the input once for all layers that receive it.
@@ -68,61 +71,50 @@ class Collector:
         - `name`: the layer.
         - `value`: `(*batch, in)`.
         - `output`: `(*batch, out)`.
-
-        **Raises**
-
-        - `ValueError`: a layer shares its input in one call and not in another.
         """
         if self.recomputing:
             return
+        if value.is_inference():
+            value = value.clone()  # it has no version: whether another call gets the same is not known
+        call = self._calls[name]
+        self._calls[name] += 1
         with exact_products(value.device):
-            for group in ("input", "gram"):
-                if group in self.groups[name] and self._leads(name, group, value):
-                    self.sums_of(name, group).add(token_rows(value, self.mask, name))
+            for group in INPUTS:
+                if group in self.groups[name]:
+                    self.shared[group].receive(name, value, lambda: token_rows(value, self.mask, name, call))
             if "output" in self.groups[name]:
-                self.sums_of(name, "output").add(self._outputs(name, value, output))
+                self.sums_of(name, "output").add(self._outputs(name, value, output, call))
 
-    def _leads(self, name: str, group: str, value: Tensor) -> bool:
-        """Return True if this layer is the one that adds this input."""
-        tensor, version, first = self._seen.get((id(value), group), (lambda: None, -1, name))
-        same = tensor() is value and version == version_of(value)
-        leader = self.leader.setdefault((name, group), first if same else name)
-        if leader != name and (not same or first != leader):
-            raise ValueError(
-                f"`layers` {leader!r} and {name!r} had one input at first and now have two: "
-                "collect the statistics of such layers in separate calls."
-            )
-        if leader == name and not same:
-            self._seen[id(value), group] = (weakref.ref(value), version_of(value), name)
-        return leader == name
-
-    def _outputs(self, name: str, value: Tensor, output: Tensor) -> Tensor:
+    def _outputs(self, name: str, value: Tensor, output: Tensor, call: int) -> Tensor:
         """Return the outputs before the bias; multiplied anew if the layer rounds them more than `products` allows."""
         layer = self.linears[name]
         wide = torch.promote_types(output.dtype, self.products)
         if wide != output.dtype:
-            rows = with_float64(token_rows(value, self.mask, name).detach()).to(wide)
+            rows = with_float64(token_rows(value, self.mask, name, call).detach()).to(wide)
             with weights_of(layer):
                 return rows @ layer.weight.detach().to(rows).T
-        rows = token_rows(output, self.mask, name).detach()
+        rows = token_rows(output, self.mask, name, call).detach()
         if layer.bias is None:
             return rows
         with weights_of(layer):
             return rows - layer.bias.detach()
 
-    def add_gradients(self, name: str, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Add the inputs and output gradients of all calls of a layer in one pass.
+    def add_gradients(
+        self, name: str, calls: Sequence[int], values: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> None:
+        """Add the inputs and output gradients of the calls of a layer in one pass that have gradients.
 
         **Arguments**
 
         - `name`: the layer.
+        - `calls`: how many times it was called before each of these calls.
         - `values`: its inputs, `(samples, *tokens, in)` each.
         - `gradients`: the gradients at its outputs, `(samples, *tokens, out)` each.
         """
         groups = self.groups[name]
         with exact_products(gradients[0].device):
-            for gradient in gradients:
-                rows = token_rows(gradient, self.mask, name)
+            for call, gradient in zip(calls, gradients, strict=True):
+                rows = token_rows(gradient, self.mask, name, call)
                 if "gradient" in groups:
                     self.sums_of(name, "gradient").add(rows)
                 if "pullback" in groups:
@@ -141,11 +133,15 @@ class Collector:
 
         - `ValueError`: NaN or infinity in an activation or a gradient.
         """
-        self._seen.clear()
+        for group, inputs in self.shared.items():
+            with exact_products(self.device):
+                inputs.end_batch()
+            for shared in inputs.groups:
+                if not shared.sums.all_finite():
+                    raise ValueError(_not_finite(shared.members[0], group))
+        self._calls.clear()
         if wrong := next((key for key, sums in self.sums.items() if not sums.all_finite()), None):
-            name, group = wrong
-            label = "gradients" if group in ("gradient", "pullback") else "activations"
-            raise ValueError(f"`batches` must give finite {label}, got NaN or infinity in layer {name!r}.")
+            raise ValueError(_not_finite(*wrong))
 
     def sum_over_processes(self) -> None:
         """Replace the sums by their totals over all processes; nothing to do in a plain run.
@@ -156,46 +152,58 @@ class Collector:
         """
         if process_count() == 1:
             return
-        leaders = [leader for leader in gather(self.leader) if leader]  # a process without batches has none
-        if any(leader != leaders[0] for leader in leaders):
-            raise ValueError("`batches` must reach the same layers in every process.")
-        self.leader = leaders[0] if leaders else {}
-        reached = {name for name, _ in self.leader}
+        reached: set[str] = set()
+        for inputs in self.shared.values():
+            own = {name: shared.members[0] for name, shared in sorted(inputs.group_of.items())}
+            labels = [label for label in gather(own) if label]  # a process without batches has none
+            if any(label.keys() != labels[0].keys() for label in labels):
+                raise ValueError("`batches` must reach the same layers in every process.")
+            if labels:
+                inputs.align(labels)
+                reached |= labels[0].keys()
+            for shared in inputs.groups:
+                _sum(shared.sums)
         for name in self.linears:
-            for group in self.groups[name] if name in reached else ():
-                if self.leader.get((name, group), name) == name:
-                    _sum(self.sums_of(name, group))
+            for group in sorted(self.groups[name].keys() - INPUTS) if name in reached else ():
+                _sum(self.sums_of(name, group))
 
-    def tokens(self, name: str) -> int:
-        """Return how many tokens a layer has received; 0 if no batch reached it.
+    def tokens(self, name: str) -> int | None:
+        """Return how many tokens a layer has received; None if no batch reached it.
 
         **Arguments**
 
         - `name`: the layer.
         """
-        leader = self.leader.get((name, "input"))
-        return 0 if leader is None else self.sums[leader, "input"].tokens
+        shared = self.shared["input"].group_of.get(name)
+        return None if shared is None else shared.sums.tokens
 
     def finish(self) -> dict[str, LayerStatistics]:
         """Return layer name -> `LayerStatistics`, and drop each sum once it is finished.
 
         Two matrices of one layer at most are in memory beside the result.
         """
-        tokens = {name: self.tokens(name) for name in self.linears}
+        tokens = {name: self.tokens(name) or 0 for name in self.linears}
         for name, groups in self.groups.items():  # the sums of gradients that never came are zero
-            for group in groups:
-                self.sums_of(self.leader.get((name, group), name), group)
+            for group in groups.keys() - INPUTS:
+                self.sums_of(name, group)
         finished = {key: self.sums.pop(key).finish() for key in list(self.sums)}
+        for group, inputs in self.shared.items():
+            while inputs.group_of:
+                shared = next(iter(inputs.group_of.values()))
+                for name in shared.members:
+                    del inputs.group_of[name]
+                moments = shared.sums.finish()
+                finished |= {(name, group): moments for name in shared.members}
         statistics: dict[str, LayerStatistics] = {}
         for name, groups in self.groups.items():
             fields: dict[str, Tensor | None] = {"gram": None}
             for group, names in groups.items():
-                shared = finished[self.leader.get((name, group), name), group]
-                fields |= {field: shared[field] for field in names}
+                fields |= {field: finished[name, group][field] for field in names}
             statistics[name] = LayerStatistics(tokens=tokens[name], **fields)  # pyright: ignore[reportArgumentType]
         return statistics
 
 
+INPUTS = ("input", "gram")  # the sums that layers with one input share
 SIDES_OF = SIZES | {"gram": SIZES["input"]}
 
 
@@ -217,6 +225,11 @@ def _join_calls(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> Iterat
             for parts in zip(*same, strict=True)
         )
         yield x, g
+
+
+def _not_finite(name: str, group: str) -> str:
+    label = "gradients" if group in ("gradient", "pullback") else "activations"
+    return f"`batches` must give finite {label}, got NaN or infinity in layer {name!r}."
 
 
 def _sum(sums: RunningMoments) -> None:

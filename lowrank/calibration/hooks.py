@@ -1,42 +1,17 @@
 """See the inputs of layers during a pass over batches."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowrank.nn.batches import Batch, batches_on, compute_logits, device_of, eval_mode, get_token_mask
+from lowrank.calibration.padding import Padding, token_rows
+from lowrank.nn.batches import Batch, batches_on, compute_logits, device_of, eval_mode
 from lowrank.nn.targets import find_linears
-
-
-def token_rows(values: Float[Tensor, "*batch n"], mask: Tensor | None, layer: str) -> Float[Tensor, "tokens n"]:
-    """Return the vectors of a layer's input or output that belong to tokens, without padding.
-
-    The mask applies if the leading dimensions are (batch, tokens), flattened or not. One vector per sample, as a pooler receives
-    it, has no padding.
-
-    **Arguments**
-
-    - `values`: `(*batch, n)`, the input or output.
-    - `mask`: `(batch, tokens)`, bool, False for padding; None without padding.
-    - `layer`: its name, for errors.
-
-    **Raises**
-
-    - `ValueError`: the mask marks padding, and the leading dimensions fit neither form.
-    """
-    rows = values.reshape(-1, values.shape[-1])
-    lead = tuple(values.shape[:-1])
-    if mask is None or lead == (len(mask),) != (mask.numel(),) or bool(mask.all()):
-        return rows
-    if lead in (tuple(mask.shape), (mask.numel(),)):
-        return rows[mask.reshape(-1)]
-    raise ValueError(
-        f"`batches` have padding (attention_mask {tuple(mask.shape)}) that does not fit layer {layer!r}, "
-        f"whose values have shape {tuple(values.shape)}: leave the layer out, or pass batches without padding."
-    )
 
 
 @contextmanager
@@ -94,11 +69,16 @@ def visit_inputs(
     - `visit`: `(name, rows) -> None`, with rows `(tokens, in)` without padding.
     """
     linears = find_linears(model, layers)
-    mask: Tensor | None = None
-    with eval_mode(model), watch_calls(linears, lambda name, value, _: visit(name, token_rows(value, mask, name))):
+    padding = Padding(model, linears)
+    with eval_mode(model):
         for batch in batches_on(batches, device_of(model)):
-            mask = get_token_mask(batch)
-            with torch.no_grad():
+            calls, mask = Counter[str](), padding.read(batch)
+
+            def see(name: str, value: Tensor, _: Tensor, calls: Counter[str] = calls, mask: Any = mask) -> None:
+                calls[name] += 1
+                visit(name, token_rows(value, mask, name, calls[name] - 1))
+
+            with watch_calls(linears, see), torch.no_grad():
                 compute_logits(model, batch)
 
 
@@ -129,11 +109,13 @@ def collect_inputs(
             rows.setdefault(name, []).append(values[:missing].detach().cpu().clone())
             counts[name] = counts.get(name, 0) + min(missing, len(values))
 
-    layers = list(find_linears(model, layers))
-    for batch in batches:
-        visit_inputs(model, [batch], layers, keep)
-        if counts and min(counts.values()) >= tokens:
-            break
+    def needed() -> Iterator[Batch]:
+        for batch in batches:
+            yield batch
+            if counts and min(counts.values()) >= tokens:
+                return
+
+    visit_inputs(model, needed(), layers, keep)
     if not counts or min(counts.values()) < tokens:
         raise ValueError(f"`batches` must hold at least {tokens} tokens, got {min(counts.values(), default=0)}.")
     return {name: torch.cat(parts) for name, parts in rows.items()}

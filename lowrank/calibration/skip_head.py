@@ -29,6 +29,7 @@ class SkipHead:
             head if isinstance(head, nn.Module) and all(head is not layer for layer in layers.values()) else None
         )
         self.layers, self.handles, self.reached, self.passes, self.last = layers, [], False, 0, True
+        self.inside = False  # in a pass that may be cut short
 
     def __enter__(self) -> "SkipHead":
         if self.head is not None:
@@ -43,16 +44,19 @@ class SkipHead:
     @contextmanager
     def skipped(self) -> Iterator[None]:
         """Run one pass inside the block, to the head or to its end."""
-        self.reached = False
-        with suppress(_HeadReachedError):
-            yield
+        self.reached, self.inside = False, True
+        try:
+            with suppress(_HeadReachedError):
+                yield
+        finally:
+            self.inside = False
         self.passes += 1
 
     def _see_layer(self, *_: object) -> None:
-        if self.reached:
+        if self.inside and self.reached:
             self.last = False  # the head is not the last to be called
 
     def _see_head(self, *_: object) -> None:
         self.reached = True
-        if self.passes and self.last:
+        if self.inside and self.passes and self.last:
             raise _HeadReachedError

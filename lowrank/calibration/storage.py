@@ -1,7 +1,7 @@
 """Statistics in one safetensors file, with the hash of the model that they belong to; and their own hash."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowrank.factorization.moments import LayerStatistics
 from lowrank.io.files import open_safetensors, writing
 from lowrank.io.hashing import hash_model, hash_tensors
+from lowrank.io.tensor_places import tensor_place
 from lowrank.nn.targets import find_linears
 
 FORMAT = "lowrank.statistics/3"
@@ -35,10 +36,10 @@ def save_statistics(path: Path | str, statistics: Mapping[str, LayerStatistics],
     """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, object]] = {}
-    keys: dict[int, str] = {}  # a tensor that layers share is stored under its first name
+    keys: dict[Hashable, str] = {}  # a tensor that layers share is stored under its first name
     for name, layer in statistics.items():
         names = {
-            field: keys.setdefault(value.data_ptr(), f"{name}/{field}") for field, value in layer.moments().items()
+            field: keys.setdefault(tensor_place(value), f"{name}/{field}") for field, value in layer.moments().items()
         }
         layers[name] = {"tokens": layer.tokens, "side": layer.side, "moments": names}
         tensors |= {names[field]: value.contiguous().cpu() for field, value in layer.moments().items()}

@@ -19,9 +19,10 @@ from lowrank.compression.result import CompressionResult, measure_model
 from lowrank.compression.retarget import read_batches, retarget_layers
 from lowrank.factorization.methods import READS, needs_gradients
 from lowrank.io.checks import require
+from lowrank.io.weights import warn_of_stacks
 from lowrank.nn.batches import Batch
 from lowrank.nn.dry_run import find_irreplaceable
-from lowrank.nn.targets import BLOCKS, find_left_out, find_linears
+from lowrank.nn.targets import BLOCKS, find_left_out, find_linears, find_stacks
 
 
 def compress(
@@ -73,12 +74,19 @@ def compress(
 
     - `ValueError`, before anything is changed: neither or both of `keep` and `ranks`; no data for a method that needs it; an
       unknown choice; a budget too small; a layer that cannot be replaced, by its name; and as for `replace_layers`.
+
+    **Warns**
+
+    - `LeftOutWarning`: stacks of matrices, such as the experts of a mixture, that stay as they are; the result lists them.
     """
     require((keep is None) != (ranks is None), "keep", "be given, or `ranks`, and not both", keep)
     names = list(ranks) if ranks is not None else layers if isinstance(layers, str) else list(layers)
     targeted, left_out = find_linears(model, names), find_left_out(model, names)
     configuration = _choose(targeted, choices, batches, statistics)
     check_layers(model, targeted, dict.fromkeys(targeted, 1) if ranks is None else ranks)
+    stacks = find_stacks(model, names if ranks is None else BLOCKS)
+    left_out |= {name: f"a stack of matrices {shape}" for name, shape in stacks.items()}
+    chosen_by_pattern = ranks is None
     batches = batches if configuration.retarget is None else read_batches(batches)
     rule, probes, trials = RULES[configuration.allocation], [], []
     if ranks is None and rule.measures:
@@ -95,6 +103,8 @@ def compress(
         ranks, trials = choose_ranks(known, configuration, keep or 0), known.trials
         del known  # with the factors that it may hold
     before = measure_model(model, sum(layer.weight.numel() for layer in targeted.values()))
+    if chosen_by_pattern:
+        warn_of_stacks(stacks, before.targeted / before.model)
     targeted.clear()  # each dense weight is freed as soon as its factors exist
     if configuration.retarget is None:
         rows = replace_layers(model, ranks, configuration, statistics, progress=progress)

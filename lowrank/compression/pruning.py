@@ -17,8 +17,10 @@ from lowrank.factorization.moments import LayerStatistics, all_finite, read_gram
 from lowrank.factorization.precision import float64_device
 from lowrank.io.checks import require
 from lowrank.io.hashing import check_in_memory
+from lowrank.io.tensor_places import count_elements
+from lowrank.io.weights import warn_of_stacks
 from lowrank.nn.plain import has_own_weight
-from lowrank.nn.targets import BLOCKS, find_left_out, find_linears, find_shared_weights
+from lowrank.nn.targets import BLOCKS, find_left_out, find_linears, find_shared_weights, find_stacks
 
 Ratios = float | int | Mapping[str, float | int]
 
@@ -164,7 +166,8 @@ def prune(
     - `layers`: names or patterns; default: the layers that `ratios` names, else all inside numbered blocks.
 
     **Returns** one row per layer, in the order of the model: `layer`; `ratio` as passed; `pruned`, the number of weights in the
-    mask; `weights`, the number of all weights; `sparsity`, the measured share of zeros.
+    mask; `weights`, the number of all weights; `sparsity`, the measured share of zeros; `share_of_model`, the weights as a share
+    of all parameters of the model.
 
     **Raises**
 
@@ -172,7 +175,10 @@ def prune(
       method or `per`; missing statistics, or of other layers; a weight that is not finite, computed from
       other parameters, or shared with another module.
 
-    **Warns** of layers that only look linear, see `lowrank.nn.plain`, and are left out.
+    **Warns**
+
+    - `UserWarning`: layers that only look linear, see `lowrank.nn.plain`, and are left out.
+    - `LeftOutWarning`: stacks of matrices, such as the experts of a mixture, that stay as they are.
 
     **Reference** Sun et al., ICLR 2024, arXiv:2306.11695.
     """
@@ -190,7 +196,11 @@ def prune(
             masks[name] = pruning_mask(scores, shares[name], per) if pattern is None else pattern_mask(scores, pattern)
         except ValueError as error:
             raise ValueError(f"{error} (layer {name!r})") from error
-    return [_set_to_zero(name, layer.weight, shares[name], masks.pop(name)) for name, layer in linears.items()]
+    whole = count_elements(model.parameters())
+    share = sum(layer.weight.numel() for layer in linears.values()) / whole
+    warn_of_stacks(find_stacks(model, BLOCKS if layers is None else layers), share)
+    rows = [_set_to_zero(name, layer.weight, shares[name], masks.pop(name)) for name, layer in linears.items()]
+    return [row | {"share_of_model": row["weights"] / whole} for row in rows]
 
 
 @torch.no_grad()

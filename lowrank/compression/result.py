@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lowrank.compression.configuration import Configuration
+from lowrank.io.tensor_places import count_elements
 from lowrank.nn.profiling import weight_bytes
 from lowrank.nn.targets import find_linears
 
@@ -40,7 +41,7 @@ def measure_model(model: nn.Module, targeted: int) -> ModelSize:
 
     **Returns** `ModelSize`.
     """
-    return ModelSize(targeted, sum(parameter.numel() for parameter in model.parameters()), weight_bytes(model))
+    return ModelSize(targeted, count_elements(model.parameters()), weight_bytes(model))
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,7 +55,8 @@ class CompressionResult:
     - `before`, `after`: what the model stored and stores.
     - `trials`: one row per candidate that was measured to choose ranks: its settings, such as `alpha` and `gamma`, and the
       `divergence` of the whole model. Default none.
-    - `left_out`: layers that the patterns match but that cannot be replaced -> why. Default none.
+    - `left_out`: layers that the patterns match but that cannot be replaced, and stacks of matrices, such as experts -> why.
+      Default none.
     """
 
     layers: list[dict[str, Any]]
@@ -68,6 +70,11 @@ class CompressionResult:
     def ranks(self) -> dict[str, int]:
         """Return layer name -> rank."""
         return {row["layer"]: row["rank"] for row in self.layers}
+
+    @property
+    def share_of_model(self) -> float:
+        """Return the share of the model's parameters that was in scope: those of the targeted weights."""
+        return self.before.targeted / self.before.model
 
     @property
     def keep_targeted(self) -> float:
@@ -109,6 +116,7 @@ class CompressionResult:
             f"{len(self.layers)} targeted layers: {_change(self.before.targeted, self.after.targeted)} parameters",
             f"whole model: {_change(self.before.model, self.after.model)} parameters",
             f"whole model: {_change(self.before.bytes, self.after.bytes)} bytes",
+            f"in scope: {self.share_of_model:.1%} of the model's parameters",
             *(f"left out: {name}: {reason}" for name, reason in self.left_out.items()),
         ]
 
@@ -138,7 +146,7 @@ def parameter_counts(model: nn.Module, dense: nn.Module, layers: Iterable[str]) 
     replaced = [model.get_submodule(name) for name in names]
     targeted = sum(p.numel() for module in replaced for key, p in module.named_parameters() if not key.endswith("bias"))
     before = sum(layer.weight.numel() for layer in find_linears(dense, names).values())
-    whole, whole_before = (sum(p.numel() for p in side.parameters()) for side in (model, dense))
+    whole, whole_before = (count_elements(side.parameters()) for side in (model, dense))
     return {
         "targeted_parameters": targeted,
         "keep_targeted": targeted / before,

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lowrank.calibration.hooks import exact_products
+from lowrank.calibration.padding import Padding
 from lowrank.compression.block_folder import BlockFolder, identify
 from lowrank.compression.checkpoint import RECORD
 from lowrank.compression.checks import Statistics, check_layers, check_statistics, find_layers
@@ -128,7 +129,9 @@ class _Retargeter:
         self.options, self.batches, self.device = configuration.retarget, batches, device_of(model)
         self.modules: dict[str, nn.Module] = {}
         self.rows: dict[str, dict[str, Any]] = {}
-        self.streams = Streams(model, batches, self.modules)
+        padding = Padding(model, {name: model.get_submodule(name) for name in ranks})
+        masks = [padding.read(batch) for batch in batches_on(batches, self.device)]
+        self.streams = Streams(model, batches, self.modules, masks)
 
     def run(self, layers: Mapping[str, nn.Linear], progress: bool) -> None:
         """Make the layers of all blocks; those that the folder holds are read instead."""

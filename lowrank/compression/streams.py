@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowrank.calibration.hooks import token_rows
-from lowrank.nn.batches import Batch, batches_on, device_of, get_token_mask, move_batch, run_model
+from lowrank.calibration.padding import BatchPadding, token_rows
+from lowrank.nn.batches import Batch, batches_on, device_of, run_model
 from lowrank.nn.block_calls import Call, TracedBlock, capture_calls, first_tensor, run_block
 from lowrank.nn.residuals import find_residuals
 from lowrank.nn.surgery import replace_module
@@ -43,10 +43,18 @@ class Streams:
     - `model`: the dense model, in evaluation mode; it is dense again after each method.
     - `batches`: calibration data.
     - `modules`: layer name -> new layer; the owner adds those that it makes.
+    - `padding`: of each batch.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], modules: Mapping[str, nn.Module]) -> None:
-        self.model, self.batches, self.modules, self.device = model, batches, modules, device_of(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        modules: Mapping[str, nn.Module],
+        padding: Sequence[BatchPadding | None],
+    ) -> None:
+        self.model, self.batches, self.modules, self.padding = model, batches, modules, padding
+        self.device = device_of(model)
         self.block: TracedBlock | None = None
         self.dense: list[Call] = []
         self.compressed: list[Call] = []
@@ -100,8 +108,7 @@ class Streams:
         - `ValueError`: a batch that does not reach the layer, or with other tokens in the two models.
         """
         names = [name] if residual is None else [residual, name]
-        for batch, dense, compressed in zip(self.batches, self.dense, self.compressed, strict=True):
-            mask = get_token_mask(move_batch(batch, self.device))
+        for mask, dense, compressed in zip(self.padding, self.dense, self.compressed, strict=True):
             (*s, x), (*own, rows) = (
                 [token_rows(first_tensor(found), mask, name) for found in self._capture(names, call, modules)]
                 for call, modules in ((dense, {}), (compressed, self.modules))

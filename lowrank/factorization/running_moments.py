@@ -6,6 +6,7 @@ multiply in float64 (`products`) to predict it, at about twice the cost.
 """
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 
 import torch
 from jaxtyping import Float
@@ -75,6 +76,10 @@ class RunningMoments:
         for name, rules in self.declared.items():
             if rules["over_samples"] is not None:
                 _accumulate(self.sums[name], rules["over_samples"](inputs.to(wide), rows.to(wide)))
+
+    def copy(self) -> "RunningMoments":
+        """Return sums of the same vectors that can go on apart."""
+        return deepcopy(self, {id(rules): rules for rules in self.declared.values()})  # rules never change
 
     def all_finite(self) -> bool:
         """Return whether all sums are finite so far; of a matrix the diagonal tells."""

@@ -3,6 +3,7 @@
 - `files`: write a file or folder whole or not at all, and open safetensors files with clear errors.
 - `records`: JSON files that carry the name and version of their format.
 - `weights`: the tensors of a checkpoint by name, from a folder, a file, the Hub or a model in memory.
+- `tensor_places`: which tensors are one in memory, and which overlap.
 - `hub`: models, tokenizers and data sets by Hub name, with errors that name the remedy.
 - `cache`: expensive results on disk, each under a hash of everything that determines it.
 - `hashing`: hashes of weights, tensors, files and options.

@@ -5,19 +5,22 @@ A checkpoint is a folder with `model.safetensors` or its shards, a single such f
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Size, Tensor, nn
+import torch
+from torch import Tensor, nn
 
 from lowrank.io.checks import require
 from lowrank.io.files import open_safetensors, path_inside
 from lowrank.io.hashing import check_in_memory, hash_model, hash_options
 from lowrank.io.hub import load_or_explain
 from lowrank.io.patterns import matches
+from lowrank.io.tensor_places import byte_range, tensor_place
 
 Source = Path | str | nn.Module
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -166,8 +169,71 @@ def match_modules(shapes: Mapping[str, tuple[int, ...]], layers: Iterable[str]) 
     return {name for name in modules if any(matches(name, entry) for entry in entries)}
 
 
+def match_stacks(shapes: Mapping[str, tuple[int, ...]], layers: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Find the tensors that are stacks of matrices, as experts are stored, and that match an entry of `layers`.
+
+    **Arguments**
+
+    - `shapes`: tensor name -> shape, without the weights of convolutions.
+    - `layers`: names of tensors or of their modules, or regular expressions that must match one of the two as a whole.
+
+    **Returns** name -> (matrices, rows, columns).
+    """
+    entries = list(layers)
+    return {
+        name: tuple(shape)
+        for name, shape in shapes.items()
+        if len(shape) == 3 and min(shape) > 1
+        for names in [(name, name.rpartition(".")[0])]
+        if any(entry in names or any(matches(one, entry) for one in names) for entry in entries)
+    }
+
+
+class LeftOutWarning(UserWarning):
+    """Warn that weights which the entries of `layers` match are left out."""
+
+
+def warn_of_stacks(stacks: Mapping[str, tuple[int, ...]], share: float, stacklevel: int = 3) -> None:
+    """Warn of stacks of matrices that are left out, if there are any.
+
+    **Arguments**
+
+    - `stacks`: name -> shape, see `match_stacks`.
+    - `share`: of the model's parameters that is in scope, in [0, 1].
+    - `stacklevel`: as in `warnings.warn`; default 3, the caller of the caller.
+    """
+    for name, shape in list(stacks.items())[:1]:
+        warnings.warn(
+            f"`layers` cover {share:.1%} of the model's parameters: {len(stacks)} stacks of matrices are left as they are, such "
+            f"as {name!r} of shape {shape}, since only layers with a weight of their own are handled.",
+            LeftOutWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def check_weight(weight: Tensor, layer: str, name: str) -> None:
+    """Check that a weight holds its numbers as they are, not the bytes of a packed format.
+
+    **Arguments**
+
+    - `weight`: the weight.
+    - `layer`: its layer.
+    - `name`: the argument to name in errors.
+
+    **Raises**
+
+    - `ValueError`: integers, a floating dtype of 8 bits or fewer, or no number at all.
+    """
+    plain = weight.is_floating_point() and weight.element_size() > 1
+    rule = f"have weights in a floating dtype of 16 bits or more (layer {layer!r}): unpack the weights first"
+    require(plain, name, rule, str(weight.dtype))
+    require(weight.numel() > 0, name, f"have weights that are not empty (layer {layer!r})", tuple(weight.shape))
+
+
 def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Split the state of a model into distinct tensors and tied names.
+
+    Tensors that overlap in memory without being one, such as a matrix and its transpose, are stored apart.
 
     **Returns** name -> tensor, contiguous on the CPU, each tensor once; and name -> the name that its tensor is stored
     under, for every further name of the same tensor.
@@ -178,14 +244,19 @@ def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
     """
     distinct: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    check_in_memory(model.state_dict())
-    first: dict[tuple[int, Size], str] = {}
-    for name, tensor in model.state_dict().items():
+    first: dict[Hashable, str] = {}
+    ranges: dict[int, list[tuple[int, int]]] = {}  # of each storage, what is in use
+    state = model.state_dict()
+    check_in_memory(state)
+    for name, tensor in state.items():
         if not isinstance(tensor, Tensor):  # extra state
             continue
-        stored = first.setdefault((tensor.data_ptr(), tensor.shape), name) if tensor.numel() else name
-        if stored == name:
-            distinct[name] = tensor.detach().cpu().contiguous()
-        else:
+        if (stored := first.setdefault(tensor_place(tensor), name)) != name:
             tied[name] = stored
+            continue
+        storage, start, end = byte_range(tensor)
+        overlaps = any(start < other_end and other < end for other, other_end in ranges.get(storage, ()))
+        ranges.setdefault(storage, []).append((start, end))
+        tensor = tensor.detach().cpu()
+        distinct[name] = tensor.clone(memory_format=torch.contiguous_format) if overlaps else tensor.contiguous()
     return distinct, tied

@@ -4,19 +4,20 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from lowrank.calibration.padding import BatchPadding, Padding, token_rows
 from lowrank.io.checks import require
 from lowrank.io.hub import load_pretrained
 from lowrank.io.weights import Source, read_tensors
 from lowrank.lora.deltas import delta_factors
 from lowrank.lora.rank_config import RankConfig
 from lowrank.lora.warm_start import check_warm_start, set_factors
-from lowrank.nn.batches import Batch, batches_on, compute_logits, device_of, get_token_mask
+from lowrank.nn.batches import Batch, batches_on, compute_logits, device_of, eval_mode, move_batch
 from lowrank.training.loop import seed_everything
 
 QUANTISATIONS: dict[str, dict[str, Any]] = {  # -> options of transformers.BitsAndBytesConfig
@@ -180,20 +181,33 @@ def _ignore_renamed_attribute() -> Iterator[None]:
 def _start_from_inputs(adapted: Any, batches: list[Batch]) -> None:
     from peft.tuners.lora.eva import initialize_lora_eva_weights  # noqa: PLC0415
 
+    padding = Padding(adapted, {name: module for name, module in adapted.named_modules() if hasattr(module, "lora_A")})
+    with eval_mode(adapted), adapted.disable_adapter():  # before peft watches: this may run the model
+        batches = list(batches_on(batches, device_of(adapted)))
+        masks = [padding.read(batch) for batch in batches]
     initialize_lora_eva_weights(
         adapted,
-        list(batches_on(batches, device_of(adapted))),
-        forward_fn=compute_logits,
-        prepare_model_inputs_fn=lambda batch, config: get_token_mask(batch),
+        [_PaddedInputs(batch, mask) for batch, mask in zip(batches, masks, strict=True)],
+        forward_fn=lambda model, inputs: compute_logits(model, inputs.batch),
+        prepare_model_inputs_fn=lambda inputs, config: inputs.padding,
         prepare_layer_inputs_fn=_select_rows,
         show_progress_bar=False,
     )
 
 
-def _select_rows(inputs: Any, mask: Tensor | None, name: str) -> Tensor:
+class _PaddedInputs(NamedTuple):
+    """Hold a batch and its padding, so that peft moves them as one."""
+
+    batch: Batch
+    padding: BatchPadding | None
+
+    def to(self, device: torch.device) -> "_PaddedInputs":
+        return self._replace(batch=move_batch(self.batch, device))
+
+
+def _select_rows(inputs: Any, padding: BatchPadding | None, name: str) -> Tensor:
     """Return the inputs of a layer without padding, `(tokens, in)`."""
-    rows = inputs[0] if isinstance(inputs, tuple) else inputs
-    return rows.flatten(0, -2) if mask is None else rows[mask]
+    return token_rows(inputs[0] if isinstance(inputs, tuple) else inputs, padding, name)
 
 
 @torch.no_grad()

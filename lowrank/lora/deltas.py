@@ -1,6 +1,7 @@
 """Spectra of the changes W_tuned - W_base that fine-tuning makes, from two checkpoints that are read one weight at a time."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,15 @@ from lowrank.factorization.gram import gram_triangle, slabs, squared_singular_va
 from lowrank.factorization.moments import all_finite
 from lowrank.factorization.precision import with_float64
 from lowrank.factorization.spectra import effective_rank, rank_for_energy, retained_energy
-from lowrank.io.weights import OpenWeights, Source, match_modules, open_weights
-from lowrank.lora.noise import noise_edge
+from lowrank.io.weights import (
+    LeftOutWarning,
+    OpenWeights,
+    Source,
+    check_weight,
+    match_modules,
+    match_stacks,
+    open_weights,
+)
 from lowrank.nn.targets import BLOCKS
 
 
@@ -98,7 +106,12 @@ def delta_spectra(
     **Raises**
 
     - `FileNotFoundError`: no such checkpoint, or a missing shard.
-    - `ValueError`: the architectures differ; a weight has another shape or is not finite, by name; no weight in common.
+    - `ValueError`: the architectures differ; a weight has another shape, is of packed bytes or not finite, by name; no weight
+      in common.
+
+    **Warns**
+
+    - `LeftOutWarning`: weights that only one checkpoint has, and stacks of matrices, such as the experts of a mixture.
     """
     with _open_pair(base, tuned, layers) as (names, read):
         spectra = {}
@@ -131,6 +144,8 @@ def delta_factors(
         factors = {}
         for name in tqdm(names, "factors", unit="matrix", disable=not progress):
             before, after = (with_float64(side.detach()) for side in read(name))
+            check_weight(before, name, "base")
+            check_weight(after, name, "tuned")
             u, sigma, vh = torch.linalg.svd((after.double() - before.double()).flatten(1), full_matrices=False)
             root, rank = sigma.sqrt(), positive[name]
             factors[name] = ((u * root)[:, :rank].float(), (root[:, None] * vh)[:rank].float())
@@ -140,6 +155,7 @@ def delta_factors(
 def _compute_spectrum(before: Tensor, after: Tensor, name: str) -> DeltaSpectrum:
     before, after = (with_float64(side.detach()).flatten(1) for side in (before, after))
     for argument, tensor in (("base", before), ("tuned", after)):
+        check_weight(tensor, name, argument)
         if not all_finite(tensor):
             raise ValueError(f"`{argument}` must have finite weights, got NaN or infinity in {name!r}.")
     pairs = zip(slabs(before), slabs(after), strict=True)
@@ -156,9 +172,21 @@ def _open_pair(
     with ExitStack() as stack:
         one = stack.enter_context(open_weights(base, "base"))
         two = stack.enter_context(open_weights(tuned, "tuned"))
-        names = sorted(match_modules(one.shapes, layers) & match_modules(two.shapes, layers))
+        entries = list(layers)
+        first, second = (match_modules(weights.shapes, entries) for weights in (one, two))
+        names = sorted(first & second)
         _check_pair(one, two, names)
+        _warn_of_others(sorted(first ^ second), match_stacks(one.shapes | two.shapes, entries))
         yield names, lambda name: (one.read(f"{name}.weight"), two.read(f"{name}.weight"))
+
+
+def _warn_of_others(single: list[str], stacks: Mapping[str, tuple[int, ...]]) -> None:
+    """Warn of weights that have no partner in the other checkpoint, or no matrix of their own."""
+    left_out = [f"{name!r}, which only one of them has" for name in single[:1]]
+    left_out += [f"{name!r}, a stack of matrices {shape}" for name, shape in list(stacks.items())[:1]]
+    if left_out:
+        text = f"`base` and `tuned` have {len(single) + len(stacks)} weights that are left out, such as {', '.join(left_out)}."
+        warnings.warn(text, LeftOutWarning, stacklevel=4)
 
 
 def _check_pair(base: OpenWeights, tuned: OpenWeights, names: list[str]) -> None:

@@ -16,5 +16,6 @@
 - `skeletons`: build an architecture without memory, however large its description says it is.
 - `surgery`: replace layers, split packed projections, turn `Conv1D` layers into linear ones.
 - `targets`: find layers by name or pattern.
+- `token_masks`: read masks of every form, and find the inputs that a mask belongs to.
 - `usv`: linear and convolutional layers with fixed bases and a trained core (OIALR).
 """

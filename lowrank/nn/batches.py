@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from lowrank.nn.nests import Fields, change_tensors, fields_of, list_tensors
 from lowrank.nn.offloaded import execution_device
+from lowrank.nn.token_masks import MASK, TARGET, as_token_mask
+
+IGNORED = -100  # the label of a position without a target, as in transformers
 
 Batch = Tensor | Mapping[str, Any] | Sequence[Any] | Fields
 
@@ -70,7 +73,7 @@ def as_double(batch: Batch) -> Batch:
     return change_tensors(batch, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
 
-def _keywords(batch: Batch) -> Mapping[str, Any] | None:
+def keywords_of(batch: Batch) -> Mapping[str, Any] | None:
     """Return the keyword arguments that the batch holds, None if it holds none."""
     if isinstance(batch, Mapping):
         return batch
@@ -87,7 +90,7 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
     """
     if isinstance(batch, Tensor):
         return model(batch)
-    if (keywords := _keywords(batch)) is not None:
+    if (keywords := keywords_of(batch)) is not None:
         return model(**{key: value for key, value in keywords.items() if key != "labels"})
     return model(cast(Any, batch)[0])
 
@@ -120,7 +123,7 @@ def compute_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 def has_labels(batch: Batch) -> bool:
     """Return True if the batch contains labels."""
-    if (keywords := _keywords(batch)) is not None:
+    if (keywords := keywords_of(batch)) is not None:
         return keywords.get("labels") is not None
     return isinstance(batch, Sequence) and len(batch) > 1
 
@@ -134,7 +137,7 @@ def get_labels(batch: Batch) -> Tensor:
     """
     if not has_labels(batch):
         raise ValueError("`batch` must have labels: a mapping with the key 'labels', or (inputs, labels).")
-    keywords = _keywords(batch)
+    keywords = keywords_of(batch)
     return cast(Any, batch)[1] if keywords is None else keywords["labels"]
 
 
@@ -151,32 +154,41 @@ def count_samples(batch: Batch) -> int:
     return len(first)
 
 
-def get_token_mask(batch: Batch) -> Tensor | None:
+def get_token_mask(batch: Batch, prefix: str = "") -> Tensor | None:
     """Return the `attention_mask` of a batch: `(batch, tokens)`, bool, False on padding; None if it has no mask.
-
-    **Raises**
-
-    - `ValueError`: a mask of another shape.
-    """
-    keywords = _keywords(batch)
-    mask = None if keywords is None else keywords.get("attention_mask")
-    if mask is not None and mask.dim() != 2:
-        raise ValueError(f"`attention_mask` must have shape (batch, tokens), got {tuple(mask.shape)}.")
-    return None if mask is None else mask.bool()
-
-
-def drop_padding(values: Tensor, batch: Batch) -> Tensor:
-    """Return the values at positions that are not padding; all of them, if the batch has no mask of their shape.
 
     **Arguments**
 
-    - `values`: one per position, `(batch, tokens)` where there is a mask.
+    - `batch`: any batch.
+    - `prefix`: of the key, '' or 'decoder_'. Default ''.
+
+    **Raises**
+
+    - `ValueError`: a mask of no known form, see `lowrank.nn.token_masks.as_token_mask`.
+    """
+    keywords = keywords_of(batch)
+    mask = None if keywords is None else keywords.get(prefix + MASK)
+    return None if mask is None else as_token_mask(mask, prefix + MASK)
+
+
+def drop_padding(values: Tensor, batch: Batch) -> Tensor:
+    """Return the values at positions of a model's output that are not padding; all of them, if no mask has their shape.
+
+    The output of an encoder and a decoder has the positions of the decoder, so its mask counts if the batch has such inputs.
+
+    **Arguments**
+
+    - `values`: one per position, `(batch, tokens)` or `(tokens, batch)` where there is a mask.
     - `batch`: the batch that they come from.
 
     **Returns** `(positions,)`, or the values as they are.
     """
-    mask = get_token_mask(batch)
-    return values if mask is None or mask.shape != values.shape else values[mask]
+    has_target = any(key.startswith(TARGET) for key in keywords_of(batch) or ())
+    mask = get_token_mask(batch, TARGET if has_target else "")
+    for layout in () if mask is None else (mask, mask.T):
+        if layout.shape == values.shape:
+            return values[layout]
+    return values
 
 
 @contextmanager

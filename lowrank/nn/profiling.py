@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowrank.io.tensor_places import count_bytes
 from lowrank.nn.batches import device_of, eval_mode
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to stderr
@@ -77,8 +78,7 @@ def count_flops(function: Callable[[], object]) -> int:
 
 def weight_bytes(model: nn.Module) -> int:
     """Count the bytes of all parameters and buffers of a model; shared tensors count once."""
-    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return count_bytes([*model.parameters(), *model.buffers()])
 
 
 def build_training_step(

@@ -5,11 +5,12 @@ An entry of a list of layers is a dotted module name, or a regular expression th
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from lowrank.io.patterns import matches
+from lowrank.io.tensor_places import byte_range
+from lowrank.io.weights import check_weight, match_stacks
 from lowrank.nn.plain import find_obstacle
 
 # Every linear layer inside a numbered block: `encoder.layer.0.…`, `model.layers.0.…`, `blocks.0.…`. Embeddings, poolers,
@@ -37,8 +38,9 @@ def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, 
 
     **Raises**
 
-    - `ValueError`: an entry that matches no `nn.Linear`, none that is plain, or is no regular expression; a single string
-      instead of a list; a model that is a linear layer itself, and holds none.
+    - `ValueError`: an entry that matches no `nn.Linear` (but perhaps a stack of matrices), none that is plain, or is no regular
+      expression; a single string instead of a list; a model that is a linear layer itself, and holds none; a weight of packed
+      bytes or without elements.
     """
     return _sort_out(model, layers)[0]
 
@@ -76,6 +78,12 @@ def _sort_out(model: nn.Module, layers: Iterable[str]) -> tuple[dict[str, nn.Lin
                 f"`layers` must match nn.Linear modules, got {entry!r}, which matches {other!r}, a Conv1D: call "
                 "lowrank.nn.surgery.unify_linears(model) first."
             )
+        if not matched and (stacks := find_stacks(model, [entry])):
+            name, shape = next(iter(stacks.items()))
+            raise ValueError(
+                f"`layers` must match nn.Linear modules, got {entry!r}, which matches {name!r}, a stack of matrices of shape "
+                f"{shape}: leave it out."
+            )
         if not matched:
             raise ValueError(
                 f"`layers` must match nn.Linear modules of the model, got {entry!r}; it has: {_first(linears)} ..."
@@ -85,6 +93,8 @@ def _sort_out(model: nn.Module, layers: Iterable[str]) -> tuple[dict[str, nn.Lin
             raise ValueError(f"`layers` must match plain linear layers, got {entry!r}: of {name!r}, {odd[name]}.")
         selected |= matched
     plain = {name: module for name, module in linears.items() if name in selected - odd.keys()}
+    for name, layer in plain.items():
+        check_weight(layer.weight, name, "model")
     return plain, {name: reason for name, reason in odd.items() if name in selected}
 
 
@@ -103,6 +113,22 @@ def refuse_root(model: nn.Module, kinds: type[nn.Module] | tuple[type[nn.Module]
     if isinstance(model, kinds):
         name = type(model).__name__
         raise ValueError(f"`model` must hold the layers, got one that is a {name} itself: pass nn.Sequential(model).")
+
+
+def find_stacks(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, tuple[int, ...]]:
+    """Find the parameters that are stacks of matrices, as experts are stored: no function here handles them.
+
+    **Arguments**
+
+    - `model`: any PyTorch module; it is not changed.
+    - `layers`: names of parameters or modules, or patterns; by default all inside numbered blocks.
+
+    **Returns** name -> (matrices, rows, columns), in the order of the model.
+    """
+    convolutions = nn.Conv1d | nn.ConvTranspose1d
+    kernels = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, convolutions)}
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters() if name not in kernels}
+    return match_stacks(shapes, layers)
 
 
 def select_names(names: Iterable[str], include: Iterable[str], exclude: Iterable[str] = ()) -> list[str]:
@@ -160,20 +186,25 @@ def find_weights(model: nn.Module, include: Iterable[str] = (".*",), exclude: It
     return {name: weights[name] for name in select_names(weights, include, exclude)}
 
 
-def find_shared_weights(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Find the layers whose weight is a parameter of another module too, as in tied embeddings.
+def find_shared_weights(model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, list[str]]:
+    """Find the layers whose weight is a parameter or buffer of another module too, as in tied embeddings, or a part of one.
 
     **Arguments**
 
     - `model`: the whole model.
     - `layers`: name -> layer, the layers to look at.
 
-    **Returns** layer -> all names of its weight in the model, for shared weights only.
+    **Returns** layer -> all names of its weight in the model, and of tensors that overlap it, for shared weights only.
     """
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    aliases = {name: names.get(id(layer.weight), []) for name, layer in layers.items()}
+    ranges: dict[int, list[tuple[str, int, int]]] = {}
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors:
+        storage, start, end = byte_range(tensor)
+        ranges.setdefault(storage, []).append((name, start, end))
+    aliases: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        storage, start, end = byte_range(layer.weight)
+        aliases[name] = [other for other, first, last in ranges.get(storage, ()) if first < end and start < last]
     return {name: alias for name, alias in aliases.items() if len(alias) > 1}
 
 

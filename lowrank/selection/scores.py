@@ -1,8 +1,9 @@
 """Scores of every layer of a model as a file.
 
-The file (`*_scores.json`, format "lowrank.scores/1") has the keys of the published schema, and `format`, `window`, `exact`. Each
-row of `layers` has the published keys, and `block`, `raw_metric` (null if there is none), `status`, and the norms of the entries
-`norm_1`, `norm_2`, `norm_inf`. The published key of the score of a layer is `significance_score`.
+The file (`*_scores.json`, format "lowrank.scores/1") has the keys of the published schema, and `format`, `window`, `exact`,
+`share_of_model`, the weights of the layers as a share of all parameters, and `left_out`, stacks of matrices without a score.
+Each row of `layers` has the published keys, and `block`, `raw_metric` (null if there is none), `status`, and the norms of the
+entries `norm_1`, `norm_2`, `norm_inf`. The published key of the score of a layer is `significance_score`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lowrank.factorization.precision import with_float64
 from lowrank.io.checks import require
-from lowrank.io.weights import Source, open_weights
+from lowrank.io.weights import Source, check_weight, open_weights
 from lowrank.nn.targets import BLOCKS, split_block
 from lowrank.selection.esd import SPECTRAL_METRICS, WINDOWS, esd_metrics_together
 from lowrank.selection.layer_sizes import layer_sizes
@@ -96,14 +96,19 @@ def layer_scores(
     **Raises**
 
     - `ValueError`: an unknown metric; `config.prunable` is None for a metric that is no exponent; a layer without the metric, by
-      name and status; no such layer.
+      name and status; no such layer; a weight of packed bytes or without elements.
     - `FileNotFoundError`: no such checkpoint, see `lowrank.io.weights.open_weights`.
+
+    **Warns**
+
+    - `LeftOutWarning`: stacks of matrices, such as the experts of a mixture, that are left out.
     """
     require(metric in SPECTRAL_METRICS, "metric", f"be one of {list(SPECTRAL_METRICS)}", metric)
     prunable = config.prunable or ("larger" if metric.startswith(("alpha", "hill")) else None)
     require(prunable is not None, "prunable", f"be 'larger' or 'smaller' for the metric {metric!r}", prunable)
     patterns = list(layers)
-    rows = _measure_layers(model, patterns, metric, config, device, progress)
+    sizes = layer_sizes(model, patterns)
+    rows = _measure_layers(model, sizes, metric, config, device, progress)
     _check_metrics(rows, metric, config.missing)
     sign = 1 if prunable == "larger" else -1
     metrics = {row["name"]: math.nan if row["raw_metric"] is None else row["raw_metric"] for row in rows}
@@ -119,25 +124,29 @@ def layer_scores(
     for row in rows:
         row["pruning_ratio"], row["significance_score"] = ratios[row["name"]], 1 - ratios[row["name"]]
     model_keys = {"model_name": name or _name_model(model), "metric_name": metric, "layers_named": patterns}
+    model_keys |= {"share_of_model": sizes.share_of_model, "left_out": list(sizes.left_out)}
     return Scores(rows, model_keys | _published_keys(config) | {"prunable": prunable})
 
 
 def _measure_layers(
     model: Source,
-    layers: list[str],
+    sizes: Mapping[str, tuple[int, ...]],
     metric: str,
     config: ScoringConfig,
     device: torch.device | str | None,
     progress: bool,
 ) -> list[dict[str, Any]]:
     """Return one row per layer, without ratio and score."""
-    sizes, rows = layer_sizes(model, layers), {}
+    rows = {}
     with (
         open_weights(model, "model") as checkpoint,
         tqdm(total=len(sizes), desc="scores", unit="matrix", disable=not progress) as bar,
     ):
         for names in _batch_layers(sizes, device if device is not None else _device_of(model)):
-            weights = [checkpoint.read(f"{name}.weight").detach().to(device) for name in names]
+            weights = [checkpoint.read(f"{name}.weight").detach() for name in names]
+            for name, weight in zip(names, weights, strict=True):
+                check_weight(weight, name, "model")
+            weights = [weight.to(device) for weight in weights]
             spectra = esd_metrics_together(weights, config.window, config.smallest)
             for name, weight, metrics in zip(names, weights, spectra, strict=True):
                 rows[name] = {

@@ -12,10 +12,8 @@ from torch.nn import functional
 from lowrank.calibration.divergence import at_least_float32, class_divergence
 from lowrank.factorization.precision import float64_device, with_float64
 from lowrank.io.checks import require
-from lowrank.nn.batches import Batch, batches_on, compute_logits, device_of, eval_mode, get_labels
+from lowrank.nn.batches import IGNORED, Batch, batches_on, compute_logits, device_of, eval_mode, get_labels
 from lowrank.tasks.metrics import METRICS, Metric
-
-IGNORED = -100  # the label of a position without a target, as in transformers
 
 
 class Objective(NamedTuple):
@@ -23,7 +21,8 @@ class Objective(NamedTuple):
 
     **Arguments**
 
-    - `losses`: `(outputs, targets) -> (targets,)`, one loss per target.
+    - `losses`: `(outputs, targets) -> (targets,)`, one loss per target; positions with the label -100 have none, but a number
+      that is predicted may be -100.
     - `predict`: `outputs -> (samples,)`, to compare with the labels; None if the loss alone counts, as for language models.
     - `sample`: `(outputs, generator) -> targets`, random targets from the model's own prediction. Their gradients give the
       true Fisher information.
@@ -38,7 +37,15 @@ class Objective(NamedTuple):
 
 
 def _classification_losses(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Compare each sample, or each token of a sample, with its class; targets in floats are probabilities of classes."""
+    if not targets.is_floating_point():
+        outputs, targets = outputs[targets != IGNORED], targets[targets != IGNORED]
     return functional.cross_entropy(at_least_float32(outputs), targets, reduction="none")
+
+
+def _classification_divergence(outputs: Tensor, teacher: Tensor, targets: Tensor | None) -> Tensor:
+    divergences = class_divergence(outputs, teacher)
+    return divergences if targets is None or targets.is_floating_point() else divergences[targets != IGNORED]
 
 
 def _sample_classes(outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -83,7 +90,7 @@ OBJECTIVES = {
         _classification_losses,
         lambda outputs: outputs.argmax(-1),
         _sample_classes,
-        lambda outputs, teacher, targets: class_divergence(outputs, teacher),
+        _classification_divergence,
     ),
     "regression": Objective(
         _squared_difference,
@@ -141,7 +148,10 @@ def _run(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> tu
             total += with_float64(losses).double().sum().item()
             count += len(losses)
             if predict is not None:
-                predicted.append(predict(outputs).float().cpu().numpy())
+                found = predict(outputs)
+                if len(losses) < targets.numel():  # some positions have no target
+                    found, targets = found[targets != IGNORED], targets[targets != IGNORED]
+                predicted.append(found.float().cpu().numpy())
                 true.append(targets.float().cpu().numpy())
     if count == 0:
         raise ValueError("`batches` must hold at least one target, got none.")

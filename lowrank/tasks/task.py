@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from lowrank.io.checks import require, require_frozen
-from lowrank.nn.batches import Batch, compute_logits, get_labels, has_labels
+from lowrank.nn.batches import IGNORED, Batch, compute_logits, get_labels, has_labels
 from lowrank.nn.targets import BLOCKS, find_linears
-from lowrank.tasks.evaluation import IGNORED, OBJECTIVES, evaluate
+from lowrank.tasks.evaluation import OBJECTIVES, evaluate
 from lowrank.tasks.metrics import METRICS, Metric
 
 
@@ -151,14 +151,15 @@ class Task:
         return find_linears(model, self.layers)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Compute the mean loss over the targets of a batch, a scalar.
+        """Compute the mean loss over the targets of a batch, a scalar; 0 for a batch without targets.
 
         **Arguments**
 
         - `model`: a model of this task, in any form.
         - `batch`: with labels.
         """
-        return OBJECTIVES[self.objective].losses(compute_logits(model, batch), get_labels(batch)).mean()
+        losses = OBJECTIVES[self.objective].losses(compute_logits(model, batch), get_labels(batch))
+        return _mean(losses)
 
     def total_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Compute the sum of the losses over the targets of a batch, a scalar, as `collect_statistics` takes it.
@@ -186,7 +187,9 @@ class Task:
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             outputs, labels = compute_logits(model, batch), get_labels(batch)
             targets = objective.sample(outputs.detach(), generator)
-            return objective.losses(outputs, targets.masked_fill(labels == IGNORED, IGNORED)).sum()
+            if not labels.is_floating_point():  # a number that is predicted may be -100
+                targets = targets.masked_fill(labels == IGNORED, IGNORED)
+            return objective.losses(outputs, targets).sum()
 
         return loss
 
@@ -200,7 +203,7 @@ class Task:
         **Returns** `(model, batch) -> scalar`.
         """
         compare = self.divergences(teacher)
-        return lambda model, batch: compare(model, batch).mean()
+        return lambda model, batch: _mean(compare(model, batch))
 
     def divergences(self, teacher: nn.Module) -> Callable[[nn.Module, Batch], Tensor]:
         """Return a function that measures the distance between the outputs of a model and those of a teacher.
@@ -237,3 +240,8 @@ class Task:
         - `ValueError`: no such split; 'test' before `open_test`.
         """
         return evaluate(model, self.batches(split, batch_size), self.objective, self.metrics)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Return the mean, 0 of nothing: a batch may have no target."""
+    return values.mean() if values.numel() else values.sum()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.io.checks import require
-from lowrank.nn.batches import Batch, compute_logits, get_labels, has_labels, is_empty
+from lowrank.nn.batches import IGNORED, Batch, compute_logits, get_labels, has_labels, is_empty
 from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.training.loop import Recipe, fit
 
@@ -52,7 +52,9 @@ class LoraOptions:
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Compute the loss that a transformers model takes from the labels of its batch, else the cross-entropy.
+    """Compute the loss that a transformers model takes from the labels of its batch, else the mean cross-entropy.
+
+    Positions with the label -100 do not count.
 
     **Arguments**
 
@@ -65,7 +67,12 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
         outputs: Any = model(**batch)
         if getattr(outputs, "loss", None) is not None:
             return outputs.loss
-    return nn.functional.cross_entropy(compute_logits(model, batch), get_labels(batch))
+    outputs, labels = compute_logits(model, batch), get_labels(batch)
+    if labels.is_floating_point():  # probabilities of classes
+        return nn.functional.cross_entropy(outputs, labels)
+    if bool((labels == IGNORED).all()):
+        return 0.0 * outputs.sum()
+    return nn.functional.cross_entropy(outputs.flatten(0, -2), labels.flatten())
 
 
 def factor_names(model: nn.Module, factor: str) -> list[str]:

@@ -113,19 +113,67 @@ def test_layers_with_one_input_share_one_matrix(model, generator) -> None:
     assert len(set(pointers.values())) == 6  # of 8 layers
 
 
-def test_layers_that_stop_sharing_are_refused(generator) -> None:
-    class Fickle(nn.Module):
+class Fickle(nn.Module):
+    """Three layers; a plan says for each call which of them receive x itself, a copy of it, or nothing."""
+
+    def __init__(self, plan: Sequence[str]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.plan = iter(plan)
+        self.seen: list[list[Tensor]] = [[], [], []]
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = {"x": x, "c": 2.0 * x, "-": None}
+        total = torch.zeros(())
+        for block, seen, which in zip(self.blocks, self.seen, next(self.plan), strict=True):
+            if (value := inputs[which]) is not None:
+                seen.append(value)
+                total = total + block(value).sum()
+        return total
+
+
+PLANS = {
+    "always": ["xxx"] * 3,
+    "apart at once": ["xxc", "xxx", "xcx"],
+    "apart later": ["xxx", "xxx", "xcx", "xxx", "ccx"],
+    "two leave together": ["xxx", "xcc", "xxx"],
+    "the first leaves": ["xxx", "cxx", "xxx"],
+    "one pauses": ["xxx", "x-x", "xxx"],
+    "the first pauses": ["xxx", "-xx", "xxx"],
+    "one comes late": ["x--", "xxx", "xxx"],
+}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_sharing_is_decided_at_every_call(generator, plan) -> None:
+    model = Fickle(plan).double()
+    batches = [torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in plan]
+    found = collect_statistics(model, batches, [f"blocks.{i}" for i in range(3)])
+    for index, seen in enumerate(model.seen):
+        assert close(found[f"blocks.{index}"], statistics_of_rows(torch.cat(seen)))
+    always = [i for i in range(3) if all(call[i] == call[0] == "x" for call in plan)]
+    assert (
+        len({found[f"blocks.{i}"].gram.data_ptr() for i in always}) <= 1
+    )  # those that share to the end keep one matrix
+
+
+def test_layers_that_stop_sharing_within_a_pass_are_set_apart(generator) -> None:
+    class Twice(nn.Module):
+        """One block used twice: the second time q and k receive different tensors."""
+
         def __init__(self) -> None:
             super().__init__()
             self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-            self.calls = 0
 
         def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            return self.blocks[0](x) + self.blocks[1](x if self.calls == 1 else x.clone())
+            y = self.blocks[0](x) + self.blocks[1](x)
+            return self.blocks[0](y) + self.blocks[1](3.0 * y)
 
-    with pytest.raises(ValueError, match=r"one input at first and now have two"):
-        collect_statistics(Fickle(), [torch.randn(3, 4, generator=generator)] * 2, ["blocks.0", "blocks.1"])
+    model, x = Twice().double(), torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    y = (model.blocks[0](x) + model.blocks[1](x)).detach()
+    found = collect_statistics(model, [x, x], ["blocks.0", "blocks.1"])
+    assert close(found["blocks.0"], statistics_of_rows(torch.cat([x, y] * 2)))
+    assert close(found["blocks.1"], statistics_of_rows(torch.cat([x, 3.0 * y] * 2)))
 
 
 def test_an_input_changed_in_place_is_another_input(generator) -> None:
@@ -495,9 +543,9 @@ def test_bad_calibration_data_is_named(model, generator) -> None:
     with pytest.raises(ValueError, match=r"no calibration token for 'blocks.0.q'"):
         collect_statistics(model, [])
     with pytest.raises(ValueError, match="at least one unmasked token, got none for layer 'blocks.0.q'"):
-        collect_statistics(model, [{"input_ids": ids, "attention_mask": torch.zeros(4, 5)}])
-    with pytest.raises(ValueError, match=r"shape \(batch, tokens\), got \(4, 1, 5, 5\)"):
-        collect_statistics(model, [{"input_ids": ids, "attention_mask": torch.ones(4, 1, 5, 5)}])
+        collect_statistics(model, [{"input_ids": ids, "attention_mask": torch.zeros(4, 5).long()}])
+    with pytest.raises(ValueError, match=r"shape \(batch, tokens\), .*, got \(4,\)"):
+        collect_statistics(model, [{"input_ids": ids, "attention_mask": torch.ones(4)}])
     linear = nn.Sequential(nn.Linear(5, 2), nn.Linear(2, 2))
     for bad in (float("nan"), float("inf")):
         x = torch.ones(3, 5)
@@ -528,7 +576,7 @@ def test_padding_that_does_not_fit_a_layer_is_named(generator) -> None:
 
     mask = torch.ones(3, 4)
     mask[0, 2:] = 0
-    with pytest.raises(ValueError, match="does not fit layer 'head', whose values have shape"):
+    with pytest.raises(ValueError, match="does not fit layer 'head', whose rows have shape"):
         collect_statistics(Pooled(), [{"input_ids": tokens(3, 4, generator), "attention_mask": mask}], ["head"])
 
 

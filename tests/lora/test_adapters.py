@@ -184,3 +184,31 @@ def test_refusals(case: Any, tmp_path: Path) -> None:
         load_model(tmp_path / "nowhere", kind)
     with pytest.raises(ValueError, match="`modules` must have parameters in `source`, got 'lost'"):
         read_tensors(tuned, ["lost"])
+
+
+def test_a_start_from_inputs_sees_no_padding_of_either_sequence() -> None:
+    """Source and target have one length; what is on their padding may be anything."""
+    from transformers import BartConfig, BartForConditionalGeneration  # noqa: PLC0415
+
+    sizes = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    torch.manual_seed(0)
+    base = BartForConditionalGeneration(
+        BartConfig(vocab_size=64, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, **sizes)
+    ).eval()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    spectra = delta_spectra(base, tuned, [r".*layers\.0\.(fc1|encoder_attn\.k_proj)"], progress=False)
+    ids = torch.randint(3, 60, (6, 10))
+    masks = {"attention_mask": torch.arange(10) < 9, "decoder_attention_mask": torch.arange(10) < 4}
+    starts = []
+    for fill in (7, 51):
+        batch = {key: mask.expand(6, 10).long() for key, mask in masks.items()}
+        batch |= {"input_ids": ids.where(masks["attention_mask"], fill)}
+        batch |= {"decoder_input_ids": ids.where(masks["decoder_attention_mask"], fill)}
+        model = add_adapter(copy.deepcopy(base), exact(spectra), start="eva", batches=[batch] * 3)
+        starts.append({name: value for name, value in model.named_parameters() if "lora_A" in name})
+    assert len(starts[0]) == 3
+    for name, value in starts[0].items():
+        torch.testing.assert_close(value, starts[1][name], atol=1e-5, rtol=1e-4)

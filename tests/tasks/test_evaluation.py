@@ -48,6 +48,62 @@ def test_positions_predict_the_next_token_and_ignored_ones_do_not_count() -> Non
     assert evaluate(Fixed(), [(outputs, targets)], "language_modelling")["loss"] == pytest.approx(0, abs=1e-6)
 
 
+def tagged(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and labels of tokens, some of them without a target; and which have one."""
+    outputs, targets = torch.randn(6, 5, 4, generator=generator), torch.randint(0, 4, (6, 5), generator=generator)
+    chosen = torch.rand(6, 5, generator=generator) < 0.6
+    chosen[2] = False  # a sample without any
+    return outputs, targets.masked_fill(~chosen, IGNORED), chosen
+
+
+@pytest.mark.parametrize("objective", ["classification", "language_modelling"])
+def test_labels_of_minus_100_count_nowhere(objective, generator) -> None:
+    """Losses, metrics, draws and divergences are those of the positions that have a target, in any split of the batches."""
+    outputs, targets, chosen = tagged(generator)
+    shift = int(objective == "language_modelling")
+    logits, classes = outputs[:, : 5 - shift][chosen[:, shift:]], targets[:, shift:][chosen[:, shift:]]
+    expected = torch.nn.functional.cross_entropy(logits.double(), classes)
+    batches = [*zip(outputs.split([2, 1, 3]), targets.split([2, 1, 3]), strict=True)]
+    metrics = [] if shift else ["accuracy"]
+    found = evaluate(Fixed(), batches, objective, metrics)
+    assert found["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert found.get("accuracy") == (None if shift else pytest.approx((logits.argmax(-1) == classes).double().mean()))
+
+    task = Task("tags", {}, Fixed, objective, ("accuracy",))
+    model, teacher = Fixed(), nn.Sequential(Fixed(), nn.Tanh())
+    batch, empty = (outputs, targets), (outputs[2:3], targets[2:3])
+    assert torch.allclose(task.loss(model, batch).double(), expected, rtol=1e-6)
+    assert torch.allclose(task.total_loss(model, batch).double(), expected * len(classes), rtol=1e-5)
+    values = task.divergences(teacher)(model, batch)
+    log_p, log_q = logits.tanh().log_softmax(-1), logits.log_softmax(-1)
+    assert torch.allclose(
+        values.flatten().sort().values, (log_p.exp() * (log_p - log_q)).sum(-1).sort().values, atol=1e-6
+    )
+    assert task.loss(model, empty) == task.total_loss(model, empty) == task.divergence(teacher)(model, empty) == 0
+    before = task.sampled_loss(3)(model, batch)
+    changed = outputs.clone()
+    changed[:, : 5 - shift][~chosen[:, shift:]] += 1.0
+    changed[:, 5 - shift :] += 1.0
+    assert (
+        torch.allclose(task.sampled_loss(3)(model, (changed, targets)), before) or shift
+    )  # draws move with the logits
+    assert task.sampled_loss(3)(model, empty) == 0
+
+
+def test_a_number_to_predict_may_be_minus_100(generator) -> None:
+    outputs, targets = torch.randn(8, 1, generator=generator), torch.full((8,), -100.0)
+    found = evaluate(Fixed(), [(outputs, targets)], "regression")
+    assert found["loss"] == pytest.approx((outputs + 100).square().mean().item())
+    task = Task("numbers", {}, Fixed, "regression", ("pearson",))
+    assert task.sampled_loss(0)(Fixed(), (outputs, targets)) < 50  # draws are near the outputs, not at -100
+
+
+def test_probabilities_of_classes_are_targets_too(generator) -> None:
+    outputs, targets = torch.randn(8, 3, generator=generator), torch.rand(8, 3, generator=generator).softmax(-1)
+    expected = -(targets * outputs.log_softmax(-1)).sum(-1)
+    assert torch.allclose(OBJECTIVES["classification"].losses(outputs, targets), expected, atol=1e-6)
+
+
 def test_batches_of_unequal_size_weigh_by_targets(generator) -> None:
     outputs = torch.randn(10, 1, generator=generator)
     targets = torch.randn(10, generator=generator)

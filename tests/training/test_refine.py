@@ -381,6 +381,16 @@ def test_the_default_loss_is_that_of_the_model_or_cross_entropy() -> None:
     assert torch.equal(model_loss(model, batch), nn.functional.cross_entropy(model(batch[0]), batch[1]))
 
 
+def test_positions_without_a_label_have_no_loss(generator) -> None:
+    model, x = nn.Linear(4, 3), torch.randn(5, 7, 4, generator=generator)
+    labels = torch.randint(0, 3, (5, 7), generator=generator)
+    labels[:, 3:] = -100
+    expected = nn.functional.cross_entropy(model(x[:, :3]).flatten(0, 1), labels[:, :3].flatten())
+    assert torch.allclose(model_loss(model, (x, labels)), expected)
+    assert torch.allclose(model_loss(model, (x[:, 0], labels[:, 0])), model_loss(model, (x[:, :1], labels[:, :1])))
+    assert model_loss(model, (x, torch.full_like(labels, -100))) == 0
+
+
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
