@@ -121,7 +121,7 @@ class SharedInputs:
                 group.add_pending()
 
     def align(self, labels: Sequence[Mapping[str, str]]) -> None:
-        """Keep together only those layers that share their sums in all processes.
+        """Set apart the layers that do not share their sums in all processes.
 
         **Arguments**
 
