@@ -51,7 +51,12 @@ class BatchPadding:
         return {prefix: mask for prefix, mask in self.masks.items() if not bool(mask.all())}
 
     def readings(self, lead: Lead) -> tuple[list[tuple[str, str]], bool]:
-        """Return the padded sequences and layouts that fit rows by their shape, and whether rows without padding may do too."""
+        """Return the padded sequences and layouts that fit rows by their shape, and whether all rows may be tokens.
+
+        **Arguments**
+
+        - `lead`: shape of the rows, all dimensions of an input but the last.
+        """
         padded = self.padded
         fitting = [
             (prefix, layout)
@@ -68,6 +73,12 @@ class BatchPadding:
 
     def keep(self, lead: Lead, layer: str, call: int) -> Tensor | None:
         """Return which rows are tokens, `(rows,)`, bool; None for all of them.
+
+        **Arguments**
+
+        - `lead`: shape of the rows.
+        - `layer`: its name.
+        - `call`: how many times it was called before in this pass.
 
         **Raises**
 
@@ -113,7 +124,7 @@ def token_rows(
 
 
 class Padding:
-    """Learn from passes of a model which sequence of a batch each layer sees, and how its rows lie.
+    """Find out from passes of a model which sequence of a batch each layer sees, and how its rows lie.
 
     Shapes alone do not tell source from target where both have one length, nor samples from tokens where there are as many of
     one as of the other. So the model is asked where more than one reading is possible. The inputs on the padding of a sequence

@@ -98,7 +98,7 @@ class SharedInputs:
             group.waiting = set(group.members) - {name}
 
     def end_batch(self) -> None:
-        """Part the layers that did not receive the last input of their group, and forget the inputs."""
+        """Set apart the layers that did not receive the last input of their group, and forget the inputs."""
         for group in self.groups:
             self._part(sorted(group.waiting))
             group.first = None
@@ -121,7 +121,7 @@ class SharedInputs:
                 group.add_pending()
 
     def align(self, labels: Sequence[Mapping[str, str]]) -> None:
-        """Share the sums of those layers only that share them in all processes.
+        """Set apart the layers that do not share their sums in all processes.
 
         **Arguments**
 

@@ -26,7 +26,7 @@ def byte_range(tensor: Tensor) -> tuple[int, int, int]:
         return id(tensor), 0, tensor.numel() * tensor.element_size()
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     length = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
-    first = tensor.storage_offset()
+    first = int(tensor.storage_offset())
     return _storage(tensor), first * tensor.element_size(), (first + length) * tensor.element_size()
 
 

@@ -67,7 +67,7 @@ def layer_sizes(model: Source, layers: Iterable[str] = BLOCKS) -> LayerSizes:
         if not any(matches(name, entry) for name in names):
             others = match_stacks(left_out, [entry])
             hint = f", but stacks of matrices, such as {next(iter(others.items()))}" if others else ""
-            raise ValueError(f"`layers` must match weights of the model, got none for {entry!r}{hint}.")
+            raise ValueError(f"`layers` must match weights of the model, got none for {[entry]}{hint}.")
     sizes = {name: shapes[f"{name}.weight"] for name in names}
     whole = model.parameters() if isinstance(model, nn.Module) else None
     total = sum(map(prod, shapes.values())) if whole is None else count_elements(whole)

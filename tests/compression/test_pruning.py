@@ -19,7 +19,7 @@ from lowrank.factorization.running_moments import statistics_of_rows
 from lowrank.nn.targets import find_linears
 
 RATIOS = [0, 1e-9, 0.001, 0.01, 0.1, 1 / 3, 0.29, 0.5, 0.5005, 0.7, 0.99, 0.999]
-ROWS = {"layer", "ratio", "pruned", "weights", "sparsity"}
+ROWS = {"layer", "ratio", "pruned", "weights", "sparsity", "share_of_model"}
 
 
 def problem(shape: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
