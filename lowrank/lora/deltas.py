@@ -25,6 +25,7 @@ from lowrank.io.weights import (
     match_stacks,
     open_weights,
 )
+from lowrank.lora.noise import noise_edge
 from lowrank.nn.targets import BLOCKS
 
 
