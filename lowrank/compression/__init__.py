@@ -12,6 +12,7 @@
 - `result`: `CompressionResult`, what a compression did, and `parameter_counts`.
 - `checks`: what can be wrong, found before a model is changed.
 - `checkpoint`: `save_compressed` and `load_compressed`, a folder with safetensors and a JSON record.
+- `record_schema`: the fields of that JSON record.
 - `architecture`: how the dense architecture is built again without its weights.
 - `pruning`: `prune` by magnitude or Wanda, to exact counts, per row, per matrix or n:m.
 """

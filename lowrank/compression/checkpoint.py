@@ -20,15 +20,17 @@ from lowrank.compression.architecture import (
     insert_layers,
     save_config,
 )
+from lowrank.compression.record_schema import CompressedRecord
+from lowrank.io.checks import require
 from lowrank.io.files import open_safetensors, writing
 from lowrank.io.hashing import hash_tensors
+from lowrank.io.records import read_record
 from lowrank.io.weights import distinct_tensors
 
 FORMAT = "lowrank.compressed/1"
 RECORD = "lowrank_record"  # attribute of a compressed model: the hash of its dense weights, and the table of its layers
 TENSORS, METADATA = "model.safetensors", "lowrank.json"
 FILES = {TENSORS, METADATA, "config.json", "generation_config.json"}
-KEYS = {"base", "model", "layers", "tensors", "tied"}
 
 
 def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def load_compressed(
         raise FileNotFoundError(
             f"`folder` must contain a model written by save_compressed, got {str(folder)!r} without {missing}."
         )
-    metadata = _read_metadata(folder)
+    metadata = read_record(folder / METADATA, FORMAT, CompressedRecord, "save_compressed", "folder")
     with open_safetensors(
         folder / TENSORS, "folder", str(device)
     ) as file:  # copies: a tensor as read stays mapped to the file
@@ -114,6 +116,8 @@ def load_compressed(
     if model is None:
         raise ValueError("`architecture` must be the dense model, for one of neither transformers nor timm, got None.")
     insert_layers(model, metadata["layers"])
+    for name, stored in metadata["tied"].items():
+        require(stored in tensors, "folder", f"hold the tensor that {name!r} is tied to", stored)
     state = _untie(tensors, metadata["tied"])
     _compare_shapes(_shapes(model.state_dict()), _shapes(state), "folder")
     if hash_tensors(tensors) != metadata["tensors"]:
@@ -143,19 +147,6 @@ def _check_rebuild(metadata: Mapping[str, Any], folder: Path, tensors: Mapping[s
     if (model := build_skeleton(metadata["base"], folder)) is not None:
         insert_layers(model, metadata["layers"])
         _compare_shapes(_shapes(model.state_dict()), _shapes(_untie(tensors, metadata["tied"])), "base")
-
-
-def _read_metadata(folder: Path) -> dict[str, Any]:
-    try:
-        metadata = json.loads((folder / METADATA).read_text(encoding="utf8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"`folder` must contain a whole {METADATA}, got {str(folder)!r}: {error}.") from error
-    format_read = metadata.get("format") if isinstance(metadata, dict) else metadata
-    if format_read != FORMAT:
-        raise ValueError(f"`folder` must have format {FORMAT!r}, got {format_read!r} in {str(folder)!r}.")
-    if missing := sorted(KEYS - metadata.keys()):
-        raise ValueError(f"`folder` must contain a whole {METADATA}, got {str(folder)!r} without {missing}.")
-    return metadata
 
 
 def _tie_parameter(model: nn.Module, name: str, stored: str) -> None:

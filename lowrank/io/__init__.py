@@ -2,6 +2,7 @@
 
 - `files`: write a file or folder whole or not at all, and open safetensors files with clear errors.
 - `records`: JSON files that carry the name and version of their format.
+- `schemas`: check what a file holds against a schema, one per format, and name the field that breaks it.
 - `weights`: the tensors of a checkpoint by name, from a folder, a file, the Hub or a model in memory.
 - `hub`: models, tokenizers and data sets by Hub name, with errors that name the remedy.
 - `cache`: expensive results on disk, each under a hash of everything that determines it.

@@ -4,7 +4,6 @@ A checkpoint is a folder with `model.safetensors` or its shards, a single such f
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,15 +11,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from torch import Size, Tensor, nn
 
 from lowrank.io.checks import require
 from lowrank.io.files import open_safetensors
 from lowrank.io.hashing import hash_model, hash_options
 from lowrank.io.hub import load_or_explain
+from lowrank.io.schemas import Schema, read_json
 
 Source = Path | str | nn.Module
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+
+
+class _ShardIndex(Schema):
+    weight_map: dict[str, str] = Field(min_length=1)
+
+
+class ModelConfig(Schema):
+    """Hold what is read of a `config.json`.
+
+    **Arguments**
+
+    - `model_type`: the architecture, None if it is not named.
+    - `architectures`: names of classes, None if they are not named.
+    """
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +91,7 @@ def open_weights(source: Source, name: str) -> Iterator[OpenWeights]:
             return file.get_tensor(key)
 
     config_file = files[0].parent / CONFIG
-    config = json.loads(config_file.read_text(encoding="utf8")) if config_file.exists() else None
+    config = read_json(config_file, name, ModelConfig) if config_file.exists() else None
     yield OpenWeights(shapes, read, _architecture(config), files)
 
 
@@ -88,7 +106,7 @@ def _find_files(source: Path | str, name: str) -> list[Path]:
     if not path.is_dir():
         path = _download(source, name)
     if (index := path / INDEX).exists():
-        shards = sorted({path / shard for shard in json.loads(index.read_text(encoding="utf8"))["weight_map"].values()})
+        shards = sorted({path / shard for shard in read_json(index, name, _ShardIndex)["weight_map"].values()})
         if missing := [shard.name for shard in shards if not shard.exists()]:
             raise FileNotFoundError(
                 f"`{name}` must hold every shard of its index, got {str(path)!r} without {missing[0]!r}."

@@ -13,9 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, PositiveInt
 from torch import nn
 
 from lowrank.io.records import read_record, write_record
+from lowrank.io.schemas import Schema
 from lowrank.lora.deltas import DeltaSpectrum
 from lowrank.lora.module_names import find_modules
 from lowrank.lora.rank_rule import RankRule, median_ranks
@@ -24,6 +26,22 @@ from lowrank.lora.ranks import rank_for_delta
 DEFAULT_RULE = RankRule()
 _FORMAT = "lowrank.rank_config/1"
 _RANK_OPTIONS = {"r", "target_modules", "rank_pattern", "alpha_pattern"}  # of peft, which `lora_config` sets
+
+
+class _ModuleRecord(Schema):
+    out: PositiveInt
+    inputs: PositiveInt = Field(alias="in")
+
+
+class _RankRecord(Schema):
+    """Hold the fields of the file that are read again: those of `RankConfig`."""
+
+    module_ranks: dict[str, int] = Field(min_length=1)
+    modules: dict[str, _ModuleRecord]
+    analysis_metadata: dict[str, Any]
+    model: str | None
+    hashes: dict[str, str]
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -148,18 +166,18 @@ class RankConfig:
         **Raises**
 
         - `FileNotFoundError`: no such file.
-        - `ValueError`: the file is no JSON or has another format; a key is missing; a rank is no int >= 1 or exceeds its module.
+        - `ValueError`: the file is no JSON or has another format; a key is missing or of another type; a rank is no int >= 1 or
+          exceeds its module.
         """
-        keys = ("module_ranks", "modules", "analysis_metadata", "model", "hashes", "versions")
-        record = read_record(path, _FORMAT, keys, "RankConfig.save")
+        record = read_record(path, _FORMAT, _RankRecord, "RankConfig.save")
         for name, rank in record["module_ranks"].items():
-            row = record["modules"].get(name, {})
-            largest = min(row.get("out", 0), row.get("in", 0))
-            if type(rank) is not int or not 1 <= rank <= largest:
+            row = record["modules"].get(name, {"out": 0, "in": 0})
+            largest = min(row["out"], row["in"])
+            if not 1 <= rank <= largest:
                 raise ValueError(
                     f"`path` must have ranks in [1, {largest}] for {name!r}, got {rank!r} in {str(path)!r}."
                 )
-        return cls(**{key: record[key] for key in keys})
+        return cls(**{key: record[key] for key in _RankRecord.model_fields})
 
     def find_modules(self, model: nn.Module) -> dict[str, str]:
         """Find the modules of this file in a model, see `lowrank.lora.module_names.find_modules`.

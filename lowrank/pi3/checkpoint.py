@@ -1,19 +1,34 @@
 """Load the weights of π³ from a file, a folder or the Hub, strictly: every tensor by name and shape."""
 
-import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import ConfigDict, create_model
 from torch import Tensor
 
 from lowrank.io.files import open_safetensors
 from lowrank.io.hub import load_or_explain
+from lowrank.io.schemas import Schema, read_json
 from lowrank.pi3.model import Pi3, Pi3Config
 
 OFFICIAL = "yyfz233/Pi3"
 SMALL_NAME = "small"
 PRETRAINED = Path(__file__).with_name("pretrained")  # `python -m lowrank.pi3.pretrain` writes the small model here
 WEIGHTS_FILE, METADATA_FILE = "model.safetensors", "run.json"
+
+_SIZES: Any = create_model(
+    "_SIZES",
+    __config__=ConfigDict(**Schema.model_config, extra="forbid"),
+    **{field.name: (field.type, field.default) for field in fields(Pi3Config)},
+)
+
+
+class _RunRecord(Schema):
+    """Hold the sizes of the model of a folder."""
+
+    config: _SIZES
 
 
 def load_pi3(source: Path | str = OFFICIAL, config: Pi3Config | None = None) -> Pi3:
@@ -42,7 +57,7 @@ def _find_weights(source: Path | str, config: Pi3Config | None) -> tuple[Path, P
     path = PRETRAINED if source == SMALL_NAME else Path(source)
     if path.is_dir():
         if config is None and (path / METADATA_FILE).exists():
-            config = Pi3Config(**json.loads((path / METADATA_FILE).read_text(encoding="utf8"))["config"])
+            config = Pi3Config(**read_json(path / METADATA_FILE, "source", _RunRecord)["config"])
         path = path / WEIGHTS_FILE
     if path.exists():
         return path, config

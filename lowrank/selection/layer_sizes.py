@@ -1,6 +1,5 @@
 """Read the shapes of the layers of a model, from the model itself or from the headers of its files."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 from accelerate import init_empty_weights
 from torch import nn
 
-from lowrank.io.weights import CONFIG, Source, match_modules, open_weights
+from lowrank.io.schemas import read_json
+from lowrank.io.weights import CONFIG, ModelConfig, Source, match_modules, open_weights
 from lowrank.nn.targets import BLOCKS, is_conv1d
 
 
@@ -49,7 +49,7 @@ def _build_skeleton(config: Path) -> nn.Module | None:
     """Build the architecture of a config.json without weights; None if transformers does not have it."""
     import transformers  # noqa: PLC0415
 
-    names = json.loads(config.read_text(encoding="utf8")).get("architectures") if config.exists() else None
+    names = read_json(config, "model", ModelConfig).get("architectures") if config.exists() else None
     kind: Any = getattr(transformers, names[0], None) if names else None
     if kind is None:
         return None

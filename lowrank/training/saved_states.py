@@ -9,6 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from accelerate import Accelerator
 
+from lowrank.io.schemas import read_json
+
 FOLDERS = "step-" + "[0-9]" * 9  # names of saved states; a name appears when its state is whole
 
 
@@ -62,7 +64,7 @@ def load_training(folder: Path | None, accelerator: Accelerator) -> list[dict[st
     if folder is None:
         return []
     accelerator.load_state(str(folder))
-    history = json.loads((folder / "history.json").read_text())
+    history = read_json(folder / "history.json", "checkpoint", list[dict[str, float]])
     accelerator.wait_for_everyone()  # with no step left, the first could return and its caller delete the state
     return history
 
