@@ -2,15 +2,14 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
-from pydantic import ConfigDict, create_model
 from torch import Tensor
 
 from lowrank.io.files import open_safetensors
 from lowrank.io.hub import load_or_explain
-from lowrank.io.schemas import Schema, read_json
+from lowrank.io.schemas import Schema, one_of, read_json
 from lowrank.pi3.model import Pi3, Pi3Config
 
 OFFICIAL = "yyfz233/Pi3"
@@ -18,17 +17,11 @@ SMALL_NAME = "small"
 PRETRAINED = Path(__file__).with_name("pretrained")  # `python -m lowrank.pi3.pretrain` writes the small model here
 WEIGHTS_FILE, METADATA_FILE = "model.safetensors", "run.json"
 
-_SIZES: Any = create_model(
-    "_SIZES",
-    __config__=ConfigDict(**Schema.model_config, extra="forbid"),
-    **{field.name: (field.type, field.default) for field in fields(Pi3Config)},
-)
-
 
 class _RunRecord(Schema):
     """Hold the sizes of the model of a folder."""
 
-    config: _SIZES
+    config: dict[Annotated[str, one_of(field.name for field in fields(Pi3Config))], int | float]
 
 
 def load_pi3(source: Path | str = OFFICIAL, config: Pi3Config | None = None) -> Pi3:

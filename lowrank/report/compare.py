@@ -16,7 +16,7 @@ import pandas as pd
 
 from lowrank.io.checks import require
 from lowrank.report.claims import CLOSE
-from lowrank.report.pages import read_claims, read_run
+from lowrank.report.result_files import read_claims, read_run, read_table
 
 TOLERANCE = 1e-3  # relative, of a number without a declared one
 FLOOR = 1e-3  # values below this share of the largest of their column are compared with it, not with themselves
@@ -186,7 +186,7 @@ def compare_table(path: Path, reference: Path, declaration: Declaration) -> tupl
     """
     if path.read_bytes() == reference.read_bytes():
         return EQUAL, ""
-    one, other = (pd.read_csv(file).drop(columns=[*declaration.ignored], errors="ignore") for file in (path, reference))
+    one, other = (read_table(file).drop(columns=[*declaration.ignored], errors="ignore") for file in (path, reference))
     if list(one) != list(other):
         here, there = ([name for name in side if name not in rest] for side, rest in ((one, other), (other, one)))
         return BEYOND, f"columns or their order differ; only here: {here}, only published: {there}"

@@ -10,8 +10,8 @@ from lowrank.io.files import writing
 from lowrank.report.bench_tables import benchmarks, sizing
 from lowrank.report.claims import FAILS
 from lowrank.report.folders import published_folder
-from lowrank.report.pages import read_claims
 from lowrank.report.parameters import notebook_names
+from lowrank.report.result_files import read_claims
 from lowrank.report.selection_tables import draw_objectives, layer_selection
 from lowrank.report.tables import (
     adapters,
