@@ -10,5 +10,6 @@
 - `dependencies`: the files of this package that a source file depends on, and a hash of their code.
 - `provenance`: commit, versions, machine and peak memory of a run.
 - `distributed`: count the processes of a distributed run and send values between them.
+- `commands`: run the function of a command line, with errors in one line.
 - `checks`: check an argument in one line, with one form of message.
 """
