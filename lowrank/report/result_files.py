@@ -23,26 +23,17 @@ class _TableRecord(Schema):
 
 
 class _RunRecord(Schema):
-    """Hold what the report reads of a run.json. Older files lack some of it, and so do those that are only compared."""
+    """Hold what a comparison and a publication read of a run.json; older files lack some of it."""
 
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    inputs: dict[str, Any] = Field(default_factory=dict)
     tables: dict[str, _TableRecord] = Field(default_factory=dict)
     measured_claims: list[str] = Field(default_factory=list)
     measured_columns: dict[str, list[str]] = Field(default_factory=dict)
     git_commit: str | None = None
     git_dirty: bool | None = None
-    device: str = ""
-    platform: str = ""
-    python: str = ""
-    versions: dict[str, str] = Field(default_factory=dict)
-    wall_s: float = 0.0
-    peak_memory_mb: dict[str, float] = Field(default_factory=dict)
-    stages_s: dict[str, float] = Field(default_factory=dict)
 
 
-class _PageRecord(_RunRecord):
-    """Hold what a page needs on top."""
+class _PageRecord(Schema):
+    """Hold what a page shows of a run.json."""
 
     parameters: dict[str, Any]
     inputs: dict[str, Any]
