@@ -18,6 +18,7 @@ from lowrank.calibration.skip_head import SkipHead
 from lowrank.factorization.methods import METHODS
 from lowrank.factorization.moments import LayerStatistics
 from lowrank.factorization.sides import fields_for, reads_of
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.nn.batches import Batch, compute_logits, device_of, eval_mode, get_token_mask, move_batch
 from lowrank.nn.targets import BLOCKS, find_linears
@@ -31,6 +32,7 @@ class FewTokensWarning(UserWarning):
     """Warn that there are too few calibration tokens for the number of inputs of a layer."""
 
 
+@check_arguments
 def collect_statistics(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowrank.factorization.moments import MOMENTS, SIZES, LayerStatistics
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.files import open_safetensors, writing
 from lowrank.io.hashing import hash_model, hash_tensors
@@ -38,6 +39,7 @@ def hash_statistics(statistics: LayerStatistics) -> str:
     return hash_tensors(statistics.moments() | {"tokens": torch.tensor(statistics.tokens)})
 
 
+@check_arguments
 def save_statistics(path: Path | str, statistics: Mapping[str, LayerStatistics], model: nn.Module, data: str) -> None:
     """Write statistics to one safetensors file, with the hash of the model that they belong to.
 
@@ -64,6 +66,7 @@ def save_statistics(path: Path | str, statistics: Mapping[str, LayerStatistics],
         save_file(tensors, partial, metadata=metadata)
 
 
+@check_arguments
 def load_statistics(path: Path | str, model: nn.Module, data: str | None = None) -> dict[str, LayerStatistics]:
     """Read statistics from a file, for the model that they belong to.
 

@@ -21,6 +21,7 @@ from lowrank.compression.architecture import (
     save_config,
 )
 from lowrank.compression.record_schema import CompressedRecord
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.files import open_safetensors, writing
 from lowrank.io.hashing import hash_tensors
@@ -33,6 +34,7 @@ TENSORS, METADATA = "model.safetensors", "lowrank.json"
 FILES = {TENSORS, METADATA, "config.json", "generation_config.json"}
 
 
+@check_arguments
 def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write a compressed model to a folder, whole or not at all.
 
@@ -83,6 +85,7 @@ def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any
     return metadata
 
 
+@check_arguments
 def load_compressed(
     folder: Path | str, device: torch.device | str = "cpu", architecture: nn.Module | None = None
 ) -> nn.Module:

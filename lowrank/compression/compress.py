@@ -17,11 +17,13 @@ from lowrank.compression.replace import replace_layers
 from lowrank.compression.result import CompressionResult, measure_model
 from lowrank.compression.retarget import read_batches, retarget_layers
 from lowrank.factorization.methods import READS, needs_gradients
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.nn.batches import Batch
 from lowrank.nn.targets import BLOCKS, find_linears
 
 
+@check_arguments
 def compress(
     model: nn.Module,
     batches: Iterable[Batch] | None = None,

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lowrank.factorization.moments import LayerStatistics, all_finite, read_gram
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.nn.targets import BLOCKS, find_linears, find_shared_weights
 
@@ -134,6 +135,7 @@ def _select_lowest(scores: Float[Tensor, "groups size"], count: int) -> Bool[Ten
     return mask
 
 
+@check_arguments
 def prune(
     model: nn.Module,
     ratios: Ratios | None = None,

@@ -23,6 +23,7 @@ from lowrank.factorization.methods import METHODS
 from lowrank.factorization.moments import LayerStatistics, centre_moments
 from lowrank.factorization.rank_allocation import kept_parameters
 from lowrank.factorization.storages import STORAGES
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.hashing import hash_model
 from lowrank.nn.low_rank import FACTORED_LAYERS
@@ -30,6 +31,7 @@ from lowrank.nn.surgery import PackedLinear, as_linear, replace_module
 from lowrank.nn.targets import BLOCKS, find_linears
 
 
+@check_arguments
 def decompose(
     model: nn.Module,
     method: str = "whitened",
@@ -84,6 +86,7 @@ def spectrum_of(layer: nn.Linear, name: str, method: str, statistics: Statistics
     return weighted_spectrum(layer.weight, weighting).cpu()
 
 
+@check_arguments
 def replace_layers(
     model: nn.Module,
     ranks: Mapping[str, int],
@@ -247,6 +250,7 @@ def _weigh(layer: nn.Linear, name: str, method: str, moments: LayerStatistics | 
         raise ValueError(f"{error} (method {method!r}, layer {name!r})") from error
 
 
+@check_arguments
 def fold(model: nn.Module) -> nn.Module:
     """Multiply every factored layer out to an `nn.Linear` and join the parts of packed ones, in place.
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from lowrank.compression.configuration import Configuration
+from lowrank.io.arguments import check_arguments
 from lowrank.nn.profiling import weight_bytes
 from lowrank.nn.targets import find_linears
 
@@ -119,6 +120,7 @@ def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,} ({after / before:.1%})"
 
 
+@check_arguments
 def parameter_counts(model: nn.Module, dense: nn.Module, layers: Iterable[str]) -> dict[str, int | float]:
     """Compare the parameters of a compressed model with those of its dense form.
 

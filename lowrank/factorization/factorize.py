@@ -24,6 +24,7 @@ from lowrank.factorization.decompositions import (
     solve,
 )
 from lowrank.factorization.moments import all_finite, gram_norm
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 
 
@@ -107,6 +108,7 @@ class Factors:
         return replace(self, left=self.left[:, :rank], right=self.right[:rank])
 
 
+@check_arguments
 def factorize(
     weight: Float[Tensor, "out in"], rank: int, weighting: Weighting = ALIKE, *, spectrum: bool = True
 ) -> Factors:

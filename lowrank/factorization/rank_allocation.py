@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowrank.factorization.storages import STORAGES, Storage
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 
 Shape = Sequence[int]
@@ -68,6 +69,7 @@ def rank_for_keep(shape: Shape, keep: float | int, storage: str = "factors", mul
     return rank
 
 
+@check_arguments
 def allocate_ranks(
     shapes: Mapping[str, Shape],
     keep: float | int,

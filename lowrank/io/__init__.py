@@ -11,5 +11,6 @@
 - `provenance`: commit, versions, machine and peak memory of a run.
 - `distributed`: count the processes of a distributed run and send values between them.
 - `commands`: run the function of a command line, with errors in one line.
+- `arguments`: check the arguments of a public function against its annotations.
 - `checks`: check an argument in one line, with one form of message.
 """

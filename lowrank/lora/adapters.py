@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.hub import load_pretrained
 from lowrank.io.weights import Source, read_tensors
@@ -70,6 +71,7 @@ def load_model(
     return model.to(PartialState().device).eval()
 
 
+@check_arguments
 def add_adapter(
     model: nn.Module,
     config: RankConfig,

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lowrank.factorization.gram import gram_triangle, slabs, squared_singular_values
 from lowrank.factorization.moments import all_finite
 from lowrank.factorization.spectra import effective_rank, rank_for_energy, retained_energy
+from lowrank.io.arguments import check_arguments
 from lowrank.io.weights import OpenWeights, Source, match_modules, open_weights
 from lowrank.nn.targets import BLOCKS
 
@@ -92,6 +93,7 @@ def noise_edge(shape: tuple[int, int]) -> float:
     return float((high + 4.0 * width) / median)
 
 
+@check_arguments
 def delta_spectra(
     base: Source, tuned: Source, layers: Iterable[str] = BLOCKS, *, progress: bool = True
 ) -> dict[str, DeltaSpectrum]:

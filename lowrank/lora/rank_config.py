@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import Field, PositiveInt
 from torch import nn
 
+from lowrank.io.arguments import check_arguments
 from lowrank.io.records import read_record, write_record
 from lowrank.io.schemas import Schema
 from lowrank.lora.deltas import DeltaSpectrum
@@ -44,6 +45,7 @@ class _RankRecord(Schema):
     versions: dict[str, str]
 
 
+@check_arguments
 @dataclass(frozen=True)
 class RankConfig:
     """Hold exact LoRA ranks by module and how they were chosen; see the docstring of the module for the file.
@@ -66,6 +68,7 @@ class RankConfig:
     versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
+    @check_arguments
     def from_spectra(
         cls,
         spectra: Mapping[str, DeltaSpectrum],
@@ -92,6 +95,7 @@ class RankConfig:
         return cls.from_ranks(changed, rule.choose_ranks(changed), rule.metadata, model=model, hashes=hashes)
 
     @classmethod
+    @check_arguments
     def from_ranks(
         cls,
         spectra: Mapping[str, DeltaSpectrum],
@@ -141,6 +145,7 @@ class RankConfig:
         """Divide the parameters of the adapter by those of all modules that changed; may exceed 1."""
         return self.parameters / sum(row["out"] * row["in"] for row in self.modules.values())
 
+    @check_arguments
     def save(self, path: Path | str) -> None:
         """Write the file, whole or not at all; the same config gives the same bytes.
 
@@ -156,6 +161,7 @@ class RankConfig:
         write_record(path, _FORMAT, asdict(self) | figures)
 
     @classmethod
+    @check_arguments
     def load(cls, path: Path | str) -> "RankConfig":
         """Read a file that `save` wrote.
 
@@ -179,6 +185,7 @@ class RankConfig:
                 )
         return cls(**{key: record[key] for key in _RankRecord.model_fields})
 
+    @check_arguments
     def find_modules(self, model: nn.Module) -> dict[str, str]:
         """Find the modules of this file in a model, see `lowrank.lora.module_names.find_modules`.
 
@@ -195,6 +202,7 @@ class RankConfig:
         shapes = {name: (self.modules[name]["out"], self.modules[name]["in"]) for name in self.module_ranks}
         return find_modules(model, shapes)
 
+    @check_arguments
     def lora_config(
         self,
         model: nn.Module,

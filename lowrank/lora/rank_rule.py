@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.lora.deltas import DeltaSpectrum
 from lowrank.lora.ranks import (
@@ -18,6 +19,7 @@ from lowrank.lora.ranks import (
 )
 
 
+@check_arguments
 @dataclass(frozen=True)
 class RankRule:
     """Hold the options of the rule; `choose_ranks` applies it.

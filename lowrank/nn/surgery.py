@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lowrank.io.arguments import check_arguments
 from lowrank.nn.targets import find_linears, is_conv1d
 
 
@@ -40,6 +41,7 @@ class PackedLinear(nn.Module):
         return None if parts[0].bias is None else torch.cat([part.bias for part in parts])
 
 
+@check_arguments
 def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] = ("q", "k", "v")) -> list[str]:
     """Replace packed projections by their parts, in place; the outputs of the model stay the same.
 
@@ -71,6 +73,7 @@ def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] =
     return [f"{name}.{part}" for name in packed for part in parts]
 
 
+@check_arguments
 def unify_linears(model: nn.Module) -> list[str]:
     """Replace every `Conv1D` of transformers (GPT-2) by an `nn.Linear`, in place; the outputs of the model stay the same.
 

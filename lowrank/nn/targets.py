@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from lowrank.io.arguments import check_arguments
+
 # Every linear layer inside a numbered block: `encoder.layer.0.…`, `model.layers.0.…`, `blocks.0.…`. Embeddings, poolers,
 # classifiers and `lm_head` stand outside the blocks, so one pattern serves BERT, Llama, OPT, ViT and their relatives.
 BLOCKS = (r".*\.\d+\..*|\d+\..*",)
@@ -19,6 +21,7 @@ HEADS_AND_EMBEDDINGS = (
 )
 
 
+@check_arguments
 def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, nn.Linear]:
     """Find the linear layers that an entry names or matches.
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from lowrank.io.arguments import check_arguments
 from lowrank.io.files import open_safetensors
 from lowrank.io.hub import load_or_explain
 from lowrank.io.schemas import Schema, one_of, read_json
@@ -24,6 +25,7 @@ class _RunRecord(Schema):
     config: dict[Annotated[str, one_of(field.name for field in fields(Pi3Config))], int | float]
 
 
+@check_arguments
 def load_pi3(source: Path | str = OFFICIAL, config: Pi3Config | None = None) -> Pi3:
     """Load a π³ in float32, in evaluation mode, on the CPU.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.selection.dynamic_program import (
     Interval,
@@ -45,6 +46,7 @@ class Assignment:
     gap: float = 0.0
 
 
+@check_arguments
 def assign_layers(
     values: Sequence[int | float],
     costs: Sequence[int | float],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.weights import Source, open_weights
 from lowrank.nn.targets import BLOCKS, split_block
@@ -23,6 +24,7 @@ _BATCH_BYTES = 2**30  # of Gram matrices of one size that an accelerator decompo
 _CACHED = 2**16  # entries that stay in the cache of a core when they are widened to float64
 
 
+@check_arguments
 @dataclass(frozen=True)
 class ScoringConfig:
     """Hold the options that turn spectra into scores.
@@ -65,6 +67,7 @@ class ScoringConfig:
         check_ratio_options(self.sparsity, self.epsilon, self.missing)
 
 
+@check_arguments
 def layer_scores(
     model: Source,
     metric: str = "alpha_peak",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank.calibration.divergence import at_least_float32, class_divergence
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.nn.batches import Batch, compute_logits, device_of, eval_mode, get_labels, move_batch
 from lowrank.tasks.metrics import METRICS, Metric
@@ -150,6 +151,7 @@ def _run(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> tu
     return total / count, np.concatenate(predicted or [np.empty(0)]), np.concatenate(true or [np.empty(0)])
 
 
+@check_arguments
 def perplexity(model: nn.Module, token_ids: Int[Tensor, "*one tokens"], window: int = 2048) -> float:
     """Compute exp of the mean next-token cross-entropy, by the protocol of the published tables.
 

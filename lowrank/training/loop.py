@@ -13,11 +13,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.nn.batches import Batch, move_batch
 from lowrank.training.saved_states import Stateful, find_state, load_objects, load_training, save_training
 
 
+@check_arguments
 @dataclass(frozen=True)
 class Recipe:
     """Hold the settings of a training.

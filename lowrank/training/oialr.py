@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.factorization.moments import all_finite
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.distributed import broadcast, process_count, process_index
 from lowrank.nn.convertible import find_convertible
@@ -22,6 +23,7 @@ from lowrank.training.optimizer_state import replace_parameter
 from lowrank.training.rank_cut import cut_rank
 
 
+@check_arguments
 @dataclass(frozen=True)
 class OIALRConfig:
     """Hold when `OIALR` converts and refreshes layers, and how far it cuts their ranks.
@@ -57,6 +59,7 @@ class OIALRConfig:
             require(holds, name, f"be {rule}", getattr(self, name))
 
 
+@check_arguments
 class OIALR:
     """Convert the layers of a model while it is trained; call `step(optimizer)` after every `optimizer.step()`.
 
@@ -159,6 +162,7 @@ class OIALR:
             "history": self.history,
         }
 
+    @check_arguments
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state that `state_dict` returned.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowrank.factorization.moments import LayerStatistics, all_finite, read_moment
 from lowrank.factorization.rank_allocation import allocate_ranks
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.nn.batches import Batch
 from lowrank.nn.targets import find_linears, find_shared_weights
@@ -36,6 +37,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
+@check_arguments
 @dataclass(frozen=True)
 class PrehabConfig:
     """Hold the settings of PREHAB.
@@ -99,6 +101,7 @@ class PrehabResult(NamedTuple):
     history: list[dict[str, Any]]
 
 
+@check_arguments
 def prehab(
     model: nn.Module,
     statistics: Mapping[str, LayerStatistics],
