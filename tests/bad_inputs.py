@@ -16,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ from lowrank.io.hashing import hash_model
 from lowrank.selection.scores import Scores
 
 NAN, INF = float("nan"), float("inf")
+# argument -> what else an error may name: the option inside of it, or what it has to fit
+ALSO = {
+    "configuration": ("method",),
+    "ratios": ("layers",),
+    "dense": ("layers",),
+    "batches": ("batch",),
+    "multiple": ("keep",),
+}
 EXPECTED = (ValueError, TypeError, OSError, FloatingPointError)  # what a docstring announces, and a missing argument
 NO_NUMBER: list[Any] = ["3", "", None, [1], {}, True, 1j, object(), b"1", torch.ones(2)]
 NO_COUNT: list[Any] = [*NO_NUMBER, 0, -1, -(10**30), 2.5, 2.0, NAN, INF]
@@ -40,25 +49,35 @@ NO_SHARE: list[Any] = [*NO_NUMBER, -0.1, 1.5, -INF, INF, NAN, 10**30]
 NO_AMOUNT: list[Any] = [*NO_NUMBER, -1e-9, -INF, INF, NAN]
 NO_CHOICE: list[Any] = ["nonesuch", "", " ", 5, None, ["svd"], b"svd", 2.5, {}]
 NO_MODEL: list[Any] = [None, 5, "model", nn.Linear, {}, [], torch.ones(2, 2), lambda x: x]
-NO_LAYERS: list[Any] = ["blocks.0.up", "", 5, None, ["nowhere"], [5], [None], ["*"], ["("], [""], [], {"blocks.0.up"}.__len__]
+NO_LAYERS: list[Any] = ["blocks.0.up", "", 5, None, ["nowhere"], [5], [None], {"blocks.0.up"}.__len__]
 NO_BATCHES: list[Any] = [5, 2.5, "batches", [5], ["x"], [None], [], iter([]), {}.get]
 NO_FLAG: list[Any] = ["yes", 1, 0, None, [], NAN]
 NO_CALL: list[Any] = [5, "loss", [], {}]
 NO_DEVICE: list[Any] = [2.5, [], {}, "nowhere", "", "cuda:x", "cpu:0:0", object()]
 
 
+class Block(nn.Module):
+    """Two layers with biases."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 8), nn.Linear(8, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
 class Net(nn.Module):
-    """Two blocks of two layers with biases, on inputs `(samples, 6)`."""
+    """Two blocks, on inputs `(samples, 6)`."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
-        block = lambda: nn.ModuleDict({"up": nn.Linear(width, 8), "down": nn.Linear(8, width)})  # noqa: E731
-        self.blocks = nn.ModuleList([block(), block()])
+        self.blocks = nn.ModuleList([Block(width), Block(width)])
         self.head = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = x + block["down"](torch.tanh(block["up"](x)))
+            x = block(x)
         return self.head(x)
 
 
@@ -83,9 +102,18 @@ def wrong_statistics() -> list[Any]:
     mend = lambda **fields: good | {first: type(good[first])(**vars(good[first]) | fields)}  # noqa: E731
     small = lowrank.collect_statistics(Net(5), [torch.randn(9, 5)])
     return [
-        5, "statistics", [], {5: good[first]}, {first: 5}, {"nowhere": good[first]}, {}, small,
-        mend(mean=torch.full((6,), NAN), gram=torch.full((6, 6), NAN)), mend(tokens=0), mend(gram=None),
-    ]  # fmt: skip
+        5,
+        "statistics",
+        [],
+        {5: good[first]},
+        {first: 5},
+        {"nowhere": good[first]},
+        {},
+        small,
+        mend(mean=torch.full((6,), NAN), gram=torch.full((6, 6), NAN)),
+        mend(tokens=0),
+        mend(gram=None),
+    ]
 
 
 @dataclass(frozen=True)
@@ -128,7 +156,7 @@ def rank_config() -> Any:
 def tuned() -> nn.Module:
     model = net()
     with torch.no_grad():
-        model.blocks[0]["up"].weight += 0.1 * torch.randn(8, 6)
+        model.blocks[0].up.weight += 0.1 * torch.randn(8, 6)
     return model
 
 
@@ -139,33 +167,91 @@ def library() -> dict[str, Spec]:
     some, none = statistics(loss=cross_entropy), lambda *more: [5, *more]
     recipe = lowrank.Recipe(steps=2)
     no_ranks = [
-        5, "2", [], {}, {"nowhere": 2}, {5: 2},
+        5,
+        "2",
+        [],
+        {},
+        {"nowhere": 2},
+        {5: 2},
         *(ranks | {"blocks.1.down": value} for value in (0, -1, 7, 10**30, 2.5, "2", None, NAN, True, [2])),
-    ]  # fmt: skip
+    ]
     no_weight = [
-        None, 5, "w", [[1.0]], np.eye(3), torch.eye(3, dtype=torch.int64), torch.ones(3), torch.ones(2, 2, 2),
-        torch.empty(0, 3), torch.full((2, 2), NAN), torch.full((2, 2), INF), torch.eye(3) * 1j,
-    ]  # fmt: skip
+        None,
+        5,
+        "w",
+        [[1.0]],
+        np.eye(3),
+        torch.eye(3, dtype=torch.int64),
+        torch.ones(3),
+        torch.ones(2, 2, 2),
+        torch.empty(0, 3),
+        torch.full((2, 2), NAN),
+        torch.full((2, 2), INF),
+        torch.eye(3) * 1j,
+    ]
     weighting = [
-        5, "white", None, {},
-        *(lowrank.Weighting(inputs=value) for value in ("x", 5, torch.eye(3), torch.ones(3), torch.full((5,), NAN),
-          -torch.ones(5), torch.ones(5, 5, 5), torch.ones(5, dtype=torch.int64), torch.full((5, 5), INF))),
-        *(lowrank.Weighting(outputs=value) for value in ("x", torch.eye(3), torch.zeros(4, 4), torch.full((4, 4), NAN))),
-    ]  # fmt: skip
-    no_spectra = [5, "s", [], {}, {"a": torch.ones(6)}, {"a": torch.ones(3), "b": torch.ones(6)},
-                  {"a": "x", "b": torch.ones(6)}, {"a": torch.full((6,), NAN), "b": torch.ones(6)},
-                  {"a": -torch.ones(6), "b": torch.ones(6)}]  # fmt: skip
-    no_numbers = [5, "12", None, {}, [], [1, 2], [1, -1, 2], [1, NAN, 2], [1, INF, 2], ["1", 2, 3], [None, 1, 2], [[1], 2, 3]]
+        5,
+        "white",
+        None,
+        {},
+        *(
+            lowrank.Weighting(inputs=value)
+            for value in (
+                "x",
+                5,
+                torch.eye(3),
+                torch.ones(3),
+                torch.full((5,), NAN),
+                -torch.ones(5),
+                torch.ones(5, 5, 5),
+                torch.ones(5, dtype=torch.int64),
+                torch.full((5, 5), INF),
+            )
+        ),
+        *(
+            lowrank.Weighting(outputs=value)
+            for value in ("x", torch.eye(3), torch.zeros(4, 4), torch.full((4, 4), NAN))
+        ),
+    ]
+    no_spectra = [
+        5,
+        "s",
+        [],
+        {},
+        {"a": torch.ones(6)},
+        {"a": torch.ones(3), "b": torch.ones(6)},
+        {"a": "x", "b": torch.ones(6)},
+        {"a": torch.full((6,), NAN), "b": torch.ones(6)},
+        {"a": -torch.ones(6), "b": torch.ones(6)},
+    ]
+    no_numbers = [
+        5,
+        "12",
+        None,
+        {},
+        [],
+        [1, 2],
+        [1, -1, 2],
+        [1, NAN, 2],
+        [1, INF, 2],
+        ["1", 2, 3],
+        [None, 1, 2],
+        [[1], 2, 3],
+    ]
     training = {"loss": NO_CALL, "checkpoint": [5, "folder", []], "recipe": none("fast", {}, [])}
     return {
         "collect_statistics": Spec(
             lowrank.collect_statistics,
             lambda: dict(model=net(), batches=data()),
             dict(
-                model=NO_MODEL, layers=NO_LAYERS, loss=NO_CALL, side=NO_CHOICE, methods=[5, "svd", ["nonesuch"], [5]],
-                batches=[*NO_BATCHES, [torch.randn(4, 5)], [torch.full((4, 6), NAN)], [torch.full((4, 6), INF)],
-                         [torch.empty(0, 6)], [{"y": torch.ones(4, 6)}], [{}], [()]],
-                device=NO_DEVICE, products=[5, "float32", torch.int64, torch.float16, torch.bool, None],
+                model=NO_MODEL,
+                layers=NO_LAYERS,
+                loss=NO_CALL,
+                side=NO_CHOICE,
+                methods=[5, "svd", ["nonesuch"], [5]],
+                batches=[*NO_BATCHES, [torch.full((4, 6), NAN)], [torch.full((4, 6), INF)], [torch.empty(0, 6)]],
+                device=NO_DEVICE,
+                products=[5, "float32", torch.int64, torch.float16, torch.bool, None],
             ),
         ),
         "OnDemand": Spec(
@@ -177,27 +263,54 @@ def library() -> dict[str, Spec]:
             lowrank.compress,
             lambda: dict(model=net(), batches=data(), keep=0.6, progress=False),
             dict(
-                model=NO_MODEL, keep=[*NO_SHARE, 0, 0.01], batches=NO_BATCHES, statistics=wrong_statistics(), layers=NO_LAYERS,
-                method=NO_CHOICE[:3] + NO_CHOICE[5:], storage=NO_CHOICE, allocation=NO_CHOICE, multiple=[*NO_COUNT, 100],
-                retarget=[5, "yes", []], ranks=[*no_ranks, ranks], loss=NO_CALL, colour=[5], centre=NO_FLAG, progress=NO_FLAG,
+                model=NO_MODEL,
+                keep=[*NO_SHARE, 0, 0.01],
+                batches=NO_BATCHES,
+                statistics=wrong_statistics(),
+                layers=NO_LAYERS,
+                method=NO_CHOICE[:3] + NO_CHOICE[5:],
+                storage=NO_CHOICE,
+                allocation=NO_CHOICE,
+                multiple=[*NO_COUNT, 100],
+                retarget=[5, "yes", []],
+                ranks=[*no_ranks, ranks],
+                loss=NO_CALL,
+                colour=[5],
+                centre=NO_FLAG,
+                progress=NO_FLAG,
             ),
         ),
         "decompose": Spec(
             lowrank.decompose,
             lambda: dict(model=net(), statistics=some),
-            dict(model=NO_MODEL, method=NO_CHOICE, statistics=[*wrong_statistics(), None], layers=NO_LAYERS, centre=NO_FLAG),
+            dict(
+                model=NO_MODEL,
+                method=NO_CHOICE,
+                statistics=[*wrong_statistics(), None],
+                layers=NO_LAYERS,
+                centre=NO_FLAG,
+            ),
         ),
         "replace_layers": Spec(
             lowrank.replace_layers,
             lambda: dict(model=net(), ranks=ranks, statistics=some),
-            dict(model=NO_MODEL, ranks=[*no_ranks, None], configuration=[*NO_CHOICE], statistics=[*wrong_statistics(), None],
-                 factors=[5, "f", [], {}, {"blocks.0.up": 5}]),
+            dict(
+                model=NO_MODEL,
+                ranks=[*no_ranks, None],
+                configuration=[*NO_CHOICE],
+                statistics=[*wrong_statistics(), None],
+                factors=[5, "f", [], {}, {"blocks.0.up": 5}],
+            ),
         ),
         "prune": Spec(
             lowrank.prune,
             lambda: dict(model=net(), ratios=0.5, statistics=some),
             dict(
-                model=NO_MODEL, method=NO_CHOICE, per=NO_CHOICE, statistics=[*wrong_statistics(), None], layers=NO_LAYERS[:3],
+                model=NO_MODEL,
+                method=NO_CHOICE,
+                per=NO_CHOICE,
+                statistics=[*wrong_statistics(), None],
+                layers=NO_LAYERS[:3],
                 ratios=[*NO_SHARE, 1, {"nowhere": 0.5}, {"blocks.0.up": "x"}, {"blocks.0.up": NAN}, {5: 0.5}],
                 pattern=[5, (2, 4), "2:4", (4, 2)],
             ),
@@ -212,7 +325,11 @@ def library() -> dict[str, Spec]:
         "split_packed": Spec(
             lowrank.split_packed,
             lambda: dict(model=net(), layers=["blocks.0.down"], parts=("a", "b", "c")),
-            dict(model=NO_MODEL, layers=NO_LAYERS, parts=[5, "qkv", [], [5], ["a"] * 3, ["a", "b", "c", "d"], ["a.b", "c"], [""]]),
+            dict(
+                model=NO_MODEL,
+                layers=NO_LAYERS,
+                parts=[5, "qkv", [], [5], ["a"] * 3, ["a", "b", "c", "d"], ["a.b", "c"], [""]],
+            ),
         ),
         "unify_linears": Spec(lowrank.unify_linears, lambda: dict(model=net()), dict(model=NO_MODEL)),
         "factorize": Spec(
@@ -224,68 +341,133 @@ def library() -> dict[str, Spec]:
             lowrank.allocate_ranks,
             lambda: dict(shapes=shapes, keep=0.5),
             dict(
-                shapes=[5, "s", [], {}, {"a": 5}, {"a": (8,)}, {"a": (8, 0)}, {"a": (8, -6)}, {"a": (8, 6.5)}, {"a": "86"}, {5: (8, 6)},
-                        {"a": (8, 6, 3)}, {"a": (NAN, 6)}],
-                keep=[*NO_SHARE, 0, 1e-9], spectra=no_spectra, storage=NO_CHOICE, floor=NO_SHARE, multiple=[*NO_COUNT, 100],
-                dense=[5, "a", ["nowhere"], [5]], weights=[5, [], {}, {"a": 1.0}, {"a": -1.0, "b": 1.0}, {"a": NAN, "b": 1.0},
-                {"a": INF, "b": 1.0}, {"a": "x", "b": 1.0}],
+                shapes=[5, "s", [], {"a": 5}, {"a": "86"}, {5: (8, 6)}],
+                keep=[*NO_SHARE, 0, 1e-9],
+                spectra=no_spectra,
+                storage=NO_CHOICE,
+                floor=NO_SHARE,
+                multiple=[*NO_COUNT, 100],
+                dense=[5, "a", ["nowhere"], [5]],
+                weights=[
+                    5,
+                    [],
+                    {},
+                    {"a": 1.0},
+                    {"a": -1.0, "b": 1.0},
+                    {"a": NAN, "b": 1.0},
+                    {"a": INF, "b": 1.0},
+                    {"a": "x", "b": 1.0},
+                ],
             ),
         ),
         "assign_layers": Spec(
             lowrank.assign_layers,
             lambda: dict(values=[1, 2, 3], costs=[1, 1, 1], budgets=[2, 1]),
             dict(
-                values=no_numbers, costs=[*no_numbers, [1, 0, 1], [1, 1.5, 1]], order=NO_CHOICE, limit=NO_COUNT[:11],
-                budgets=[5, "12", None, {}, [], [-1], [NAN], [INF], ["1"], [None], [[1]]], seconds=[*NO_AMOUNT, 0],
+                values=no_numbers,
+                costs=[*no_numbers, [1, 0, 1], [1, 1.5, 1]],
+                order=NO_CHOICE,
+                limit=NO_COUNT[:11],
+                budgets=[5, "12", None, {}, [], [-1], [NAN], [INF], ["1"], [None], [[1]]],
+                seconds=[*NO_NUMBER, 0, -1, -INF, NAN],
             ),
         ),
         "delta_spectra": Spec(
             lowrank.delta_spectra,
             lambda: dict(base=net(), tuned=tuned(), progress=False),
-            dict(base=[5, None, [], {}, nn.Linear(2, 2), Net(5), "nowhere/at/all"], tuned=[5, None, nn.Linear(2, 2), Net(5), "./no"],
-                 layers=NO_LAYERS),
+            dict(
+                base=[5, None, [], {}, nn.Linear(2, 2), Net(5), "nowhere/at/all"],
+                tuned=[5, None, nn.Linear(2, 2), Net(5), "./no"],
+                layers=NO_LAYERS,
+            ),
         ),
         "layer_scores": Spec(
             lowrank.layer_scores,
             lambda: dict(model=net(), metric="norm", config=lowrank.ScoringConfig(prunable="larger"), progress=False),
-            dict(model=[5, None, [], {}, nn.ReLU(), "nowhere/at/all", "."], metric=NO_CHOICE, config=none("x", {}), layers=NO_LAYERS,
-                 device=NO_DEVICE, name=[5, [], {}]),
+            dict(
+                model=[5, None, [], {}, nn.ReLU(), "nowhere/at/all", "."],
+                metric=NO_CHOICE,
+                config=none("x", {}),
+                layers=NO_LAYERS,
+                device=NO_DEVICE,
+                name=[5, [], {}],
+            ),
         ),
         "add_adapter": Spec(
             lowrank.add_adapter,
             lambda: dict(model=net(), config=rank_config()),
-            dict(model=[*NO_MODEL, nn.Linear(2, 2)], config=none("c", {}, None), start=[*NO_CHOICE, "warm", "eva"], seed=NO_SIZE[:10],
-                 batches=[5, "b"], scaling=["x", [], NAN, INF, 0, -1], colour=[5], r=[3]),
+            dict(
+                model=[*NO_MODEL, nn.Linear(2, 2)],
+                config=none("c", {}, None),
+                start=[*NO_CHOICE, "warm", "eva"],
+                seed=NO_SIZE[:10],
+                batches=[5, "b"],
+                scaling=["x", [], NAN, INF, 0, -1],
+                colour=[5],
+                r=[3],
+            ),
         ),
         "perplexity": Spec(
             lowrank.perplexity,
             lambda: dict(model=LLAMA, token_ids=torch.arange(16), window=8),
-            dict(model=NO_MODEL, window=[*NO_COUNT, 1, 17],
-                 token_ids=[5, "text", None, [1, 2], torch.rand(16), torch.ones(2, 16, dtype=torch.int64), torch.empty(0, dtype=torch.int64),
-                            torch.full((16,), 32), torch.full((16,), -1), torch.ones(16, dtype=torch.bool)]),
+            dict(
+                model=NO_MODEL,
+                window=[*NO_COUNT, 1, 17],
+                token_ids=[
+                    5,
+                    "text",
+                    None,
+                    [1, 2],
+                    torch.rand(16),
+                    torch.ones(2, 16, dtype=torch.int64),
+                    torch.empty(0, dtype=torch.int64),
+                    torch.full((16,), 32),
+                    torch.full((16,), -1),
+                    torch.ones(16, dtype=torch.bool),
+                ],
+            ),
         ),
-        "load_task": Spec(lowrank.load_task, lambda: {}, {}),
-        "load_pi3": Spec(lowrank.load_pi3, lambda: {}, dict(source=[5, None, [], "", ".", "a/b/c/d"], config=none("small", {}))),
+        "load_task": Spec(lowrank.load_task, dict, {}),
+        "load_pi3": Spec(
+            lowrank.load_pi3, dict, dict(source=[5, None, [], "", ".", "a/b/c/d"], config=none("small", {}))
+        ),
         "prehab": Spec(
             lowrank.prehab,
-            lambda: dict(model=net(), statistics=some, batches=data(), config=lowrank.PrehabConfig(steps=1), progress=False),
-            dict(model=NO_MODEL, statistics=[*wrong_statistics(), None], config=none("c", {}), **training,
-                 batches=[*NO_BATCHES[:6], [], iter(data()), [torch.randn(4, 6)], [(torch.full((4, 6), NAN), torch.zeros(4).long())]]),
+            lambda: dict(
+                model=net(), statistics=some, batches=data(), config=lowrank.PrehabConfig(steps=1), progress=False
+            ),
+            dict(
+                model=NO_MODEL,
+                statistics=[*wrong_statistics(), None],
+                config=none("c", {}),
+                **training,
+                batches=[*NO_BATCHES[:6], [], iter(data()), [torch.randn(4, 6)]],
+            ),
         ),
         "refine_factors": Spec(
             lowrank.refine_factors,
             lambda: dict(model=factored(), batches=data(), recipe=recipe, progress=False),
-            dict(model=[*NO_MODEL, net()], order=NO_CHOICE, lora=none("c", {}), batches=[*NO_BATCHES[:6], [], iter(data())], **training),
+            dict(
+                model=[*NO_MODEL, net()],
+                order=NO_CHOICE,
+                lora=none("c", {}),
+                batches=[*NO_BATCHES[:6], [], iter(data())],
+                **training,
+            ),
         ),
         "OIALR": Spec(
-            lowrank.OIALR, lambda: dict(model=net()),
-            dict(model=[*NO_MODEL, nn.ReLU()], config=none("c", {}), include=NO_LAYERS[:-1], exclude=["x", 5, None, [5], ["*"]]),
+            lowrank.OIALR,
+            lambda: dict(model=net()),
+            dict(
+                model=[*NO_MODEL, nn.ReLU()], config=none("c", {}), include=NO_LAYERS[:-1], exclude=["x", 5, None, [5]]
+            ),
         ),
         "BasisMonitor": Spec(
-            lambda **given: lowrank.BasisMonitor(**given).check(net()), lambda: dict(progress=False),
-            dict(every=NO_COUNT, include=NO_LAYERS[:-1], exclude=["x", 5, None, [5], ["*"]]),
+            lambda **given: lowrank.BasisMonitor(**given).check(net()),
+            lambda: dict(progress=False),
+            dict(every=NO_COUNT, include=NO_LAYERS[:-1], exclude=["x", 5, None, [5]]),
         ),
-    }  # fmt: skip
+    }
 
 
 LLAMA = tiny_llama()
@@ -301,46 +483,104 @@ def options() -> dict[str, Spec]:
     positive, below = [*amount, 0], [*share, 1]
     return {
         "Configuration": Spec(
-            lowrank.Configuration, dict,
-            dict(method=NO_CHOICE, storage=NO_CHOICE, allocation=NO_CHOICE, multiple=count, centre=NO_FLAG, retarget=[5, "x", [], {}]),
+            lowrank.Configuration,
+            dict,
+            dict(
+                method=NO_CHOICE,
+                storage=NO_CHOICE,
+                allocation=NO_CHOICE,
+                multiple=count,
+                centre=NO_FLAG,
+                retarget=[5, "x", [], {}],
+            ),
         ),
         "Retargeting": Spec(
-            Retargeting, dict,
-            dict(ridges=[5, "x", (), (0,), (-1,), (NAN,), (INF,), ("x",)], blends=[5, "x", (), (-1,), (2,), (NAN,), ("x",)],
-                 held_out=[*share, 0, 1], folder=[5, []], residual=NO_FLAG),
+            Retargeting,
+            dict,
+            dict(
+                ridges=[5, "x", (), (0,), (-1,), (NAN,), (INF,), ("x",)],
+                blends=[5, "x", (), (-1,), (2,), (NAN,), ("x",)],
+                held_out=[*share, 0, 1],
+                folder=[5, []],
+                residual=NO_FLAG,
+            ),
         ),
         "RankRule": Spec(
-            lowrank.RankRule, dict,
-            dict(threshold=[*share, 0], min_rank=[*count, 10**6], max_rank=count, smoothing=share, powers_of_two=NO_FLAG, per=NO_CHOICE,
-                 group=[5, "x"], parameters=[value for value in count if value is not None]),
+            lowrank.RankRule,
+            dict,
+            dict(
+                threshold=[*share, 0],
+                min_rank=[*count, 10**6],
+                max_rank=count,
+                smoothing=share,
+                powers_of_two=NO_FLAG,
+                per=NO_CHOICE,
+                group=[5, "x"],
+                parameters=[value for value in count if value is not None],
+            ),
         ),
         "ScoringConfig": Spec(
-            lowrank.ScoringConfig, dict,
-            dict(window=NO_CHOICE, smallest=amount, prunable=[value for value in NO_CHOICE if value is not None], mapping=NO_CHOICE,
-                 sparsity=below, epsilon=below, exact=NO_FLAG, missing=NO_CHOICE),
+            lowrank.ScoringConfig,
+            dict,
+            dict(
+                window=NO_CHOICE,
+                smallest=amount,
+                prunable=[value for value in NO_CHOICE if value is not None],
+                mapping=NO_CHOICE,
+                sparsity=below,
+                epsilon=below,
+                exact=NO_FLAG,
+                missing=NO_CHOICE,
+            ),
         ),
         "Recipe": Spec(
-            lowrank.Recipe, lambda: dict(steps=3),
-            dict(steps=size, batch_size=count, learning_rate=positive, weight_decay=amount, warmup=share, decay=NO_CHOICE,
-                 decay_power=positive, floor=share, precision=NO_CHOICE, seed=size[:10], workers=size, accumulation=count,
-                 checkpoint_every=count),
+            lowrank.Recipe,
+            lambda: dict(steps=3),
+            dict(
+                steps=size,
+                batch_size=count,
+                learning_rate=positive,
+                weight_decay=amount,
+                warmup=share,
+                decay=NO_CHOICE,
+                decay_power=positive,
+                floor=share,
+                precision=NO_CHOICE,
+                seed=size[:10],
+                workers=size,
+                accumulation=count,
+                checkpoint_every=count,
+            ),
         ),
         "OIALRConfig": Spec(
-            lowrank.OIALRConfig, dict, dict(delay=count, frequency=count, sigma_cutoff=below, minimum=share, coverage=share)
+            lowrank.OIALRConfig,
+            dict,
+            dict(delay=count, frequency=count, sigma_cutoff=below, minimum=share, coverage=share),
         ),
         "PrehabConfig": Spec(
-            lowrank.PrehabConfig, dict,
-            dict(penalty=NO_CHOICE, strength=amount, steps=size, target_keep=[*share, 0], schedule=NO_CHOICE, others=NO_FLAG,
-                 shrinkage=positive, refresh=count),
+            lowrank.PrehabConfig,
+            dict,
+            dict(
+                penalty=NO_CHOICE,
+                strength=amount,
+                steps=size,
+                target_keep=[*share, 0],
+                schedule=NO_CHOICE,
+                others=NO_FLAG,
+                shrinkage=positive,
+                refresh=count,
+            ),
         ),
-    }  # fmt: skip
+    }
 
 
 def values_in(content: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Yield the place of every value inside a JSON value; of several items in one list the first."""
     if place:
         yield place
-    children = content.items() if isinstance(content, dict) else enumerate(content[:1]) if isinstance(content, list) else ()
+    children = (
+        content.items() if isinstance(content, dict) else enumerate(content[:1]) if isinstance(content, list) else ()
+    )
     for key, value in children:
         yield from values_in(value, (*place, key))
 
@@ -386,7 +626,12 @@ def formats(folder: Path) -> dict[str, Format]:
     retarget = lambda: retarget_layers(net(), {"blocks.0.up": 2, "blocks.1.up": 2}, blocks, None, data())  # noqa: E731
     retarget()
     return {
-        "lowrank.json": _json(folder / "compressed" / "lowrank.json", lambda: lowrank.load_compressed(folder / "compressed"), "folder"),
+        "lowrank.json": _json(
+            folder / "compressed" / "lowrank.json",
+            lambda: lowrank.load_compressed(folder / "compressed"),
+            "folder",
+            "architecture",
+        ),
         "scores": _json(folder / "scores.json", lambda: Scores.load(folder / "scores.json", net()), "path", "model"),
         "rank config": _json(folder / "ranks.json", lambda: lowrank.RankConfig.load(folder / "ranks.json"), "path"),
         "shard index": _json(
@@ -395,12 +640,16 @@ def formats(folder: Path) -> dict[str, Format]:
             "tuned",
         ),
         "statistics": _metadata(
-            folder / "statistics.safetensors", "layers",
-            lambda: lowrank.load_statistics(folder / "statistics.safetensors", net(), "data"), "path", "model", "layers",
+            folder / "statistics.safetensors",
+            "layers",
+            lambda: lowrank.load_statistics(folder / "statistics.safetensors", net(), "data"),
+            "path",
+            "model",
+            "layers",
         ),
         "blocks": _json(folder / "blocks" / "identity.json", retarget, "folder"),
         "block": _metadata(folder / "blocks" / "blocks.0.safetensors", "rows", retarget, "folder", "layers"),
-    }  # fmt: skip
+    }
 
 
 def _json(path: Path, load: Callable[[], Any], *names: str) -> Format:
@@ -419,11 +668,24 @@ def _metadata(path: Path, key: str, load: Callable[[], Any], *names: str) -> For
     return Format(json.loads(about[key]), write, load, (*names, path.name))
 
 
-TEXTS: list[str | bytes] = ["", "{", "[]", "null", "5", '"text"', b"\xff\xfe\x00", '{"format": 1, "format": 2}', "[" * 10**5, "1" * 5000]
+TEXTS: list[str | bytes] = [
+    "",
+    "{",
+    "[]",
+    "null",
+    "5",
+    '"text"',
+    b"\xff\xfe\x00",
+    '{"format": 1, "format": 2}',
+    "[" * 10**5,
+    "1" * 5000,
+]
 PUT: list[Any] = [..., None, "x", -1, 2.5, [], {}, True, [None], {"x": None}]
 
 
-def end_of(call: Callable[[], Any], names: tuple[str, ...], model: nn.Module | None, returns: str = "wrong") -> tuple[str, str]:
+def end_of(
+    call: Callable[[], Any], names: tuple[str, ...], model: nn.Module | None, returns: str = "wrong"
+) -> tuple[str, str]:
     """Return how a bad call ends, and the text of its error."""
     before = hash_model(model) if isinstance(model, nn.Module) else ""
     try:
@@ -451,8 +713,9 @@ def run_calls() -> Iterator[tuple[str, str, str]]:
                 if name == "compress" and argument == "ranks":
                     given["keep"] = given["keep"] if value == given.get("ranks") else None
                 model = given.get("model")
+                names = (argument, f"{argument}s", *ALSO.get(argument, ()))
                 where = f"{name}({argument}={' '.join(repr(value).split()):.50})"
-                yield where, *end_of(lambda spec=spec, given=given: spec.call(**given), (argument, f"{argument}s"), model)
+                yield where, *end_of(lambda spec=spec, given=given: spec.call(**given), names, model)
 
 
 def run_files() -> Iterator[tuple[str, str, str]]:
@@ -475,7 +738,7 @@ def main() -> None:
     """Print the counts as one line of JSON, after a line for each case that is not clear."""
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
-    for where, end, text in (*run_calls(), *run_files()):
+    for where, end, text in chain(run_calls(), run_files()):
         counts[end] += 1
         if end not in ("clear", "harmless") or "-v" in sys.argv:
             print(f"{end}: {where}: {' '.join(text.split()):.200}")

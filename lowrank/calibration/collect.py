@@ -83,6 +83,7 @@ def collect_statistics(
         require(method in METHODS, "methods", f"be among {sorted(METHODS)}", method)
     reads = reads_of(methods)
     fields = {name: fields_for(layer.weight.shape, side, reads, loss is not None) for name, layer in linears.items()}
+    require(products in (torch.float32, torch.float64), "products", "be torch.float32 or torch.float64", products)
     home = device_of(model)
     sums_on = torch.device(device) if device is not None else torch.device("cpu") if home.type == "mps" else home
     collector = Collector(linears, fields, sums_on, products)
@@ -145,5 +146,5 @@ def _check_tokens(collector: Collector) -> None:
             f"{TOKENS_PER_INPUT} tokens per input), or shrink the moments (`shrink_moments`, "
             "`whitening_factor(..., shrinkage=...)`).",
             FewTokensWarning,
-            stacklevel=3,
+            stacklevel=4,  # the check of the arguments stands between
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -68,6 +68,12 @@ class _BlockRow(Schema):
     rank: PositiveInt | None
     inputs: PositiveInt = Field(alias="in")
     out: PositiveInt
+
+    @model_validator(mode="after")
+    def _check_rank(self) -> "_BlockRow":
+        if self.rank is None and self.storage != "dense":
+            raise ValueError("have a rank unless it is dense")
+        return self
 
 
 class BlockFolder:

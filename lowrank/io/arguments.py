@@ -64,6 +64,17 @@ def _check(name: str, value: Any, hint: Any, kind: Any) -> None:
         if (wrong := _find_wrong(item, hint, label)) is not None:
             place, part, wanted = wrong
             raise ArgumentError(f"`{place}` must be {_name(wanted)}, got {describe(part)}.")
+        _check_device(label, item, hint)
+
+
+def _check_device(name: str, value: Any, hint: Any) -> None:
+    """Refuse a text that names no device, if a `torch.device` may stand in its place."""
+    device = next((part for part in get_args(hint) if getattr(part, "__name__", "") == "device"), None)
+    if isinstance(value, str) and device is not None:
+        try:
+            device(value)
+        except RuntimeError:
+            raise ArgumentError(f"`{name}` must name a device, as 'cpu' or 'cuda:0', got {value!r}.") from None
 
 
 def _find_wrong(value: Any, hint: Any, place: str, items: bool = True) -> tuple[str, Any, Any] | None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pydantic import Field, PositiveInt
 from torch import nn
 
 from lowrank.io.arguments import check_arguments
+from lowrank.io.checks import require
 from lowrank.io.records import read_record, write_record
 from lowrank.io.schemas import Schema
 from lowrank.lora.deltas import DeltaSpectrum
@@ -229,7 +231,7 @@ class RankConfig:
         **Raises**
 
         - `ValueError`: a module that the model does not have or has in another shape; an option that this method sets; both
-          `scaling` and `lora_alpha`.
+          `scaling` and `lora_alpha`, or one that is not > 0 and finite.
         """
         import peft  # noqa: PLC0415
 
@@ -237,6 +239,8 @@ class RankConfig:
             raise ValueError(f"`peft_options` must leave {clash[0]!r} to the ranks of this file.")
         if scaling is not None and lora_alpha is not None:
             raise ValueError(f"`scaling` must be left out if `lora_alpha` is set, got {scaling} and {lora_alpha}.")
+        for name, value in (("scaling", scaling), ("lora_alpha", lora_alpha)):
+            require(value is None or 0 < value < inf, name, "be > 0 and finite", value)
         power = 0.5 if peft_options.get("use_rslora") else 1.0
         alpha = lambda rank: lora_alpha if lora_alpha is not None else (scaling or 1.0) * rank**power  # noqa: E731
         names = self.find_modules(model)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowrank.io.arguments import check_arguments
+from lowrank.io.checks import require
 from lowrank.nn.targets import find_linears, is_conv1d
 
 
@@ -51,14 +52,16 @@ def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] =
 
     - `model`: any PyTorch module; it is changed.
     - `layers`: names or patterns of the packed layers.
-    - `parts`: names of the parts, in the order of the rows; all have the same number of rows.
+    - `parts`: names of the parts, each once, in the order of the rows; all have the same number of rows.
 
     **Returns** the names of the new layers.
 
     **Raises**
 
-    - `ValueError`: a layer whose outputs do not divide evenly; nothing is changed then.
+    - `ValueError`: a layer whose outputs do not divide evenly; parts without names of their own; nothing is changed then.
     """
+    named = len(parts) > 0 and len(set(parts)) == len(parts) and all(part.isidentifier() for part in parts)
+    require(named, "parts", "be at least one name, each once, of letters, digits and underscores", parts)
     packed = find_linears(model, layers)
     for name, layer in packed.items():
         if layer.out_features % len(parts):

@@ -1,5 +1,6 @@
 """Load the weights of π³ from a file, a folder or the Hub, strictly: every tensor by name and shape."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
@@ -60,8 +61,9 @@ def _find_weights(source: Path | str, config: Pi3Config | None) -> tuple[Path, P
         raise FileNotFoundError(
             f"the small model must lie in {PRETRAINED}: make it with python -m lowrank.pi3.pretrain."
         )
-    if path.suffix == ".safetensors":
-        raise FileNotFoundError(f"`source` must be a checkpoint, got {path}, which does not exist.")
+    if path.suffix == ".safetensors" or path.is_absolute() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        rule = "be a checkpoint or the name of a repository, OWNER/NAME"
+        raise FileNotFoundError(f"`source` must {rule}, got {str(source)!r}, which does not exist.")
     return load_or_explain("model", str(source), lambda: _download(str(source))), config
 
 

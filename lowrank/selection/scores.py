@@ -40,6 +40,7 @@ class _ScoredLayer(Schema):
 
 class _ScoresRecord(Schema):
     layers: list[_ScoredLayer] = Field(min_length=1)
+    layers_named: list[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class ScoringConfig:
     **Arguments**
 
     - `window`: 'published' or 'corrected', see `lowrank.selection.esd.esd_metrics`.
-    - `smallest`: fits keep eigenvalues above this number, >= 0.
+    - `smallest`: fits keep eigenvalues above this number, >= 0 and finite.
     - `prunable`: prune layers with the 'larger' or the 'smaller' metric more. None stands for 'larger', as published, and is
       allowed for exponents only.
     - `mapping`: 'block_wise' gives all layers of a block the mean of their metrics, 'layer_wise' each layer its metric.
@@ -58,7 +58,7 @@ class ScoringConfig:
     def __post_init__(self) -> None:
         rules = {
             "window": (self.window in WINDOWS, f"be one of {list(WINDOWS)}"),
-            "smallest": (self.smallest >= 0, "be >= 0"),
+            "smallest": (0 <= self.smallest < math.inf, "be >= 0 and finite"),
             "prunable": (self.prunable in (None, "larger", "smaller"), "be None, 'larger' or 'smaller'"),
             "mapping": (self.mapping in _MAPPINGS, f"be one of {list(_MAPPINGS)}"),
         }

@@ -1,5 +1,6 @@
 """Objectives: how outputs become losses and predictions; the loss and the metrics of a model on a data set."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -175,6 +176,13 @@ def perplexity(model: nn.Module, token_ids: Int[Tensor, "*one tokens"], window: 
     **Reference** Frantar et al., GPTQ, ICLR 2023, arXiv:2210.17323. SVD-LLM (arXiv:2403.07378) evaluates in the same manner.
     """
     tokens = token_ids.reshape(-1)
+    require(
+        len(tokens) == token_ids.shape[-1], "token_ids", "be of shape (tokens,) or (1, tokens)", tuple(token_ids.shape)
+    )
+    require(len(tokens) > 0, "token_ids", "hold at least one token", tuple(token_ids.shape))
+    known = getattr(getattr(model, "config", None), "vocab_size", None) or math.inf
+    wrong = [token for token in (int(tokens.min()), int(tokens.max())) if not 0 <= token < known]
+    require(not wrong, "token_ids", f"be in [0, {known}), the vocabulary of `model`", wrong)
     require(2 <= window <= len(tokens), "window", f"be in [2, {len(tokens)}], the number of tokens", window)
     windows = tokens[: len(tokens) // window * window].view(-1, 1, window)
 

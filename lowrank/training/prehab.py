@@ -8,7 +8,7 @@ model have to be collected again.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import cos, isfinite, pi
+from math import cos, inf, isfinite, pi
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ class PrehabConfig:
             "strength": (isfinite(self.strength) and self.strength >= 0, "finite and >= 0"),
             "steps": (self.steps >= 0, ">= 0"),
             "target_keep": (0 < self.target_keep <= 1, "in (0, 1]"),
-            "shrinkage": (self.shrinkage > 0, "> 0"),
+            "shrinkage": (0 < self.shrinkage < inf, "> 0 and finite"),
             "refresh": (self.refresh >= 1, ">= 1"),
         }
         for name, (holds, rule) in rules.items():

@@ -210,7 +210,7 @@ def test_refusals(tmp_path: Path) -> None:
             layer_scores(model, progress=False, **options)
     for words, options in [
         (r"`window` must be one of \['published', 'corrected'\], got 'linear'", {"window": "linear"}),
-        ("`smallest` must be >= 0, got -1", {"smallest": -1}),
+        ("`smallest` must be >= 0 and finite, got -1", {"smallest": -1}),
         ("`prunable` must be None, 'larger' or 'smaller', got 'all'", {"prunable": "all"}),
         (r"`mapping` must be one of \['block_wise', 'layer_wise'\], got 'none'", {"mapping": "none"}),
         (r"`sparsity` must be in \[0, 1\), got 1", {"sparsity": 1}),
