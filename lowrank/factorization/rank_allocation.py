@@ -179,7 +179,7 @@ def _check_spectrum(name: str, shape: Shape, spectrum: Any) -> np.ndarray:
     except (ValueError, TypeError) as error:
         raise ValueError(f"`spectra` must {rule}, got {describe(spectrum)}.") from error
     holds = values.shape == (min(shape),) and np.isfinite(values).all() and (np.diff(values) <= 0).all()
-    require(holds and values[-1] >= 0, "spectra", rule, values.shape)
+    require(bool(holds and values[-1] >= 0), "spectra", rule, values.shape)
     return values
 
 

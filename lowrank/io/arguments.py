@@ -62,8 +62,11 @@ def _check(name: str, value: Any, hint: Any, kind: Any) -> None:
         several = value if isinstance(value, dict) else {f"{name}[{i}]": item for i, item in enumerate(value)}
     for label, item in several.items():
         if (wrong := _find_wrong(item, hint, label)) is not None:
-            place, part, wanted = wrong
-            raise ArgumentError(f"`{place}` must be {_name(wanted)}, got {describe(part)}.")
+            place, part, wanted = wrong[0], wrong[1], _name(wrong[2])
+            single = isinstance(part, str) and re.match("Iterable|Sequence|Collection", wanted)
+            raise ArgumentError(
+                f"`{place}` must be {wanted}, got {'the single string ' if single else ''}{describe(part)}."
+            )
         _check_device(label, item, hint)
 
 
