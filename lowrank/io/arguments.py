@@ -36,9 +36,9 @@ def check_arguments(target: F) -> F:
 
     - `ArgumentError`, a `TypeError` and a `ValueError`: "`rank` must be int, got '3'."
     """
-    if isinstance(target, type):
+    if inspect.isclass(target):
         setattr(target, "__init__", check_arguments(target.__init__))  # noqa: B010 (a constructor may not be assigned)
-        return target
+        return typing.cast(F, target)
     signature = inspect.signature(target)
 
     @functools.wraps(target)

@@ -90,7 +90,7 @@ def read_file(path: Path | str, name: str, writer: str = "") -> str:
 
 
 def parse_json(text: str, name: str, where: Path | str, schema: Any = Any) -> Any:
-    """Parse JSON, and check it against a schema.
+    """Read JSON from a text, and check it against a schema.
 
     **Arguments**
 
