@@ -21,6 +21,7 @@ from lowrank.factorization.methods import METHODS
 from lowrank.factorization.moments import LayerStatistics
 from lowrank.factorization.precision import float64_device
 from lowrank.factorization.sides import fields_for, reads_of
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.nn.autograd import check_differentiable
 from lowrank.nn.batches import Batch, batches_on, compute_logits, device_of, eval_mode
@@ -34,6 +35,7 @@ class FewTokensWarning(UserWarning):
     """Warn that there are too few calibration tokens for the number of inputs of a layer."""
 
 
+@check_arguments
 def collect_statistics(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -90,6 +92,7 @@ def collect_statistics(
     check_weights(model)
     if loss is not None:
         check_differentiable(model)
+    require(products in (torch.float32, torch.float64), "products", "be torch.float32 or torch.float64", products)
     home = device_of(model)
     sums_on = torch.device(device) if device is not None else float64_device(home)
     collector = Collector(linears, fields, sums_on, products)
@@ -125,5 +128,5 @@ def _check_tokens(collector: Collector) -> None:
             f"{TOKENS_PER_INPUT} tokens per input), or shrink the moments (`shrink_moments`, "
             "`whitening_factor(..., shrinkage=...)`).",
             FewTokensWarning,
-            stacklevel=3,
+            stacklevel=4,  # the check of the arguments stands between
         )

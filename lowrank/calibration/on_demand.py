@@ -7,10 +7,12 @@ from torch import nn
 
 from lowrank.calibration.collect import collect_statistics
 from lowrank.factorization.moments import LayerStatistics
+from lowrank.io.arguments import check_arguments
 from lowrank.nn.batches import Batch
 from lowrank.nn.targets import BLOCKS, find_linears, split_block
 
 
+@check_arguments
 class OnDemand(Mapping[str, LayerStatistics]):
     """Collect statistics when they are asked for, one block of layers at a time, and drop those of the block before.
 

@@ -3,18 +3,36 @@
 import json
 from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import NonNegativeInt, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowrank.factorization.moments import LayerStatistics
+from lowrank.factorization.moments import MOMENTS, SIZES, LayerStatistics
+from lowrank.io.arguments import check_arguments
+from lowrank.io.checks import require
 from lowrank.io.files import open_safetensors, writing
 from lowrank.io.hashing import hash_model, hash_tensors
+from lowrank.io.schemas import Schema, one_of, parse_json
 from lowrank.io.tensor_places import tensor_place
 from lowrank.nn.targets import find_linears
 
 FORMAT = "lowrank.statistics/3"
+
+
+class _StoredLayer(Schema):
+    """Hold the number of tokens of a layer, and the tensor that each of its moments is stored as."""
+
+    tokens: NonNegativeInt
+    moments: dict[Annotated[str, one_of(MOMENTS)], str]
+
+    @model_validator(mode="after")
+    def _check_mean(self) -> "_StoredLayer":
+        if "mean" not in self.moments:
+            raise ValueError("have a tensor for the moment 'mean'")
+        return self
 
 
 def hash_statistics(statistics: LayerStatistics) -> str:
@@ -22,6 +40,7 @@ def hash_statistics(statistics: LayerStatistics) -> str:
     return hash_tensors(statistics.moments() | {"tokens": torch.tensor(statistics.tokens)})
 
 
+@check_arguments
 def save_statistics(path: Path | str, statistics: Mapping[str, LayerStatistics], model: nn.Module, data: str) -> None:
     """Write statistics to one safetensors file, with the hash of the model that they belong to.
 
@@ -48,6 +67,7 @@ def save_statistics(path: Path | str, statistics: Mapping[str, LayerStatistics],
         save_file(tensors, partial, metadata=metadata)
 
 
+@check_arguments
 def load_statistics(path: Path | str, model: nn.Module, data: str | None = None) -> dict[str, LayerStatistics]:
     """Read statistics from a file, for the model that they belong to.
 
@@ -63,27 +83,40 @@ def load_statistics(path: Path | str, model: nn.Module, data: str | None = None)
 
     - `FileNotFoundError`: no such file.
     - `ValueError`: a file that is damaged or of another format, for other weights or other data, or with a layer that the model
-      does not have.
+      does not have; a moment of another shape or dtype.
     """
     with open_safetensors(path) as file:
         metadata = file.metadata() or {}
         tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     _check_metadata(path, metadata, model, data)
-    layers = json.loads(metadata["layers"])
-    linears = find_linears(model, layers)
+    layers = parse_json(metadata["layers"], "path", path, dict[str, _StoredLayer])
+    linears = find_linears(model, layers) if layers else {}
     statistics: dict[str, LayerStatistics] = {}
     for name, layer in layers.items():
-        stored = {"gram": None} | {field: tensors[key] for field, key in layer["moments"].items()}
+        keys: dict[str, str] = layer["moments"]
+        lacking = sorted(key for key in keys.values() if key not in tensors)
+        require(not lacking, "path", f"hold the tensors that it names for {name!r} ({str(path)!r})", lacking)
+        stored = {"gram": None} | {field: tensors[key] for field, key in keys.items()}
         statistics[name] = LayerStatistics(tokens=layer["tokens"], **stored)  # pyright: ignore[reportArgumentType]
-        inputs = len(statistics[name].mean)
-        if inputs != linears[name].in_features:
-            raise ValueError(f"`model` must have {inputs} inputs at {name!r}, got {linears[name].in_features}.")
+        _check_sizes(statistics[name], linears[name].weight, name)
     return statistics
+
+
+def _check_sizes(statistics: LayerStatistics, weight: Tensor, name: str) -> None:
+    for field, value in statistics.moments().items():
+        size = weight.shape[SIZES[MOMENTS[field]["of"]]] + MOMENTS[field]["random"]
+        if value.dim() and value.shape[-1] != size:
+            raise ValueError(
+                f"`model` must fit the statistics: {name!r} takes {MOMENTS[field]['label']} of size {size}, got "
+                f"{value.shape[-1]}."
+            )
 
 
 def _check_metadata(path: Path | str, metadata: Mapping[str, str], model: nn.Module, data: str | None) -> None:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"`path` must have format {FORMAT!r}, got {metadata.get('format')!r} in {str(path)!r}.")
+    for key in ("model", "data", "layers"):
+        require(key in metadata, "path", f"have the metadata {key!r}", str(path))
     weights = hash_model(model)
     if metadata["model"] != weights:
         raise ValueError(f"`model` must be the one of {str(path)!r} (weights {metadata['model']}), got {weights}.")

@@ -4,9 +4,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, PositiveInt, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,10 +19,12 @@ from lowrank.io.checks import require
 from lowrank.io.files import open_safetensors, writing
 from lowrank.io.hashing import hash_model, hash_options, hash_tensors
 from lowrank.io.records import read_record, write_record
+from lowrank.io.schemas import Schema, one_of, parse_json
 from lowrank.nn.batches import Batch
 from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.nn.nests import list_tensors
 from lowrank.nn.surgery import copy_mode
+from lowrank.nn.targets import find_linears
 
 FORMAT = "lowrank.blocks/1"
 IDENTITY = "identity.json"
@@ -59,6 +62,21 @@ def identify(
     return json.loads(json.dumps(content))  # as it is read again: lists, no tuples
 
 
+class _BlockRow(Schema):
+    """Hold the fields of a row that its layer is built from."""
+
+    storage: Annotated[str, one_of(["dense", *FACTORED_LAYERS])]
+    rank: PositiveInt | None
+    inputs: PositiveInt = Field(alias="in")
+    out: PositiveInt
+
+    @model_validator(mode="after")
+    def _check_rank(self) -> "_BlockRow":
+        if self.rank is None and self.storage != "dense":
+            raise ValueError("have a rank unless it is dense")
+        return self
+
+
 class BlockFolder:
     """Write the layers of finished blocks, one safetensors file each, and read them again.
 
@@ -78,8 +96,8 @@ class BlockFolder:
             empty = not self.folder.exists() or not any(self.folder.iterdir())
             require(empty, "folder", "be new, empty or that of a run which was stopped", str(folder))
             write_record(self.folder / IDENTITY, FORMAT, identity)
-        found = read_record(self.folder / IDENTITY, FORMAT, identity, "retarget_layers")
-        other = [key for key, value in identity.items() if found[key] != value]
+        found = read_record(self.folder / IDENTITY, FORMAT, dict[str, Any], "retarget_layers", "folder")
+        other = [key for key, value in identity.items() if found.get(key) != value]
         require(not other, "folder", f"hold blocks of this run: not with other {', '.join(other)}", str(folder))
 
     def write(self, block: str, modules: Mapping[str, nn.Module], rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -110,10 +128,18 @@ class BlockFolder:
         if not self._path(block).exists():
             return None
         with open_safetensors(self._path(block), "folder") as file:
-            rows: dict[str, dict[str, Any]] = json.loads(file.metadata()["rows"])
+            text = (file.metadata() or {}).get("rows", "")
+            rows: dict[str, Any] = parse_json(text, "folder", self._path(block), dict[str, _BlockRow])
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (no mapping)
+        dense = find_linears(model, rows) if rows else {}
         factored = {name: row for name, row in rows.items() if row["storage"] != "dense"}
-        return {name: _build(model.get_submodule(name), name, row, tensors) for name, row in factored.items()}, rows
+        try:
+            return {name: _build(dense[name], name, row, tensors) for name, row in factored.items()}, rows
+        except RuntimeError as error:  # of `load_state_dict`, a line per tensor
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"`folder` must hold the layers of its rows, got {str(self._path(block))!r}: {reason}"
+            ) from error
 
     def _path(self, block: str) -> Path:
         return self.folder / f"{block}.safetensors"

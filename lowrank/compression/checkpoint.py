@@ -18,19 +18,22 @@ from lowrank.compression.architecture import insert_layers
 from lowrank.compression.bases import check_wrappers, describe_base, save_config
 from lowrank.compression.probes import check_probe
 from lowrank.compression.rebuild import build_model, compare_shapes, plan_build, shapes_of
+from lowrank.compression.record_schema import CompressedRecord
 from lowrank.compression.stored_state import EXTRA, check_state, put_buffers
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.files import open_safetensors, writing
 from lowrank.io.hashing import hash_tensors
+from lowrank.io.records import read_record
 from lowrank.io.weights import distinct_tensors
 
 FORMAT = "lowrank.compressed/1"
 RECORD = "lowrank_record"  # attribute of a compressed model: the hash of its dense weights, and the table of its layers
 TENSORS, METADATA = "model.safetensors", "lowrank.json"
 FILES = {TENSORS, METADATA, "config.json", "generation_config.json"}
-KEYS = {"base", "model", "layers", "tensors", "tied"}
 
 
+@check_arguments
 def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write a compressed model to a folder, whole or not at all.
 
@@ -100,6 +103,7 @@ def _as_json(base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.inference_mode(False)  # the parameters may be trained
+@check_arguments
 def load_compressed(
     folder: Path | str,
     device: torch.device | str = "cpu",
@@ -129,7 +133,7 @@ def load_compressed(
         raise FileNotFoundError(
             f"`folder` must contain a model written by save_compressed, got {str(folder)!r} without {missing}."
         )
-    metadata = _read_metadata(folder)
+    metadata = read_record(folder / METADATA, FORMAT, CompressedRecord, "save_compressed", "folder")
     model = _build(metadata, folder, architecture)
     with open_safetensors(folder / TENSORS, "folder") as file:  # copies: a tensor as read stays mapped to the file
         tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -180,19 +184,6 @@ def _check_content(folder: Path) -> None:
             f"`folder` must be new, empty or contain only a compressed model to replace, got {sorted(other)[0]!r} in "
             f"{str(folder)!r}."
         )
-
-
-def _read_metadata(folder: Path) -> dict[str, Any]:
-    try:
-        metadata = json.loads((folder / METADATA).read_text(encoding="utf8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"`folder` must contain a whole {METADATA}, got {str(folder)!r}: {error}.") from error
-    format_read = metadata.get("format") if isinstance(metadata, dict) else metadata
-    if format_read != FORMAT:
-        raise ValueError(f"`folder` must have format {FORMAT!r}, got {format_read!r} in {str(folder)!r}.")
-    if missing := sorted(KEYS - metadata.keys()):
-        raise ValueError(f"`folder` must contain a whole {METADATA}, got {str(folder)!r} without {missing}.")
-    return metadata
 
 
 def _tie_parameter(model: nn.Module, name: str, stored: str) -> None:

@@ -18,6 +18,7 @@ from lowrank.compression.replace import replace_layers
 from lowrank.compression.result import CompressionResult, measure_model
 from lowrank.compression.retarget import read_batches, retarget_layers
 from lowrank.factorization.methods import READS, needs_gradients
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.weights import warn_of_stacks
 from lowrank.nn.batches import Batch
@@ -25,6 +26,7 @@ from lowrank.nn.dry_run import find_irreplaceable
 from lowrank.nn.targets import BLOCKS, find_left_out, find_linears, find_stacks
 
 
+@check_arguments
 def compress(
     model: nn.Module,
     batches: Iterable[Batch] | None = None,

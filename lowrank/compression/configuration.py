@@ -5,11 +5,13 @@ from pathlib import Path
 
 from lowrank.factorization.methods import METHODS
 from lowrank.factorization.storages import STORAGES
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 
 ALLOCATIONS = ("uniform", "relative", "spectrum", "measured", "depth", "first_dense", "linear")
 
 
+@check_arguments
 @dataclass(frozen=True)
 class Retargeting:
     """Describe how layers are aimed at the outputs of the dense model, see `retarget_layers`.
@@ -43,6 +45,7 @@ class Retargeting:
         require(0 < self.held_out < 1, "held_out", "be in (0, 1)", self.held_out)
 
 
+@check_arguments
 @dataclass(frozen=True)
 class Configuration:
     """Describe how to compress a model.

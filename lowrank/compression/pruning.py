@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowrank.factorization.moments import LayerStatistics, all_finite, read_gram
 from lowrank.factorization.precision import float64_device
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.hashing import check_in_memory
 from lowrank.io.tensor_places import count_elements
@@ -140,6 +141,7 @@ def _select_lowest(scores: Float[Tensor, "groups size"], count: int) -> Bool[Ten
     return mask
 
 
+@check_arguments
 def prune(
     model: nn.Module,
     ratios: Ratios | None = None,

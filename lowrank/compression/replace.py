@@ -26,6 +26,7 @@ from lowrank.factorization.moments import LayerStatistics, centre_moments
 from lowrank.factorization.precision import with_float64
 from lowrank.factorization.rank_allocation import kept_parameters
 from lowrank.factorization.storages import STORAGES
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.hashing import hash_model
 from lowrank.nn.low_rank import FACTORED_LAYERS
@@ -38,6 +39,7 @@ _MERGED = tuple(USV_LAYERS.values())  # which have a way back of their own
 _FOLDED = (*LAYER_KINDS.values(), *_MERGED, PackedLinear)
 
 
+@check_arguments
 def decompose(
     model: nn.Module,
     method: str = "whitened",
@@ -95,6 +97,7 @@ def spectrum_of(layer: nn.Linear, name: str, method: str, statistics: Statistics
 
 
 @torch.inference_mode(False)  # the new parameters may be trained
+@check_arguments
 def replace_layers(
     model: nn.Module,
     ranks: Mapping[str, int],
@@ -259,6 +262,7 @@ def _weigh(layer: nn.Linear, name: str, method: str, moments: LayerStatistics | 
 
 
 @torch.inference_mode(False)
+@check_arguments
 def fold(model: nn.Module) -> nn.Module:
     """Multiply every factored layer out to a dense one and join the parts of packed ones, in place.
 

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 
 from lowrank.compression.configuration import Configuration
+from lowrank.io.arguments import check_arguments
+from lowrank.io.checks import require
 from lowrank.io.tensor_places import count_elements
 from lowrank.nn.profiling import weight_bytes
 from lowrank.nn.targets import find_linears
@@ -130,6 +132,7 @@ def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,} ({after / before:.1%})"
 
 
+@check_arguments
 def parameter_counts(model: nn.Module, dense: nn.Module, layers: Iterable[str]) -> dict[str, int | float]:
     """Compare the parameters of a compressed model with those of its dense form.
 
@@ -143,6 +146,10 @@ def parameter_counts(model: nn.Module, dense: nn.Module, layers: Iterable[str]) 
     ones; `model_parameters`, all parameters; `keep_model`, their share.
     """
     names = list(find_linears(dense, layers))
+    require(len(names) > 0, "layers", "name at least one layer of `dense`", names)
+    have = {name for name, _ in model.named_modules()}
+    lacking = [name for name in names if name not in have]
+    require(not lacking, "model", "have the layers of `dense`", lacking)
     replaced = [model.get_submodule(name) for name in names]
     targeted = sum(p.numel() for module in replaced for key, p in module.named_parameters() if not key.endswith("bias"))
     before = sum(layer.weight.numel() for layer in find_linears(dense, names).values())

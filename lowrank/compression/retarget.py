@@ -145,6 +145,8 @@ class _Retargeter:
             names = [name for stage in block.stages for name in stage]
             done = folder.read(block.name, self.model) if folder else None
             if done is not None:
+                rule = f"hold a row for each layer of the block {block.name!r}"
+                require(done[1].keys() == set(names), "folder", rule, sorted(done[1]))
                 self.modules |= done[0]  # in place: the streams see it
                 self.rows |= done[1]
                 self.streams.leave()

@@ -7,7 +7,7 @@ W, so that a G without full rank needs no care.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,7 @@ from lowrank.factorization.decompositions import (
 from lowrank.factorization.gram import wide_product
 from lowrank.factorization.moments import all_finite, gram_norm
 from lowrank.factorization.precision import with_float64
+from lowrank.io.arguments import check_arguments, describe
 from lowrank.io.checks import require
 
 
@@ -110,6 +111,7 @@ class Factors:
         return replace(self, left=self.left[:, :rank], right=self.right[:rank])
 
 
+@check_arguments
 def factorize(
     weight: Float[Tensor, "out in"],
     rank: int,
@@ -289,13 +291,27 @@ def _square(columns: Tensor, sides: Weighting) -> Tensor:
 def _check_weight(weight: Tensor) -> None:
     if weight.dim() != 2:
         raise ValueError(f"`weight` must have two dimensions, got shape {tuple(weight.shape)}.")
+    require(weight.numel() > 0, "weight", "have at least one element", tuple(weight.shape))
     if not all_finite(weight):
         raise ValueError("`weight` must be finite, got NaN or infinity.")
+
+
+def _check_side(name: str, side: Any) -> None:
+    """Check what needs no weight: kind and values."""
+    if side is None:
+        return
+    holds = isinstance(side, Tensor) and side.is_floating_point() and side.numel() > 0
+    require(holds, f"weighting.{name}", "be None or a tensor of floating-point numbers", describe(side))
+    if not all_finite(side):
+        raise ValueError(f"`weighting.{name}` must be finite, got NaN or infinity.")
+    least = side.min().item() if side.dim() == 1 else 0.0
+    require(least >= 0, f"weighting.{name}", "be >= 0", least)
 
 
 def _check_sides(weighting: Weighting, weight: Tensor) -> Weighting:
     """Return the weighting on the device of the weight, in float64."""
     for name, side in weighting._asdict().items():
+        _check_side(name, side)
         size = weight.shape[SIDES[name]]
         shapes = ((size,), (size, size)) if name in ("outputs", "inputs") else ((size, size),)
         if side is not None and (side.shape[-1] != size if "sketch" in name else tuple(side.shape) not in shapes):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowrank.factorization import block_sums as sums
 from lowrank.factorization.precision import float64_device, with_float64
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 
 Vectors = Literal["input", "output", "gradient", "pullback"]
@@ -32,6 +33,7 @@ def _moment(
     return dict(label=label, of=of, merge=merge, over_tokens=over_tokens, over_samples=over_samples, random=random)
 
 
+@check_arguments
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
     """Hold the moments of a layer over calibration tokens; `a + b` joins two disjoint parts of the data.
@@ -148,9 +150,9 @@ def read_moment(statistics: LayerStatistics | None, name: str, weight: Float[Ten
     if statistics is None:
         raise ValueError(f"`statistics` must hold {rules['label']}, got None: see collect_statistics.")
     value, size = getattr(statistics, name), weight.shape[SIZES[rules["of"]]]
-    if value is not None and value.dim() and value.shape[-1] != size + rules["random"]:
-        wanted = f"{rules['label']} of size {size} for a weight of shape {tuple(weight.shape)}"
-        raise ValueError(f"`statistics` must have {wanted}, got {value.shape[-1]}.")
+    if value is not None and value.dim():
+        rule = f"have {rules['label']} of size {size} for a weight of shape {tuple(weight.shape)}"
+        require(value.shape[-1] == size + rules["random"], "statistics", rule, value.shape[-1])
     return _check(statistics, name).double().to(float64_device(weight.device))
 
 

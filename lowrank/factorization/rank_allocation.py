@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowrank.factorization.storages import STORAGES, Storage
+from lowrank.io.arguments import check_arguments, describe
 from lowrank.io.checks import require, whole_number
 
 Shape = Sequence[int]
@@ -75,6 +76,7 @@ def rank_for_keep(shape: Shape, keep: float | int, storage: str = "factors", mul
     return rank
 
 
+@check_arguments
 def allocate_ranks(
     shapes: Mapping[str, Shape],
     keep: float | int,
@@ -179,11 +181,13 @@ class _Curve(NamedTuple):
 
 
 def _check_spectrum(name: str, shape: Shape, spectrum: Any) -> np.ndarray:
-    values = np.asarray(spectrum, dtype=np.float64)
-    if values.shape != (min(shape),) or not np.isfinite(values).all() or (np.diff(values) > 0).any():
-        raise ValueError(
-            f"`spectra` must hold {min(shape)} finite values, descending, for layer {name!r}, got {values.shape}."
-        )
+    rule = f"hold {min(shape)} finite values >= 0, descending, for layer {name!r}"
+    try:
+        values = np.asarray(spectrum, dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`spectra` must {rule}, got {describe(spectrum)}.") from error
+    holds = values.shape == (min(shape),) and np.isfinite(values).all() and (np.diff(values) <= 0).all()
+    require(bool(holds and values[-1] >= 0), "spectra", rule, values.shape)
     return values
 
 

@@ -2,6 +2,7 @@
 
 - `files`: write a file or folder whole or not at all, and open safetensors files with clear errors.
 - `records`: JSON files that carry the name and version of their format.
+- `schemas`: check what a file holds against a schema, one per format, and name the field that breaks it.
 - `weights`: the tensors of a checkpoint by name, from a folder, a file, the Hub or a model in memory.
 - `tensor_places`: which tensors are one in memory, and which overlap.
 - `hub`: models, tokenizers and data sets by Hub name, with errors that name the remedy.
@@ -10,6 +11,8 @@
 - `dependencies`: the files of this package that a source file depends on, and a hash of their code.
 - `provenance`: commit, versions, machine and peak memory of a run.
 - `distributed`: count the processes of a distributed run and send values between them.
+- `commands`: run the function of a command line, with errors in one line.
+- `arguments`: check the arguments of a public function against its annotations.
 - `checks`: check an argument in one line, with one form of message.
 - `patterns`: match names of modules with names or regular expressions.
 """

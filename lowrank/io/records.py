@@ -1,12 +1,12 @@
 """Write and read JSON files that carry the name and version of their format."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowrank.io.checks import require
 from lowrank.io.files import writing
+from lowrank.io.schemas import check_schema, read_json
 
 
 def write_record(path: Path | str, format_name: str, content: Mapping[str, Any]) -> None:
@@ -23,33 +23,26 @@ def write_record(path: Path | str, format_name: str, content: Mapping[str, Any])
         partial.write_text(text + "\n", encoding="utf8")
 
 
-def read_record(path: Path | str, format_name: str, keys: Iterable[str], writer: str) -> dict[str, Any]:
+def read_record(path: Path | str, format_name: str, schema: Any, writer: str, name: str = "path") -> dict[str, Any]:
     """Read a JSON file of one format.
 
     **Arguments**
 
     - `path`: the file.
     - `format_name`: the format with its version that the file must have.
-    - `keys`: keys that the file must have.
+    - `schema`: the fields that the file must have, see `lowrank.io.schemas.check_schema`.
     - `writer`: the function that writes such files, for the message.
+    - `name`: the argument to name in errors. Default "path".
 
     **Returns** the content, the key "format" included.
 
     **Raises**
 
     - `FileNotFoundError`: no such file.
-    - `ValueError`: the file is not JSON, has another format or version, or lacks a key.
+    - `ValueError`: the file is not JSON, has another format or version, or has a field that breaks the schema.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"`path` must be a file written by {writer}, got {str(path)!r}, which does not exist.")
-    try:
-        content = json.loads(path.read_text(encoding="utf8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"`path` must be whole JSON, got {str(path)!r}: {error}.") from error
+    content = read_json(path, name, writer=writer)
     format_read = content.get("format") if isinstance(content, dict) else content
     if format_read != format_name:
-        raise ValueError(f"`path` must have format {format_name!r}, got {format_read!r} in {str(path)!r}.")
-    for key in keys:
-        require(key in content, "path", f"have the key {key!r}", str(path))
-    return content
+        raise ValueError(f"`{name}` must have format {format_name!r}, got {format_read!r} in {str(path)!r}.")
+    return check_schema(content, schema, name, path)

@@ -4,7 +4,6 @@ A checkpoint is a folder with `model.safetensors` or its shards, a single such f
 """
 
 import hashlib
-import json
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from lowrank.io.checks import require
@@ -20,10 +20,28 @@ from lowrank.io.files import open_safetensors, path_inside
 from lowrank.io.hashing import check_in_memory, hash_model, hash_options
 from lowrank.io.hub import load_or_explain
 from lowrank.io.patterns import matches
+from lowrank.io.schemas import Schema, read_json
 from lowrank.io.tensor_places import byte_range, tensor_place
 
 Source = Path | str | nn.Module
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+
+
+class _ShardIndex(Schema):
+    weight_map: dict[str, str] = Field(min_length=1)
+
+
+class ModelConfig(Schema):
+    """Hold what is read of a `config.json`.
+
+    **Arguments**
+
+    - `model_type`: the architecture, None if it is not named.
+    - `architectures`: names of classes, None if they are not named.
+    """
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +99,7 @@ def open_weights(source: Source, name: str) -> Iterator[OpenWeights]:
             return file.get_tensor(key)
 
     config_file = files[0].parent / CONFIG
-    config = json.loads(config_file.read_text(encoding="utf8")) if config_file.exists() else None
+    config = read_json(config_file, name, ModelConfig) if config_file.exists() else None
     yield OpenWeights(shapes, read, _architecture(config), files)
 
 
@@ -96,7 +114,7 @@ def _find_files(source: Path | str, name: str) -> list[Path]:
     if not path.is_dir():
         path = _download(source, name)
     if (index := path / INDEX).exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf8"))["weight_map"].values()))
+        names = sorted(set(read_json(index, name, _ShardIndex)["weight_map"].values()))
         root = path.parents[1] if path.parent.name == "snapshots" else path  # in the Hub's cache all files are links
         shards = [path_inside(path, shard, name, root) for shard in names]
         if missing := [shard.name for shard in shards if not shard.exists()]:

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from lowrank.calibration.padding import BatchPadding, Padding, token_rows
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.hub import load_pretrained
 from lowrank.io.weights import Source, read_tensors
@@ -73,6 +74,7 @@ def load_model(
 
 
 @torch.inference_mode(False)  # the factors are trained
+@check_arguments
 def add_adapter(
     model: nn.Module,
     config: RankConfig,

@@ -16,6 +16,7 @@ from lowrank.factorization.gram import gram_triangle, slabs, squared_singular_va
 from lowrank.factorization.moments import all_finite
 from lowrank.factorization.precision import with_float64
 from lowrank.factorization.spectra import effective_rank, rank_for_energy, retained_energy
+from lowrank.io.arguments import check_arguments
 from lowrank.io.weights import (
     LeftOutWarning,
     OpenWeights,
@@ -86,6 +87,7 @@ class DeltaSpectrum:
         return size | ranks | {"effective_rank": rank, "signal_rank": self.signal_rank, "status": self.status}
 
 
+@check_arguments
 def delta_spectra(
     base: Source, tuned: Source, layers: Iterable[str] = BLOCKS, *, progress: bool = True
 ) -> dict[str, DeltaSpectrum]:

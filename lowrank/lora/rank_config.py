@@ -14,10 +14,13 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, PositiveInt
 from torch import nn
 
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require, whole_number
 from lowrank.io.records import read_record, write_record
+from lowrank.io.schemas import Schema
 from lowrank.lora.deltas import DeltaSpectrum
 from lowrank.lora.module_names import find_modules
 from lowrank.lora.rank_rule import RankRule, median_ranks
@@ -29,6 +32,23 @@ _FORMAT = "lowrank.rank_config/1"
 _RANK_OPTIONS = {"r", "target_modules", "rank_pattern", "alpha_pattern"}  # of peft, which `lora_config` sets
 
 
+class _ModuleRecord(Schema):
+    out: PositiveInt
+    inputs: PositiveInt = Field(alias="in")
+
+
+class _RankRecord(Schema):
+    """Hold the fields of the file that are read again: those of `RankConfig`."""
+
+    module_ranks: dict[str, int] = Field(min_length=1)
+    modules: dict[str, _ModuleRecord]
+    analysis_metadata: dict[str, Any]
+    model: str | None
+    hashes: dict[str, str]
+    versions: dict[str, str]
+
+
+@check_arguments
 @dataclass(frozen=True)
 class RankConfig:
     """Hold exact LoRA ranks by module and how they were chosen; see the docstring of the module for the file.
@@ -51,6 +71,7 @@ class RankConfig:
     versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
+    @check_arguments
     def from_spectra(
         cls,
         spectra: Mapping[str, DeltaSpectrum],
@@ -77,6 +98,7 @@ class RankConfig:
         return cls.from_ranks(changed, rule.choose_ranks(changed), rule.metadata, model=model, hashes=hashes)
 
     @classmethod
+    @check_arguments
     def from_ranks(
         cls,
         spectra: Mapping[str, DeltaSpectrum],
@@ -127,6 +149,7 @@ class RankConfig:
         """Divide the parameters of the adapter by those of all modules that changed; may exceed 1."""
         return self.parameters / (sum(row["out"] * row["in"] for row in self.modules.values()) or 1)
 
+    @check_arguments
     def save(self, path: Path | str) -> None:
         """Write the file, whole or not at all; the same config gives the same bytes.
 
@@ -142,6 +165,7 @@ class RankConfig:
         write_record(path, _FORMAT, asdict(self) | figures)
 
     @classmethod
+    @check_arguments
     def load(cls, path: Path | str) -> "RankConfig":
         """Read a file that `save` wrote.
 
@@ -152,19 +176,20 @@ class RankConfig:
         **Raises**
 
         - `FileNotFoundError`: no such file.
-        - `ValueError`: the file is no JSON or has another format; a key is missing; a rank is no int >= 1 or exceeds its module.
+        - `ValueError`: the file is no JSON or has another format; a key is missing or of another type; a rank is no int >= 1 or
+          exceeds its module.
         """
-        keys = ("module_ranks", "modules", "analysis_metadata", "model", "hashes", "versions")
-        record = read_record(path, _FORMAT, keys, "RankConfig.save")
+        record = read_record(path, _FORMAT, _RankRecord, "RankConfig.save")
         for name, rank in record["module_ranks"].items():
-            row = record["modules"].get(name, {})
-            largest = min(row.get("out", 0), row.get("in", 0))
-            if type(rank) is not int or not 1 <= rank <= largest:
+            row = record["modules"].get(name, {"out": 0, "in": 0})
+            largest = min(row["out"], row["in"])
+            if not 1 <= rank <= largest:
                 raise ValueError(
                     f"`path` must have ranks in [1, {largest}] for {name!r}, got {rank!r} in {str(path)!r}."
                 )
-        return cls(**{key: record[key] for key in keys})
+        return cls(**{key: record[key] for key in _RankRecord.model_fields})
 
+    @check_arguments
     def find_modules(self, model: nn.Module) -> dict[str, str]:
         """Find the modules of this file in a model, see `lowrank.lora.module_names.find_modules`.
 
@@ -181,6 +206,7 @@ class RankConfig:
         shapes = {name: (self.modules[name]["out"], self.modules[name]["in"]) for name in self.module_ranks}
         return find_modules(model, shapes)
 
+    @check_arguments
     def lora_config(
         self,
         model: nn.Module,

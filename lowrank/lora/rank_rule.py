@@ -6,6 +6,7 @@ from math import inf
 from statistics import median
 from typing import Any
 
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require, whole_number
 from lowrank.lora.deltas import DeltaSpectrum
 from lowrank.lora.ranks import (
@@ -19,6 +20,7 @@ from lowrank.lora.ranks import (
 )
 
 
+@check_arguments
 @dataclass(frozen=True)
 class RankRule:
     """Hold the options of the rule; `choose_ranks` applies it.

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowrank.factorization.precision import with_float64
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.nn.lazy_weight import LazyWeight, weight_of
 from lowrank.nn.offloaded import check_not_offloaded
@@ -52,6 +53,7 @@ class PackedLinear(nn.Module):
 
 
 @torch.inference_mode(False)  # the new parameters may be trained
+@check_arguments
 def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] = ("q", "k", "v")) -> list[str]:
     """Replace packed projections by their parts, in place; the outputs of the model stay the same.
 
@@ -61,15 +63,17 @@ def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] =
 
     - `model`: any PyTorch module; it is changed.
     - `layers`: names or patterns of the packed layers.
-    - `parts`: names of the parts, in the order of the rows; all have the same number of rows.
+    - `parts`: names of the parts, each once, in the order of the rows; all have the same number of rows.
 
     **Returns** the names of the new layers.
 
     **Raises**
 
-    - `ValueError`: a layer whose outputs do not divide evenly, or whose weight another module shares; offloaded weights;
-      nothing is changed then.
+    - `ValueError`: a layer whose outputs do not divide evenly, or whose weight another module shares; offloaded weights; parts
+      without names of their own; nothing is changed then.
     """
+    named = len(parts) > 0 and len(set(parts)) == len(parts) and all(part.isidentifier() for part in parts)
+    require(named, "parts", "be at least one name, each once, of letters, digits and underscores", parts)
     packed = find_linears(model, layers)
     check_not_offloaded(model)
     names = _find_names(model, packed)
@@ -89,6 +93,7 @@ def split_packed(model: nn.Module, layers: Iterable[str], parts: Sequence[str] =
 
 
 @torch.inference_mode(False)
+@check_arguments
 def unify_linears(model: nn.Module) -> list[str]:
     """Replace every `Conv1D` of transformers (GPT-2) by an `nn.Linear`, in place; the outputs of the model stay the same.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from lowrank.io.arguments import check_arguments
 from lowrank.io.patterns import matches
 from lowrank.io.tensor_places import byte_range
 from lowrank.io.weights import check_weight, match_stacks
@@ -24,6 +25,7 @@ HEADS_AND_EMBEDDINGS = (
 )
 
 
+@check_arguments
 def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, nn.Linear]:
     """Find the linear layers that an entry names or matches.
 

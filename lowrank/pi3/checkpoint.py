@@ -1,13 +1,17 @@
 """Load the weights of π³ from a file, a folder or the Hub, strictly: every tensor by name and shape."""
 
-import json
+import re
+from dataclasses import fields
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from lowrank.io.arguments import check_arguments
 from lowrank.io.files import open_safetensors
 from lowrank.io.hub import load_or_explain
+from lowrank.io.schemas import Schema, one_of, read_json
 from lowrank.pi3.model import Pi3, Pi3Config
 
 OFFICIAL = "yyfz233/Pi3"
@@ -16,6 +20,13 @@ PRETRAINED = Path(__file__).with_name("pretrained")  # `python -m lowrank.pi3.pr
 WEIGHTS_FILE, METADATA_FILE = "model.safetensors", "run.json"
 
 
+class _RunRecord(Schema):
+    """Hold the sizes of the model of a folder."""
+
+    config: dict[Annotated[str, one_of(field.name for field in fields(Pi3Config))], int | float]
+
+
+@check_arguments
 def load_pi3(source: Path | str = OFFICIAL, config: Pi3Config | None = None) -> Pi3:
     """Load a π³ in float32, in evaluation mode, on the CPU.
 
@@ -42,7 +53,7 @@ def _find_weights(source: Path | str, config: Pi3Config | None) -> tuple[Path, P
     path = PRETRAINED if source == SMALL_NAME else Path(source)
     if path.is_dir():
         if config is None and (path / METADATA_FILE).exists():
-            config = Pi3Config(**json.loads((path / METADATA_FILE).read_text(encoding="utf8"))["config"])
+            config = Pi3Config(**read_json(path / METADATA_FILE, "source", _RunRecord)["config"])
         path = path / WEIGHTS_FILE
     if path.exists():
         return path, config
@@ -50,8 +61,9 @@ def _find_weights(source: Path | str, config: Pi3Config | None) -> tuple[Path, P
         raise FileNotFoundError(
             f"the small model must lie in {PRETRAINED}: make it with python -m lowrank.pi3.pretrain."
         )
-    if path.suffix == ".safetensors":
-        raise FileNotFoundError(f"`source` must be a checkpoint, got {path}, which does not exist.")
+    if path.suffix == ".safetensors" or path.is_absolute() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        rule = "be a checkpoint or the name of a repository, OWNER/NAME"
+        raise FileNotFoundError(f"`source` must {rule}, got {str(source)!r}, which does not exist.")
     return load_or_explain("model", str(source), lambda: _download(str(source))), config
 
 

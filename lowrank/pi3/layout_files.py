@@ -50,9 +50,30 @@ def list_folders(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted(path for path in folder.iterdir() if path.is_dir())}
 
 
-def read_matrix(path: Path) -> np.ndarray:
-    """Read a `(4, 4)` matrix from a text file."""
-    return np.loadtxt(path).reshape(4, 4)
+def read_numbers(path: Path, *shape: int) -> np.ndarray:
+    """Read numbers from a text file. NaN and infinity stand for a pose that is not known.
+
+    **Arguments**
+
+    - `path`: the file.
+    - `shape`: of the result; -1 stands for a side that follows from the number of values.
+
+    **Returns** numbers of that shape, float64.
+
+    **Raises**
+
+    - `ValueError`: no numbers, or another number of them.
+    """
+    try:
+        text = path.read_text(encoding="utf8").replace(",", " ")
+        values = np.array([float(word) for word in text.split()])
+    except ValueError as error:
+        raise ValueError(f"`folder` must have text files of numbers, got {path}: {error}.") from error
+    size = int(np.prod(shape))
+    if not len(values) or (len(values) % -size if size < 0 else len(values) != size):
+        sides = " x ".join("n" if side < 0 else str(side) for side in shape)
+        raise ValueError(f"`folder` must have {sides} numbers in {path}, got {len(values)}.")
+    return values.reshape(shape)
 
 
 def read_png_depth(path: Path, unit: int, least: float = 0.0, most: float = float("inf")) -> np.ndarray:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lowrank.io.checks import require
 from lowrank.pi3.frames import list_images
-from lowrank.pi3.layout_files import Frame, list_folders, read_matrix, read_png_depth, require_path
+from lowrank.pi3.layout_files import Frame, list_folders, read_numbers, read_png_depth, require_path
 from lowrank.pi3.sintel import list_sintel, read_sintel_depth, sintel_frames
 from lowrank.pi3.tum import list_tum, tum_frames
 
@@ -40,7 +41,9 @@ def _list_seven_scenes(folder: Path) -> dict[str, Path]:
     for scene in list_folders(folder):
         split = require_path(folder, scene, "TestSplit.txt", layout="7-Scenes")
         for line in split.read_text(encoding="utf8").split():
-            name = f"seq-{int(''.join(filter(str.isdigit, line))):02d}"
+            digits = "".join(filter(str.isdecimal, line))
+            require(0 < len(digits) < 10, "folder", f"name a sequence with a number in each line of {split}", line)
+            name = f"seq-{int(digits):02d}"
             sequences[f"{scene}/{name}"] = require_path(folder, scene, name, layout="7-Scenes")
     return sequences
 
@@ -52,7 +55,7 @@ def _seven_scenes_frames(sequence: Path) -> list[Frame]:
         stem = image.name.removesuffix(".color.png")
         registered = image.with_name(f"{stem}.depth.proj.png")
         depth = registered if registered.exists() else image.with_name(f"{stem}.depth.png")
-        pose = read_matrix(require_path(sequence, f"{stem}.pose.txt", layout="7-Scenes"))
+        pose = read_numbers(require_path(sequence, f"{stem}.pose.txt", layout="7-Scenes"), 4, 4)
         frames.append(Frame(image, depth, pose, intrinsics))
     return frames
 
@@ -62,9 +65,10 @@ def _nrgbd_frames(scene: Path) -> list[Frame]:
     images, depth, *texts = (
         require_path(scene, name, layout="NRGBD") for name in ("images", "depth", "poses.txt", "focal.txt")
     )
-    poses = np.loadtxt(texts[0]).reshape(-1, 4, 4) @ np.diag([1.0, -1.0, -1.0, 1.0])
-    focal = float(np.loadtxt(texts[1]).reshape(-1)[0])
-    numbered = {int(path.stem.removeprefix("img")): path for path in list_images(images)}
+    poses = read_numbers(texts[0], -1, 4, 4) @ np.diag([1.0, -1.0, -1.0, 1.0])
+    focal = float(read_numbers(texts[1], -1)[0])
+    require(np.isfinite(focal) and focal > 0, "folder", f"have a focal length > 0 in {texts[1]}", focal)
+    numbered = {_read_number(path, "img"): path for path in list_images(images)}
     if max(numbered) >= len(poses):
         raise ValueError(f"`poses.txt` must have a pose for image {max(numbered)}, got {len(poses)} in {scene}.")
     frames = []
@@ -82,16 +86,23 @@ def _scannet_frames(scene: Path) -> list[Frame]:
         require_path(scene, *parts, layout="an export of ScanNet")
         for parts in (("color",), ("depth",), ("pose",), ("intrinsic", "intrinsic_depth.txt"))
     )
-    intrinsics = read_matrix(camera)[:3, :3]
+    intrinsics = read_numbers(camera, 4, 4)[:3, :3]
+    require(bool(np.isfinite(intrinsics).all()), "folder", f"have finite intrinsics in {camera}", intrinsics.tolist())
     return [
         Frame(
             image,
             depth / f"{image.stem}.png",
-            read_matrix(require_path(pose, f"{image.stem}.txt", layout="an export of ScanNet")),
+            read_numbers(require_path(pose, f"{image.stem}.txt", layout="an export of ScanNet"), 4, 4),
             intrinsics,
         )
-        for image in sorted(list_images(color), key=lambda path: int(path.stem))
+        for image in sorted(list_images(color), key=_read_number)
     ]
+
+
+def _read_number(image: Path, prefix: str = "") -> int:
+    digits = image.stem.removeprefix(prefix)
+    require(digits.isdecimal(), "folder", f"name images by {prefix or 'their'} number", str(image))
+    return int(digits)
 
 
 def _list_picture_folders(folder: Path) -> dict[str, Path]:

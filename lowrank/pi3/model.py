@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.pi3.blocks import Block, build_rotary_table
 from lowrank.pi3.encoder import Encoder
@@ -19,6 +20,7 @@ from lowrank.pi3.heads import CameraHead, HeadDecoder, PixelHead
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+@check_arguments
 @dataclass(frozen=True)
 class Pi3Config:
     """Hold the sizes of a π³; the defaults are the published ones.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from lowrank.io.commands import run_command
 from lowrank.io.files import writing
 from lowrank.io.provenance import environment
 from lowrank.pi3.checkpoint import METADATA_FILE, PRETRAINED, WEIGHTS_FILE
@@ -63,9 +64,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lowrank.pi3.pretrain", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=PRETRAINED, help="where to write; default: %(default)s")
     options = parser.parse_args(arguments)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    pretrain(options.folder, SMALL_RECIPE)
-    return 0
+    if any(path.exists() and not path.is_dir() for path in (options.folder, *options.folder.parents)):
+        parser.error(f"`--folder` must be a folder, or a name for one, got {str(options.folder)!r}.")
+
+    def train() -> int:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        pretrain(options.folder, SMALL_RECIPE)
+        return 0
+
+    return run_command(train)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def read_sintel_depth(path: Path) -> np.ndarray:
     if len(content) < 12 or np.frombuffer(content[:4], "<f4")[0] != np.float32(SINTEL_TAG):
         raise ValueError(f"`path` must be a Sintel .dpt file, got {path}, which does not start as one.")
     width, height = np.frombuffer(content[4:12], "<i4").tolist()
-    if len(content) != 12 + 4 * width * height:
+    if min(width, height) < 1 or len(content) != 12 + 4 * width * height:
         raise ValueError(
             f"`path` must hold {width} x {height} values of 4 bytes, got {len(content) - 12} bytes in {path}."
         )
@@ -37,12 +37,14 @@ def read_sintel_camera(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     **Raises**
 
-    - `ValueError`: the file is no .cam file.
+    - `ValueError`: the file is no .cam file, or holds no camera.
     """
     content = path.read_bytes()
     if len(content) != 4 + 21 * 8 or np.frombuffer(content[:4], "<f4")[0] != np.float32(SINTEL_TAG):
         raise ValueError(f"`path` must be a Sintel .cam file, got {path}, which is none.")
     numbers = np.frombuffer(content[4:], "<f8")
+    if not np.isfinite(numbers).all() or not np.linalg.det(numbers[9:].reshape(3, 4)[:, :3]):
+        raise ValueError(f"`path` must hold finite numbers and a rotation, got {path}, which does not.")
     shift = np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])
     return numbers[:9].reshape(3, 3) + shift, np.linalg.inv(np.vstack([numbers[9:].reshape(3, 4), [0, 0, 0, 1]]))
 

@@ -1,19 +1,35 @@
 """Read data sets in the layout of TUM RGB-D: TUM RGB-D and Bonn."""
 
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
 
+from lowrank.io.checks import require
 from lowrank.io.files import path_inside
+from lowrank.io.schemas import read_file
 from lowrank.pi3.layout_files import Frame, list_folders, require_path
 
 TUM_PAUSE = 0.02  # most seconds between an image and its depth or pose
 
 
-def _read_list(path: Path) -> list[list[str]]:
-    """Read the rows of a list, sorted by time."""
-    rows = [line.split() for line in path.read_text(encoding="utf8").splitlines() if line and not line.startswith("#")]
+def _read_list(path: Path, numbers: int = 1) -> list[list[str]]:
+    """Read the rows of a list, sorted by time: first some numbers, one of them the time, and two words at least."""
+    lines = [line for line in read_file(path, "folder").splitlines() if line.strip() and not line.startswith("#")]
+    rows = [line.replace(",", " ").split() for line in lines]
+    for line, row in zip(lines, rows, strict=True):
+        holds = len(row) >= max(2, numbers) and all(map(_is_finite, row[:numbers]))
+        holds = holds and (numbers < 8 or any(float(word) for word in row[4:8]))  # a quaternion of zeros turns nowhere
+        rule = f"have lists whose rows start with {numbers} finite numbers ({path})"
+        require(holds, "folder", rule, line)
     return sorted(rows, key=lambda row: float(row[0]))
+
+
+def _is_finite(word: str) -> bool:
+    try:
+        return isfinite(float(word))
+    except ValueError:
+        return False
 
 
 def _find_row(rows: list[list[str]], time: float) -> list[str] | None:
@@ -56,13 +72,14 @@ def tum_frames(sequence: Path) -> list[Frame]:
     **Raises**
 
     - `FileNotFoundError`: a list is missing.
-    - `ValueError`: a list names a file outside of the sequence.
+    - `ValueError`: a row without its numbers; a list names a file outside of the sequence.
     """
     depths, poses = (
-        _read_list(require_path(sequence, name, layout="TUM RGB-D")) for name in ("depth.txt", "groundtruth.txt")
+        _read_list(require_path(sequence, name, layout="TUM RGB-D"), numbers)
+        for name, numbers in (("depth.txt", 1), ("groundtruth.txt", 8))
     )
     frames = []
-    for time, image in (row[:2] for row in _read_list(sequence / "rgb.txt")):
+    for time, image in (row[:2] for row in _read_list(require_path(sequence, "rgb.txt", layout="TUM RGB-D"))):
         depth, pose = _find_row(depths, float(time)), _find_row(poses, float(time))
         if depth and pose:
             one, other = (path_inside(sequence, name, "sequence") for name in (image, depth[1]))

@@ -18,6 +18,7 @@
 - `selection_tables`: the tables and the figure of notebook 06.
 - `bench_tables`: the tables of `make bench`, with the costs of large models.
 - `site`: build the site.
+- `result_files`: the files of one folder of results, each checked.
 - `pages`: the page of one executed notebook, and Markdown helpers.
 - `reference`: the pages of the reference, from docstrings.
 """

@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from lowrank.io.commands import run_command
 from lowrank.report.errors import ReportError
 
 PROGRAM = "python -m lowrank.report"
@@ -120,11 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     **Returns** the exit status: 0 done, 1 a notebook failed or results differ, 2 bad input.
     """
     options = make_parser().parse_args(arguments)
-    try:
-        return options.command(options)
-    except (ReportError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", ReportError.exit_status)
+    return run_command(lambda: options.command(options), ReportError)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 import pandas as pd
 
 from lowrank.report.folders import published_folder
+from lowrank.report.result_files import read_table
 
 NOT_ADDED = ["forward pass", "save"]  # their bytes belong to the model and to the file, and add to no peak
 
 
 def benchmarks() -> str:
     """Tabulate the measured ratios, one to a row; then those of single layers side by side."""
-    tables = [pd.read_csv(path) for path in sorted((published_folder() / "bench").glob("*.csv"))]
+    tables = [read_table(path) for path in sorted((published_folder() / "bench").glob("*.csv"))]
     ratios = pd.concat(table for table in tables if "value" in table)
     shown = ratios.assign(value=[f"{value:.3g}" for value in ratios.value], spread=ratios.get("spread", ""))
     parts = [shown[["what", "case", "figure", "value", "spread", "device"]].fillna("").to_markdown(index=False)]
@@ -24,7 +25,7 @@ def benchmarks() -> str:
 
 def sizing() -> str:
     """Tabulate the cost of a compression: seconds by stage and model, the check of the fit, then models of published shapes."""
-    table = pd.read_csv(published_folder() / "bench" / "sizing.csv")
+    table = read_table(published_folder() / "bench" / "sizing.csv")
     stages = list(table.stage.unique())
     measured, predicted, large = (table.query("kind == @kind") for kind in ("measured", "predicted", "extrapolated"))
     models = list(measured.model.unique())

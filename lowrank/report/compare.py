@@ -16,7 +16,7 @@ import pandas as pd
 
 from lowrank.io.checks import require
 from lowrank.report.claims import CLOSE, verdicts_agree
-from lowrank.report.pages import read_claims, read_run
+from lowrank.report.result_files import read_claims, read_run, read_table
 
 TOLERANCE = 1e-3  # relative, of a number without a declared one
 FLOOR = 1e-3  # values below this share of the largest of their column are compared with it, not with themselves
@@ -186,7 +186,7 @@ def compare_table(path: Path, reference: Path, declaration: Declaration) -> tupl
     """
     if path.read_bytes() == reference.read_bytes():
         return EQUAL, ""
-    one, other = (pd.read_csv(file).drop(columns=[*declaration.ignored], errors="ignore") for file in (path, reference))
+    one, other = (read_table(file).drop(columns=[*declaration.ignored], errors="ignore") for file in (path, reference))
     if list(one) != list(other):
         here, there = ([name for name in side if name not in rest] for side, rest in ((one, other), (other, one)))
         return BEYOND, f"columns or their order differ; only here: {here}, only published: {there}"
@@ -247,11 +247,12 @@ def compare_folders(results: Path, reference: Path, tolerance: int | float | Non
 
     **Raises**
 
-    - `ValueError`: no results in `results`, a negative tolerance.
+    - `ValueError`: no results in `results`, no folder `reference`, a negative or infinite tolerance.
     """
-    require(tolerance is None or tolerance >= 0, "tolerance", "be >= 0", tolerance)
+    require(tolerance is None or 0 <= tolerance < math.inf, "tolerance", "be >= 0 and finite", tolerance)
     names = [path.parent.relative_to(results) for path in sorted(results.glob("*/*/run.json"))]
     require(bool(names), "results", "be a folder with SET/NOTEBOOK/run.json", str(results))
+    require(reference.is_dir(), "reference", "be a folder of results", str(reference))
     published = [name for name in names if (reference / name / "run.json").exists()]
     tables = [t for name in published for t in _compare_tables(results / name, reference / name, f"{name}", tolerance)]
     verdicts = [compare_verdicts(results / name, reference / name, f"{name}") for name in published]

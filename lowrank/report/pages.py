@@ -9,6 +9,7 @@ import nbformat
 import pandas as pd
 
 from lowrank.report.claims import CLOSE, FAILS, HOLDS
+from lowrank.report.result_files import read_claims, read_page, read_run
 
 STYLES = {HOLDS: "holds", FAILS: "fails", CLOSE: "close"}  # verdict -> its class in the style sheet
 WIDGET = "application/vnd.jupyter.widget-view+json"  # progress bars: they need a kernel, or scripts from the web
@@ -27,23 +28,6 @@ def format_code(value: Any) -> str:
 def format_table(table: pd.DataFrame) -> str:
     """Format a table in Markdown, every cell as it is."""
     return table.to_markdown(index=False, disable_numparse=True)
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """Read the run.json of one folder of results."""
-    return json.loads((folder / "run.json").read_text(encoding="utf8"))
-
-
-def read_claims(folder: Path) -> pd.DataFrame:
-    """Read the claims of one folder of results.
-
-    **Returns** a table with the columns `claim`, `verdict` (one of `lowrank.report.claims.VERDICTS`) and `number` (a text, empty
-    if there is none).
-    """
-    table = pd.read_csv(folder / "claims.csv", dtype={"number": str})
-    if "holds" in table:  # this can go when `sst2-minilm` and `cifar10-minivit` are executed again
-        table = table.assign(verdict=table.holds.map({True: HOLDS, False: FAILS}))
-    return table.reindex(columns=["claim", "verdict", "number"]).fillna({"number": ""})
 
 
 def format_verdicts(claims: pd.DataFrame, target: str = "") -> list[str]:
@@ -122,7 +106,7 @@ def notebook_page(folder: Path, set_name: str, notebook: str) -> Any:
 
     **Returns** a notebook object.
     """
-    run, page = read_run(folder), nbformat.read(folder / f"{notebook}.ipynb", 4)
+    run, page = read_run(folder, whole=True), read_page(folder / f"{notebook}.ipynb")
     opening, *cells = page.cells
     title, _, rest = opening.source.partition("\n")
     opening.source = f"{title} ({set_name})\n{rest}"

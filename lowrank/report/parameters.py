@@ -6,6 +6,7 @@ name.
 """
 
 import ast
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,14 @@ def read_defaults(notebook: str) -> dict[str, Any]:
     if cell is None:
         raise ParameterError(f"notebook {notebook!r} must have a cell tagged 'parameters'.")
     values: dict[str, Any] = {}
-    for node in ast.parse(cell.partition("\n")[2]).body:
-        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
-            raise ParameterError(f"the parameters cell of {notebook!r} must hold assignments of literals only.")
-        values[node.targets[0].id] = ast.literal_eval(node.value)
+    try:
+        for node in ast.parse(cell.partition("\n")[2]).body:
+            if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+                raise ValueError(f"got {ast.unparse(node)!r}")
+            values[node.targets[0].id] = ast.literal_eval(node.value)
+    except (ValueError, SyntaxError, RecursionError) as error:
+        reason = f"the parameters cell of {notebook!r} must hold assignments of literals only: {error}."
+        raise ParameterError(reason) from error
     return values
 
 
@@ -115,7 +120,7 @@ def _read_value(text: str, default: Any) -> Any:
 def _fits(value: Any, default: Any) -> bool:
     """Return True if a value has the type of the default. An int fits a float; items of a list fit its first item."""
     if isinstance(default, float) and not isinstance(value, bool):
-        return isinstance(value, int | float)
+        return isinstance(value, int | float) and math.isfinite(value)
     if isinstance(default, list) and isinstance(value, list):
         return not default or all(_fits(item, default[0]) for item in value)
     return type(value) is type(default)

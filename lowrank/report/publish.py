@@ -5,8 +5,8 @@ from pathlib import Path
 
 from lowrank.io.files import writing
 from lowrank.report.errors import ReportError
-from lowrank.report.pages import read_run
 from lowrank.report.parameters import set_names, split_variant
+from lowrank.report.result_files import read_run
 
 
 class PublishError(ReportError):

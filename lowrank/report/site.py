@@ -23,11 +23,10 @@ from lowrank.report.pages import (
     format_table,
     format_verdicts,
     notebook_page,
-    read_claims,
-    read_run,
 )
 from lowrank.report.parameters import SETS, jobs, notebook_names, set_names
 from lowrank.report.reference import write_reference
+from lowrank.report.result_files import read_claims, read_page, read_run
 
 SITE = ROOT / "_site"
 # The start page shows one figure of each notebook.
@@ -96,7 +95,7 @@ def read_question(folder: Path, notebook: str) -> tuple[str, str]:
     - `folder`: folder of results with the executed notebook.
     - `notebook`: stem of the notebook.
     """
-    opening = nbformat.read(folder / f"{notebook}.ipynb", 4).cells[0].source
+    opening = read_page(folder / f"{notebook}.ipynb").cells[0].source
     question = opening.partition("**Question.** ")[2].partition("\n\n")[0]
     return opening.partition("\n")[0].removeprefix("# "), question
 
@@ -114,7 +113,9 @@ def results_section(results: Results, source: Path) -> str:
         first, folder = next(iter(folders.items()))
         title, question = read_question(folder, notebook)
         figure = f"{notebook}-{FIGURES[notebook]}.png"
-        shutil.copy(folder / f"{FIGURES[notebook]}.png", source / figure)
+        if not (picture := folder / f"{FIGURES[notebook]}.png").is_file():
+            raise SiteError(f"{folder} must have {picture.name}, and has none: run the notebook again.")
+        shutil.copy(picture, source / figure)
         pages = [
             f"[{name}]({page_path(name, notebook)}.ipynb) ({count_claims(read_claims(path))})"
             for name, path in folders.items()
@@ -154,7 +155,7 @@ def sets_section(results: Results) -> str:
     """Make the table of the sets of the site, with the machines and the time that their notebooks took."""
     rows = []
     for name in dict.fromkeys(name for folders in results.values() for name in folders):
-        runs = [read_run(folders[name]) for folders in results.values() if name in folders]
+        runs = [read_run(folders[name], whole=True) for folders in results.values() if name in folders]
         devices = escape(", ".join(sorted({run["device"] for run in runs})))
         rows.append((name, describe_set(name), devices, f"{sum(run['wall_s'] for run in runs):.0f} s"))
     return format_table(pd.DataFrame(rows, columns=["set", "description", "run on", "wall time"]))

@@ -7,8 +7,8 @@ import pandas as pd
 
 from lowrank.io.checks import require
 from lowrank.report.folders import published_folder
-from lowrank.report.pages import read_run
 from lowrank.report.parameters import set_names
+from lowrank.report.result_files import read_run, read_table
 
 SHOWN_KEEPS = (0.8, 0.5, 0.4, 0.2)  # of the measured budgets, those in the README
 SHOWN_ERRORS = {"mono_depth": "abs_rel", "video_depth": "abs_rel", "pose": "ate", "points": "acc_mean"}
@@ -37,7 +37,7 @@ def read_test(folder: Path, name: str) -> pd.DataFrame:
 
     - `ValueError`: no row of the table was.
     """
-    table = pd.read_csv(folder / f"{name}.csv")
+    table = read_table(folder / f"{name}.csv")
     if "split" not in table:  # this can go when `sst2-minilm` and `cifar10-minivit` are executed again
         return table
     rows = table.query("split == 'test'").drop(columns="split").reset_index(drop=True)
@@ -68,7 +68,7 @@ def baselines() -> str:
     for name, folder in result_folders("01_whitening").items():
         table, run = read_test(folder, "baseline"), read_run(folder)
         metric, row = headline_metric(folder, table), table.iloc[0]
-        worst = pd.read_csv(folder / "theorem_by_layer.csv").groupby("dtype").difference.max()
+        worst = read_table(folder / "theorem_by_layer.csv").groupby("dtype").difference.max()
         rows.append(
             {
                 "set": name,
@@ -179,7 +179,7 @@ def geometry() -> str:
                 for data, errors in tables[task].query("model == @model").groupby("data", sort=False):
                     row[f"{task}, {column}, {data}"] = f"{errors[column].mean():.3f} ± {errors[column].std():.3f}"
             rows.append(row)
-        first.append(pd.read_csv(folder / "first_forward.csv").drop(columns="split", errors="ignore").assign(set=name))
+        first.append(read_table(folder / "first_forward.csv").drop(columns="split", errors="ignore").assign(set=name))
     quality = pd.DataFrame(rows).fillna("").to_markdown(index=False)
     passes = pd.concat(first).to_markdown(index=False, floatfmt=".1f")
     return "\n\n".join([quality, passes, _speed_ups().to_markdown(index=False)])
@@ -187,7 +187,7 @@ def geometry() -> str:
 
 def _speed_ups() -> pd.DataFrame:
     """Return the speed-ups at the published size, for every device on which they were measured."""
-    speed = pd.read_csv(published_folder() / "bench" / "pi3.csv")
+    speed = read_table(published_folder() / "bench" / "pi3.csv")
     speed["size"] = speed.width.astype(str) + " x " + speed.height.astype(str) + ", " + speed.precision
     measured = ["forward_ms", "frames_per_s", "speed_up", "ceiling", "share_of_ceiling"]
     table = pd.DataFrame(speed[["device", "views", "size", "model", *measured]]).astype(object)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.selection.dynamic_program import (
     Interval,
@@ -45,6 +46,7 @@ class Assignment:
     gap: float = 0.0
 
 
+@check_arguments
 def assign_layers(
     values: Sequence[int | float],
     costs: Sequence[int | float],
@@ -65,8 +67,8 @@ def assign_layers(
     - `costs`: one integer >= 1 per layer.
     - `budgets`: one number >= 0 per device; rounded down.
     - `order`: 'free', or 'fixed': the run of device k is left of the run of device k + 1.
-    - `limit`: largest size of the table, in numbers.
-    - `seconds`: time limit of the mixed-integer program.
+    - `limit`: largest size of the table, in numbers, >= 1.
+    - `seconds`: time limit of the mixed-integer program, > 0.
 
     **Returns** an `Assignment`. Among equal totals the last run is decided first: it ends as early as possible and is the longest
     affordable; the first device that can take it does. Of devices with equal budgets the first takes the first run. Layers of
@@ -78,6 +80,8 @@ def assign_layers(
     """
     values, costs, budgets = (_as_python(numbers) for numbers in (values, costs, budgets))
     _check_arguments(values, costs, budgets, order)
+    require(limit >= 1, "limit", "be >= 1", limit)
+    require(seconds > 0, "seconds", "be > 0", seconds)
     whole, funds = _scale_to_integers(values), [int(budget) for budget in budgets]
     starts = find_run_starts([int(cost) for cost in costs], funds)
     if order == "fixed":

@@ -1,6 +1,5 @@
 """Read the shapes of the layers of a model, from the model itself or from the headers of its files."""
 
-import json
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -10,8 +9,17 @@ from torch import nn
 
 from lowrank.io.hub import find_model_class, read_config
 from lowrank.io.patterns import matches
+from lowrank.io.schemas import read_json
 from lowrank.io.tensor_places import count_elements
-from lowrank.io.weights import CONFIG, Source, match_modules, match_stacks, open_weights, warn_of_stacks
+from lowrank.io.weights import (
+    CONFIG,
+    ModelConfig,
+    Source,
+    match_modules,
+    match_stacks,
+    open_weights,
+    warn_of_stacks,
+)
 from lowrank.nn.skeletons import bounded_skeleton, check_counts
 from lowrank.nn.targets import BLOCKS, is_conv1d
 
@@ -88,7 +96,7 @@ def _order(names: set[str], modules: nn.Module | None) -> list[str]:
 
 def _build_skeleton(config: Path, tensors: int) -> nn.Module | None:
     """Build the architecture of a config.json without weights; None if transformers does not have it."""
-    content = json.loads(config.read_text(encoding="utf8")) if config.exists() else {}
+    content = read_json(config, "model", ModelConfig) if config.exists() else {}
     names = content.get("architectures")
     model_class = find_model_class(names[0]) if names else None
     if model_class is None:

@@ -6,29 +6,42 @@ Each row of `layers` has the published keys, and `block`, `raw_metric` (null if 
 entries `norm_1`, `norm_2`, `norm_inf`. The published key of the score of a layer is `significance_score`.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from lowrank.io.checks import require
 from lowrank.io.records import read_record, write_record
+from lowrank.io.schemas import Schema
 from lowrank.io.weights import Source
 from lowrank.nn.targets import BLOCKS
 from lowrank.selection.layer_sizes import layer_sizes
 
 _FORMAT = "lowrank.scores/1"
-_ROW_KEYS = {
-    "index",
-    "name",
-    "block",
-    "num_parameters",
-    "weight_shape",
-    "raw_metric",
-    "status",
-    "pruning_ratio",
-    "significance_score",
-}
+
+
+class _ScoredLayer(Schema):
+    """Hold the fields of a row that are read again."""
+
+    index: NonNegativeInt
+    name: str
+    block: str
+    num_parameters: PositiveInt
+    weight_shape: list[PositiveInt]
+    raw_metric: float | None
+    status: str
+    pruning_ratio: float = Field(ge=0, le=1)
+    significance_score: float = Field(ge=0, le=1)
+
+
+class _ScoresRecord(Schema):
+    layers: list[_ScoredLayer] = Field(min_length=1)
+    layers_named: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,12 +98,13 @@ class Scores:
         **Raises**
 
         - `FileNotFoundError`: no such file.
-        - `ValueError`: the file is no JSON or has another format; a row without a key, or with a cost that is no integer >= 1;
-          another model.
+        - `ValueError`: the file is no JSON or has another format; a row lacks a key, has a value out of its range, or has the
+          name of another row; another model.
         """
-        record = read_record(path, _FORMAT, ("layers",), "Scores.save")
+        record = read_record(path, _FORMAT, _ScoresRecord, "Scores.save")
         rows = record.pop("layers")
-        _check_rows(rows, path)
+        repeated = sorted(name for name, count in Counter(row["name"] for row in rows).items() if count > 1)
+        require(not repeated, "path", f"have one row per layer ({str(path)!r})", repeated)
         scores = cls(rows, {key: value for key, value in record.items() if key not in ("format", *_summarize(rows))})
         if model is not None:
             scores.check(model)
@@ -115,18 +129,6 @@ class Scores:
                     f"`model` must have the layers of these scores, got {sizes.get(name)} for {name!r}, which is "
                     f"{scored.get(name)} in the scores."
                 )
-
-
-def _check_rows(rows: Sequence[Mapping[str, Any]], path: Path | str) -> None:
-    if not rows:
-        raise ValueError(f"`path` must have rows under 'layers', got none in {str(path)!r}.")
-    for row in rows:
-        if missing := sorted(_ROW_KEYS - row.keys()):
-            raise ValueError(f"`path` must have {missing[0]!r} in every row, got none in row {row.get('index')}.")
-        if type(row["num_parameters"]) is not int or row["num_parameters"] < 1:
-            raise ValueError(
-                f"`path` must have integers >= 1 as num_parameters, got {row['num_parameters']!r} for {row['name']!r}."
-            )
 
 
 def _summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

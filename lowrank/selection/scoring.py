@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lowrank.factorization.precision import with_float64
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.weights import Source, check_weight, open_weights
 from lowrank.nn.targets import BLOCKS, split_block
@@ -24,6 +25,7 @@ _BATCH_BYTES = 2**30  # of Gram matrices of one size that an accelerator decompo
 _CACHED = 2**16  # entries that stay in the cache of a core when they are widened to float64
 
 
+@check_arguments
 @dataclass(frozen=True)
 class ScoringConfig:
     """Hold the options that turn spectra into scores.
@@ -31,7 +33,7 @@ class ScoringConfig:
     **Arguments**
 
     - `window`: 'published' or 'corrected', see `lowrank.selection.esd.esd_metrics`.
-    - `smallest`: fits keep eigenvalues above this number, >= 0.
+    - `smallest`: fits keep eigenvalues above this number, >= 0 and finite.
     - `prunable`: prune layers with the 'larger' or the 'smaller' metric more. None stands for 'larger', as published, and is
       allowed for exponents only.
     - `mapping`: 'block_wise' gives all layers of a block the mean of their metrics, 'layer_wise' each layer its metric.
@@ -57,7 +59,7 @@ class ScoringConfig:
     def __post_init__(self) -> None:
         rules = {
             "window": (self.window in WINDOWS, f"be one of {list(WINDOWS)}"),
-            "smallest": (self.smallest >= 0, "be >= 0"),
+            "smallest": (0 <= self.smallest < math.inf, "be >= 0 and finite"),
             "prunable": (self.prunable in (None, "larger", "smaller"), "be None, 'larger' or 'smaller'"),
             "mapping": (self.mapping in _MAPPINGS, f"be one of {list(_MAPPINGS)}"),
         }
@@ -66,6 +68,7 @@ class ScoringConfig:
         check_ratio_options(self.sparsity, self.epsilon, self.missing)
 
 
+@check_arguments
 def layer_scores(
     model: Source,
     metric: str = "alpha_peak",

@@ -1,5 +1,6 @@
 """Objectives: how outputs become losses and predictions; the loss and the metrics of a model on a data set."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from lowrank.calibration.divergence import at_least_float32, class_divergence
 from lowrank.factorization.precision import float64_device, with_float64
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.nn.batches import IGNORED, Batch, batches_on, compute_logits, device_of, eval_mode, get_labels
 from lowrank.tasks.metrics import METRICS, Metric
@@ -160,6 +162,7 @@ def _run(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> tu
     return total / count, np.concatenate(predicted or [np.empty(0)]), np.concatenate(true or [np.empty(0)])
 
 
+@check_arguments
 def perplexity(model: nn.Module, token_ids: Int[Tensor, "*one tokens"], window: int = 2048) -> float:
     """Compute exp of the mean next-token cross-entropy, by the protocol of the published tables.
 
@@ -183,6 +186,13 @@ def perplexity(model: nn.Module, token_ids: Int[Tensor, "*one tokens"], window: 
     **Reference** Frantar et al., GPTQ, ICLR 2023, arXiv:2210.17323. SVD-LLM (arXiv:2403.07378) evaluates in the same manner.
     """
     tokens = token_ids.reshape(-1)
+    require(
+        len(tokens) == token_ids.shape[-1], "token_ids", "be of shape (tokens,) or (1, tokens)", tuple(token_ids.shape)
+    )
+    require(len(tokens) > 0, "token_ids", "hold at least one token", tuple(token_ids.shape))
+    known = getattr(getattr(model, "config", None), "vocab_size", None) or math.inf
+    wrong = [token for token in (int(tokens.min()), int(tokens.max())) if not 0 <= token < known]
+    require(not wrong, "token_ids", f"be in [0, {known}), the vocabulary of `model`", wrong)
     require(2 <= window <= len(tokens), "window", f"be in [2, {len(tokens)}], the number of tokens", window)
     windows = tokens[: len(tokens) // window * window].view(-1, 1, window)
 

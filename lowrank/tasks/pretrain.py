@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lowrank.io.commands import run_command
 from lowrank.tasks.baseline import Baseline, baseline_key, distance, load_baseline, train_baseline
 from lowrank.tasks.registry import load_task
 from lowrank.tasks.shipped import BLOCK, round_weights, write_shipped
@@ -116,8 +117,12 @@ def main(arguments: list[str] | None = None) -> int:
     known = shipped if options.ship else list(MODELS)
     if unknown := [name for name in options.name if name not in known]:
         parser.error(f"`NAME` must be among {known}{' with --ship' if options.ship else ''}, got {unknown}.")
-    pretrain(options.name or shipped, options.ship)
-    return 0
+
+    def train() -> int:
+        pretrain(list(dict.fromkeys(options.name or shipped)), options.ship)
+        return 0
+
+    return run_command(train)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import SPLITS, require
 from lowrank.tasks.task import Task
 
@@ -22,6 +23,7 @@ TASKS = {
 }
 
 
+@check_arguments
 def load_task(task: str | Callable[..., Task], /, **options: Any) -> Task:
     """Load a task and give it its identity.
 

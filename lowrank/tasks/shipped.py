@@ -12,17 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt
 from safetensors.torch import load_model, save_model
 from torch import nn
 
 from lowrank.io.checks import require
 from lowrank.io.files import writing
 from lowrank.io.hashing import hash_files, hash_options
+from lowrank.io.schemas import Schema, read_json
 
 PRETRAINED = Path(__file__).with_name("pretrained")
 BLOCK = 25  # steps that each recorded loss is the mean of
 IDENTITY = ("task", "recipe")  # the entries of the JSON file that the key is the hash of
-FIELDS = ("weights", "loss", "validation", "wall_s", "environment")  # those that a model is read with or told by
+
+
+class _RecipeRecord(Schema):
+    steps: NonNegativeInt
+
+
+class _ShippedRecord(Schema):
+    """Hold the entries that a model is found, read and told by."""
+
+    key: str
+    weights: str
+    task: dict[str, Any]
+    recipe: _RecipeRecord
+    loss: list[float]
+    validation: dict[str, float]
+    wall_s: float
+    environment: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -90,10 +108,10 @@ def list_shipped() -> list[Shipped]:
 def _read(path: Path) -> dict[str, Any]:
     """Read a JSON file. One whose key no longer fits may be the model that is asked for, so that it must not be passed over."""
     try:
-        metadata = json.loads(path.read_text(encoding="utf8"))
+        metadata = read_json(path, path.name, _ShippedRecord)
         found = hash_options({name: metadata[name] for name in IDENTITY})
-        whole = metadata["key"] == found and set(FIELDS) <= metadata.keys()
-    except (KeyError, TypeError, ValueError) as error:
+        whole = metadata["key"] == found
+    except ValueError as error:
         metadata, found, whole = {}, str(error), False
     require(whole, str(path), _rule("have the key, the hash of task and recipe,", path.stem), found)
     return metadata
@@ -122,7 +140,7 @@ def write_shipped(name: str, model: nn.Module, metadata: Mapping[str, Any]) -> S
 
     - `name`: a key of `lowrank.tasks.pretrain.MODELS`.
     - `model`: rounded already, so that what was measured on it holds for the file.
-    - `metadata`: JSON, with the entries of `IDENTITY` and, but for `weights`, those of `FIELDS`.
+    - `metadata`: JSON, with the entries of `_ShippedRecord` but for `key` and `weights`.
     """
     weights, description = PRETRAINED / f"{name}.safetensors", PRETRAINED / f"{name}.json"
     with writing(weights) as path:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
-from math import ceil, cos, isfinite, pi
+from math import ceil, cos, inf, isfinite, pi
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.hashing import check_in_memory
 from lowrank.nn.autograd import check_differentiable
@@ -20,6 +21,7 @@ from lowrank.nn.batches import Batch, is_empty, move_batch
 from lowrank.training.saved_states import Stateful, find_state, load_objects, load_training, save_training
 
 
+@check_arguments
 @dataclass(frozen=True)
 class Recipe:
     """Hold the settings of a training.
@@ -67,11 +69,11 @@ class Recipe:
         rules = {
             "steps": (self.steps >= 0, ">= 0"),
             "batch_size": (self.batch_size >= 1, ">= 1"),
-            "learning_rate": (self.learning_rate > 0, "> 0"),
-            "weight_decay": (self.weight_decay >= 0, ">= 0"),
+            "learning_rate": (0 < self.learning_rate < inf, "> 0 and finite"),
+            "weight_decay": (0 <= self.weight_decay < inf, ">= 0 and finite"),
             "warmup": (0 <= self.warmup <= 1, "in [0, 1]"),
             "decay": (self.decay in ("cosine", "constant"), "'cosine' or 'constant'"),
-            "decay_power": (self.decay_power > 0, "> 0"),
+            "decay_power": (0 < self.decay_power < inf, "> 0 and finite"),
             "floor": (0 <= self.floor <= 1, "in [0, 1]"),
             "clip": (self.clip > 0, "> 0"),
             "precision": (self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'"),

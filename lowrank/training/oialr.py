@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowrank.factorization.moments import all_finite
 from lowrank.factorization.precision import with_float64
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.distributed import broadcast, process_count, process_index
 from lowrank.io.hashing import check_in_memory
@@ -24,6 +25,7 @@ from lowrank.training.optimizer_state import replace_parameter
 from lowrank.training.rank_cut import cut_rank
 
 
+@check_arguments
 @dataclass(frozen=True)
 class OIALRConfig:
     """Hold when `OIALR` converts and refreshes layers, and how far it cuts their ranks.
@@ -59,6 +61,7 @@ class OIALRConfig:
             require(holds, name, f"be {rule}", getattr(self, name))
 
 
+@check_arguments
 class OIALR:
     """Convert the layers of a model while it is trained; call `step(optimizer)` after every `optimizer.step()`.
 
@@ -174,6 +177,7 @@ class OIALR:
             "history": self.history,
         }
 
+    @check_arguments
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state that `state_dict` returned.
 

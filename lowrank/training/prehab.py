@@ -8,7 +8,7 @@ model have to be collected again.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import cos, isfinite, pi
+from math import cos, inf, isfinite, pi
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowrank.factorization.moments import LayerStatistics, all_finite, read_moment
 from lowrank.factorization.rank_allocation import allocate_ranks
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.hashing import check_in_memory
 from lowrank.nn.batches import Batch
@@ -38,6 +39,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
+@check_arguments
 @dataclass(frozen=True)
 class PrehabConfig:
     """Hold the settings of PREHAB.
@@ -74,7 +76,7 @@ class PrehabConfig:
             "strength": (isfinite(self.strength) and self.strength >= 0, "finite and >= 0"),
             "steps": (self.steps >= 0, ">= 0"),
             "target_keep": (0 < self.target_keep <= 1, "in (0, 1]"),
-            "shrinkage": (self.shrinkage > 0, "> 0"),
+            "shrinkage": (0 < self.shrinkage < inf, "> 0 and finite"),
             "refresh": (self.refresh >= 1, ">= 1"),
         }
         for name, (holds, rule) in rules.items():
@@ -102,6 +104,7 @@ class PrehabResult(NamedTuple):
 
 
 @torch.inference_mode(False)  # the whitened weights are trained
+@check_arguments
 def prehab(
     model: nn.Module,
     statistics: Mapping[str, LayerStatistics],

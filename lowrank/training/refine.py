@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.nn.batches import IGNORED, Batch, compute_logits, get_labels, has_labels, is_empty
 from lowrank.nn.low_rank import FACTORED_LAYERS
@@ -22,6 +23,7 @@ from lowrank.training.loop import Recipe, fit
 ORDERS = {"left-right": ("left", "right"), "right-left": ("right", "left")}
 
 
+@check_arguments
 @dataclass(frozen=True)
 class LoraOptions:
     """Hold the sizes of the LoRA updates of factors.
@@ -99,6 +101,7 @@ def factor_names(model: nn.Module, factor: str) -> list[str]:
 
 
 @torch.inference_mode(False)  # the updates are trained
+@check_arguments
 def refine_factors(
     model: nn.Module,
     batches: Iterable[Batch],

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from lowrank.io.checks import require
+from lowrank.io.schemas import read_json
 
 FOLDERS = "step-" + "[0-9]" * 9  # names of saved states; a name appears when its state is whole
 
@@ -92,7 +93,7 @@ def load_training(folder: Path | None, accelerator: Accelerator) -> list[dict[st
     require(pickled is None, "checkpoint", rule, str(pickled))
     with _reading(folder):
         accelerator.load_state(str(folder))
-    history = json.loads((folder / "history.json").read_text())
+    history = read_json(folder / "history.json", "checkpoint", list[dict[str, float]])
     accelerator.wait_for_everyone()  # with no step left, the first could return and its caller delete the state
     return history
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from lowrank.factorization.moments import all_finite
 from lowrank.factorization.precision import with_float64
 from lowrank.factorization.spectra import effective_rank
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.nn.targets import find_weights
 
@@ -118,6 +119,7 @@ def mixing_similarity(previous: Tensor, current: Tensor, kind: str = "qr") -> fl
     return _similarity(before.mixing, after.mixing)
 
 
+@check_arguments
 class BasisMonitor:
     """Follow the bases of the weights of a model through its training.
 
@@ -155,11 +157,13 @@ class BasisMonitor:
         self.history: list[dict[str, Any]] = []
         self.previous: dict[str, WeightParts] = {}
 
+    @check_arguments
     def step(self, model: nn.Module) -> list[dict[str, Any]]:
         """Count a step of the optimiser, and return the rows of the checkpoint, none if it is not one."""
         self.steps += 1
         return self.check(model) if self.steps % self.every == 0 else []
 
+    @check_arguments
     def check(self, model: nn.Module) -> list[dict[str, Any]]:
         """Compare the bases with the last checkpoint.
 
@@ -210,6 +214,7 @@ class BasisMonitor:
         previous = {name: list(parts) for name, parts in self.previous.items()}
         return {"steps": self.steps, "history": self.history, "previous": previous}
 
+    @check_arguments
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state that `state_dict` returned."""
         self.steps, self.history = state["steps"], list(state["history"])

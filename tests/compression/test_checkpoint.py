@@ -406,9 +406,9 @@ def test_a_tied_tensor_that_is_missing_is_named(folder) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", f"a whole {METADATA}"),
-        ('{"format": "lowr', f"a whole {METADATA}"),
-        (b"\xff\xfe\x00", f"a whole {METADATA}"),
+        ("", f"be whole JSON, got .*{METADATA}"),
+        ('{"format": "lowr', f"be whole JSON, got .*{METADATA}"),
+        (b"\xff\xfe\x00", f"be text in UTF-8, got .*{METADATA}"),
         ("[1, 2]", rf"format '{FORMAT}', got \[1, 2\]"),
         ("null", f"format '{FORMAT}', got None"),
         ("{}", f"format '{FORMAT}', got None"),
@@ -425,6 +425,24 @@ def test_a_damaged_record_is_named(saved, content, words) -> None:
 def test_a_record_without_one_of_its_parts_is_named(saved, key) -> None:
     edit(saved, lambda about: about.pop(key))
     with pytest.raises(ValueError, match=f"`folder` must .*{key}"):
+        load_compressed(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda about: about.update(layers=[]), "at 'layers', got"),
+        (lambda about: about["layers"][QUERY].update(rank="2"), f"integer at 'layers.{QUERY}.rank', got '2'"),
+        (lambda about: about["layers"][QUERY].pop("out"), f"key 'out' at 'layers.{QUERY}', got"),
+        (lambda about: about["base"].update(transformers=3), "at 'base.transformers', got 3"),
+        (lambda about: about["tied"].update(a="b"), "tensor that 'a' is tied to, got 'b'"),
+        (lambda about: about.update(tensors=None), "at 'tensors', got None"),
+    ],
+    ids=["layers", "rank", "sizes", "base", "tied", "hash"],
+)
+def test_a_field_of_the_record_of_another_kind_is_named(saved, change, words) -> None:
+    edit(saved, change)
+    with pytest.raises(ValueError, match=f"`folder` must .*{words}"):
         load_compressed(saved)
 
 

@@ -39,7 +39,7 @@ def test_entries_that_select_nothing_and_single_strings_are_refused() -> None:
             ValueError, match=f"`{name}` must be a list of names or patterns, got the single string 'head'"
         ):
             select_names(NAMES, include, exclude)
-    with pytest.raises(ValueError, match="`layers` must be a list of names or patterns, got the single string '0'"):
+    with pytest.raises(ValueError, match=r"`layers` must be Iterable\[str\], got the single string '0'"):
         find_linears(nn.Sequential(nn.Linear(2, 2)), "0")
     with pytest.raises(ValueError, match="got 'x'; it has: none at all"):
         find_linears(nn.Sequential(nn.ReLU()), ["x"])

@@ -572,3 +572,51 @@ def test_a_source_that_would_leave_its_split_is_named(changes: dict, message: st
         load_source(RENDERED | changes)
     with pytest.raises(ValueError, match="`scenes` must be at most 0, .* got 60000"):
         load_source(RENDERED | {"split": "train", "scenes": 60_000}, seed=2)
+
+
+# --- files that are not what they should be ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("rgb.txt", "1305031102.1\n", "start with 1 finite numbers"),
+        ("rgb.txt", "first rgb/first.png\n", "start with 1 finite numbers .*got 'first rgb/first.png'"),
+        ("depth.txt", "nan depth/first.png\n", "start with 1 finite numbers"),
+        ("groundtruth.txt", "1305031102.1 1 2 3\n", "start with 8 finite numbers"),
+        ("groundtruth.txt", "1305031102.1 1 2 3 0 0 0 one\n", "start with 8 finite numbers"),
+        ("groundtruth.txt", "1305031102.1 1 2 3 0 0 0 0\n", "start with 8 finite numbers"),
+    ],
+)
+def test_a_row_of_a_list_without_its_numbers_is_named(tmp_path, file, text, words) -> None:
+    name = write_tum(tmp_path, "one", shot(0))
+    (tmp_path / name / file).write_text(text)
+    with pytest.raises(ValueError, match=f"`folder` must have lists whose rows {words}"):
+        LAYOUTS["tum"].frames(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("1 2\n", "4 x 4 numbers .*got 2"), ("a b\n", "text files of numbers"), ("", "got 0")]
+)
+@pytest.mark.parametrize(
+    ("layout", "write", "file"),
+    [
+        ("7scenes", write_seven_scenes, "seq-03/frame-000002.pose.txt"),
+        ("scannet", write_scannet, "pose/2.txt"),
+        ("scannet", write_scannet, "intrinsic/intrinsic_depth.txt"),
+        ("nrgbd", write_nrgbd, "poses.txt"),
+    ],
+)
+def test_a_matrix_of_another_size_is_named(tmp_path, layout, write, file, text, words) -> None:
+    write(tmp_path, "one", shot(0))
+    (tmp_path / "one" / file).write_text(text)
+    sequence = tmp_path / "one" / "seq-03" if layout == "7scenes" else tmp_path / "one"
+    with pytest.raises(ValueError, match=f"`folder` must have .*{words}"):
+        LAYOUTS[layout].frames(sequence)
+
+
+@pytest.mark.parametrize(("width", "height"), [(-4, -5), (0, 0), (2**31 - 1, 2)])
+def test_sizes_of_depth_that_no_image_has_are_refused(tmp_path, width, height) -> None:
+    (path := tmp_path / "a.dpt").write_bytes(TAG + np.array([width, height], "<i4").tobytes() + bytes(80))
+    with pytest.raises(ValueError, match="`path` must hold"):
+        read_sintel_depth(path)

@@ -66,3 +66,50 @@ def test_a_page_without_a_block_is_named_and_no_page_is_written(tmp_path, monkey
     assert main(["readme"]) == 0
     assert whole.read_text() == "<!-- a -->\nnew\n<!-- /a -->\n"
     assert {path.name for path in tmp_path.iterdir()} == {"whole.md", "lacking.md"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "digits-vit@steps", "01_whitening"],
+        ["run", "digits-vit@steps=a", "01_whitening"],
+        ["run", "nowhere", "01_whitening"],
+        ["run", "../params/digits-vit", "01_whitening"],
+        ["pair", "../notebooks/01_whitening"],
+        ["compare", "README.md"],
+        ["compare", "outputs", "README.md"],
+        ["publish", "nowhere"],
+        ["publish", "digits-vit"],
+        ["site"],
+        ["site", "nowhere"],
+        ["site", "digits-vit@width=1"],
+        ["site", ""],
+    ],
+    ids=" ".join,
+)
+def test_bad_words_end_in_one_line_that_names_them(words: list[str], tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("LOWRANK_OUTPUTS", str(tmp_path / "runs"))
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert any(word in said.err for word in words[1:] or ["`sets`"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, capsys) -> None:
+    (file := tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("LOWRANK_OUTPUTS", str(file))
+    for words in (["run", "digits-vit", "01_whitening"], ["pair", "01_whitening"]):
+        assert main(words) == 2
+        assert str(file) in capsys.readouterr().err
+    assert file.read_text() == "no folder"
+
+
+def test_results_that_lack_what_a_block_shows_are_named(tmp_path, monkeypatch, capsys) -> None:
+    (page := tmp_path / "page.md").write_text("<!-- a -->\nold\n<!-- /a -->\n")
+    monkeypatch.setattr(readme, "PAGES", {page: {"a": lambda: {}["loss"]}})
+    assert main(["readme"]) == 2
+    assert "outputs must have what 'a' of page.md shows, and lacks KeyError: 'loss'" in capsys.readouterr().err
+    assert "old" in page.read_text()

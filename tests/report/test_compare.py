@@ -208,10 +208,56 @@ def test_your_runs_are_compared_with_the_published_results(published, tmp_path, 
     ("words", "message"),
     [
         (["nowhere", "nowhere"], "error: `results` must be a folder with SET/NOTEBOOK/run.json, got 'nowhere'."),
-        (["{published}", "{published}", "--tolerance", "-1"], "error: `tolerance` must be >= 0, got -1.0."),
-        (["{published}", "{published}", "--tolerance", "nan"], "error: `tolerance` must be >= 0, got nan."),
+        (["{published}", "{published}", "--tolerance", "-1"], "error: `tolerance` must be >= 0 and finite, got -1.0."),
+        (["{published}", "{published}", "--tolerance", "nan"], "error: `tolerance` must be >= 0 and finite, got nan."),
     ],
 )
 def test_bad_input_is_named(published, capsys, words, message) -> None:
     assert main(["compare", *(word.format(published=published) for word in words)]) == 2
     assert capsys.readouterr().err == message + "\n"
+
+
+TORN: dict[str, list[tuple[object, str]]] = {
+    "run.json": [
+        ("", "run.json` must be whole JSON"),
+        ("[1]", "run.json` must be a valid"),
+        (b"\xff\xfe", "run.json` must be text in UTF-8"),
+        ({"tables": []}, "at 'tables', got []"),
+        ({"tables": {"error_by_rank": {"measured": "time_ms"}}}, "at 'tables.error_by_rank.measured', got 'time_ms'"),
+        ({"tables": {"error_by_rank": {"tolerance": "0.1"}}}, "at 'tables.error_by_rank.tolerance"),
+        ({"measured_claims": {"a": 1}}, "at 'measured_claims', got"),
+        ('{"a": 1, "a": 2}', "the key 'a' comes twice"),
+    ],
+    "claims.csv": [
+        ("", "claims.csv: No columns"),
+        (b"\xff\xfe\x00,", "claims.csv: "),
+        ("a,b\n1,2\n", "claims.csv` must have a claim in each row"),
+        ("claim,verdict,number\nexact,perhaps,1\n", "claims.csv` must have a verdict in each row among"),
+        ('claim,verdict\n"exact,holds\n', "claims.csv: "),
+    ],
+    "error_by_rank.csv": [("", "error_by_rank.csv: No columns"), ("a,b\n1\n1,2,3,4\n", "error_by_rank.csv: ")],
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"), [(file, *case) for file, cases in TORN.items() for case in cases]
+)
+@pytest.mark.parametrize("side", ["results", "published"])
+def test_a_file_that_is_not_what_it_should_be_is_named_in_one_line(
+    published, tmp_path, capsys, side, file, content, words
+):
+    write(tmp_path / "results")
+    text = content if isinstance(content, str | bytes) else json.dumps(content)
+    path = tmp_path / side / "digits" / "01_small" / file
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert main(["compare", str(tmp_path / "results"), str(published)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert words in said.err
+    assert said.err.startswith("error: `")
+
+
+def test_a_reference_that_is_no_folder_is_named(published, capsys) -> None:
+    assert main(["compare", str(published), "nowhere"]) == 2
+    assert capsys.readouterr().err == "error: `reference` must be a folder of results, got 'nowhere'.\n"

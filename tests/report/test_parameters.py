@@ -109,13 +109,50 @@ def test_defaults_then_common_then_own(house: Path) -> None:
         ),
         ("01_small:\n  width: 4\n  rate: 1\n  width: 5", "must have each key once, got 'width' twice, again in line 4"),
         ("01_small: {more: {deep: [{a: 1, a: 2}]}}", "must have each key once, got 'a' twice, again in line 1"),
-        ("a: !!python/object/apply:os.system ['true']", "must be YAML: could not determine a constructor"),
+        ("a: !!python/object/apply:os.system ['true']", "must hold plain values, got '.*os.system' in line 1"),
+        ("a: !!binary aGk=", "must hold plain values"),
+        ("a: 2001-01-01", "must hold plain values"),
+        ("a: 1\n1: 2", "must have texts as keys, got '1' in line 2"),
+        ("on: 1", "must have texts as keys, got 'on' in line 1"),
+        ("? [a]\n: 1", "must have texts as keys, got 'SequenceNode' in line 1"),
+        ("a: [1, 2, yes]", "read in one way .*got 'yes' in line 1"),
+        ("a:\n- 1:30", "read in one way .*got '1:30' in line 2"),
+        ("a: 1_000", "read in one way .*got '1_000'"),
+        ("a: 010", "read in one way .*got '010'"),
+        ("a: 1e-3", "read in one way .*got '1e-3'"),
+        ("a: .nan", "read in one way .*got '.nan'"),
+        ("a: 1.0e+999", r"read in one way .*got '1.0e\+999'"),
+        (f"a: {'9' * 5000}", "read in one way .*got '9{40}' in line 1"),
+        ("a: " + "[" * 5000, "must be nested less deeply"),
+        ("a: &a [*a]", "less than 10000 values, aliases included"),
+        (f"a: {'x' * 2_000_000}", "must be at most 1000000 bytes long"),
+        ("a: \x01", "must be YAML: unacceptable character"),
+        ("a: 1\n---\nb: 1", "must be YAML: expected a single document"),
     ],
 )
 def test_bad_sets_are_named(house: Path, content: object, words: str) -> None:
     write(house, content)
     with pytest.raises(ParameterError, match=words):
         read_parameters("a", "01_small")
+
+
+@pytest.mark.parametrize(
+    ("first", "more"), [("[1]", "[{}]"), ("{b: 1}", "{{<<: [{}]}}")], ids=["lists", "merged mappings"]
+)
+def test_aliases_do_not_multiply_a_small_file(house: Path, first: str, more: str) -> None:
+    lines = [f"a0: &a0 {first}"]
+    lines += [f"a{i}: &a{i} " + more.format(", ".join([f"*a{i - 1}"] * 9)) for i in range(1, 30)]
+    write(house, "\n".join(lines))
+    with pytest.raises(ParameterError, match="must hold less than 10000 values, aliases included, got more in line 5"):
+        read_parameters("a", "01_small")
+
+
+def test_what_quotes_and_aliases_say_is_read(house: Path) -> None:
+    write(
+        house, "01_small: {more: &m {a: '1:30', b: \"yes\", c: !!str 'x', d: True, e: ~, f: -1, g: 3.0e-4}, rate: 1}\n"
+    )
+    expected = {"a": "1:30", "b": "yes", "c": "x", "d": True, "e": None, "f": -1, "g": 3e-4}
+    assert read_parameters("a", "01_small")["more"] == expected
 
 
 def test_a_merged_mapping_may_be_overridden(house: Path) -> None:
@@ -135,6 +172,10 @@ def test_a_parameters_cell_holds_literals_only(house: Path) -> None:
     (house / "01_small.py").write_text('# %% tags=["parameters"]\nset_name = "a"\nimport os\n')
     with pytest.raises(ParameterError, match="assignments of literals only"):
         read_defaults("01_small")
+    for line in ("width = ", "width = print(1)", "width = [1", "width += 1"):
+        (house / "01_small.py").write_text(f'# %% tags=["parameters"]\n{line}\n')
+        with pytest.raises(ParameterError, match="must hold assignments of literals only"):
+            read_defaults("01_small")
     (house / "01_small.py").write_text("# %%\nwidth = 3\n")
     with pytest.raises(ParameterError, match="must have a cell tagged 'parameters'"):
         read_defaults("01_small")

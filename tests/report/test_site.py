@@ -16,9 +16,10 @@ from bs4 import BeautifulSoup
 from lowrank.io.dependencies import ROOT
 from lowrank.report import parameters as parameters_module
 from lowrank.report.__main__ import main
-from lowrank.report.pages import STYLES, count_claims, escape, format_verdicts, notebook_page, read_claims
+from lowrank.report.pages import STYLES, count_claims, escape, format_verdicts, notebook_page
 from lowrank.report.parameters import jobs, notebook_names, read_parameters
 from lowrank.report.reference import public_modules
+from lowrank.report.result_files import read_claims
 from lowrank.report.site import FIGURES, SiteError, build_site, find_results
 
 SETS = re.search(r"^SETS +\?= (.*)$", (ROOT / "Makefile").read_text(encoding="utf8"), flags=re.MULTILINE)[1].split()

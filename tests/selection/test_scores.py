@@ -210,7 +210,7 @@ def test_refusals(tmp_path: Path) -> None:
             layer_scores(model, progress=False, **options)
     for words, options in [
         (r"`window` must be one of \['published', 'corrected'\], got 'linear'", {"window": "linear"}),
-        ("`smallest` must be >= 0, got -1", {"smallest": -1}),
+        ("`smallest` must be >= 0 and finite, got -1", {"smallest": -1}),
         ("`prunable` must be None, 'larger' or 'smaller', got 'all'", {"prunable": "all"}),
         (r"`mapping` must be one of \['block_wise', 'layer_wise'\], got 'none'", {"mapping": "none"}),
         (r"`sparsity` must be in \[0, 1\), got 1", {"sparsity": 1}),
@@ -231,9 +231,18 @@ def test_refusals(tmp_path: Path) -> None:
     for change, words in [
         ({"format": "lowrank.scores/0"}, "must have format 'lowrank.scores/1', got 'lowrank.scores/0'"),
         ({"format": None}, "must have format 'lowrank.scores/1', got None"),
-        ({"layers": []}, "must have rows under 'layers', got none"),
-        ({"layers": [{**whole["layers"][0], "num_parameters": 2.5}]}, "integers >= 1 as num_parameters, got 2.5"),
-        ({"layers": [{"index": 0, "name": "a"}]}, "must have 'block' in every row, got none in row 0"),
+        ({"layers": []}, r"must have at least 1 item .*at 'layers', got \[\]"),
+        (
+            {"layers": [whole["layers"][0] | {"num_parameters": 2.5}]},
+            "a valid integer at 'layers.0.num_parameters', got 2.5",
+        ),
+        ({"layers": [whole["layers"][0]] * 2}, "must have one row per layer"),
+        ({"layers": "all"}, "must be a valid list at 'layers', got 'all'"),
+        (
+            {"layers": [{**whole["layers"][0], "significance_score": None}]},
+            "at 'layers.0.significance_score', got None",
+        ),
+        ({"layers": [{"index": 0, "name": "a"}]}, "must have the key 'block' in 'layers.0', got none"),
     ]:
         (tmp_path / "other.json").write_text(json.dumps(whole | change))
         with pytest.raises(ValueError, match=words):

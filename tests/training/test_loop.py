@@ -149,11 +149,11 @@ def test_bf16_trains_in_fp32_weights(task: Task) -> None:
     ("options", "words"),
     [
         ({"steps": -1}, "`steps` must be >= 0, got -1"),
-        ({"steps": 1, "learning_rate": 0.0}, "`learning_rate` must be > 0, got 0.0"),
+        ({"steps": 1, "learning_rate": 0.0}, "`learning_rate` must be > 0 and finite, got 0.0"),
         ({"steps": 1, "warmup": 2.0}, r"`warmup` must be in \[0, 1\], got 2.0"),
         ({"steps": 1, "accumulation": 0}, "`accumulation` must be >= 1, got 0"),
         ({"steps": 1, "decay": "linear"}, "`decay` must be 'cosine' or 'constant', got 'linear'"),
-        ({"steps": 1, "decay_power": 0.0}, "`decay_power` must be > 0, got 0.0"),
+        ({"steps": 1, "decay_power": 0.0}, "`decay_power` must be > 0 and finite, got 0.0"),
         ({"steps": 1, "floor": 1.5}, r"`floor` must be in \[0, 1\], got 1.5"),
         ({"steps": 1, "checkpoint_every": 0}, "`checkpoint_every` must be >= 1, got 0"),
         ({"steps": 1, "precision": "fp16"}, "`precision` must be 'fp32' or 'bf16', got 'fp16'"),

@@ -274,7 +274,7 @@ def test_bfloat16_weights_are_trained_in_float32(generator) -> None:
         ({"strength": -1.0}, r"`strength` must be finite and >= 0, got -1.0"),
         ({"strength": math.nan}, r"`strength` must be finite and >= 0, got nan"),
         ({"steps": -1}, r"`steps` must be >= 0, got -1"),
-        ({"shrinkage": 0.0}, r"`shrinkage` must be > 0, got 0.0"),
+        ({"shrinkage": 0.0}, r"`shrinkage` must be > 0 and finite, got 0.0"),
         ({"refresh": 0}, r"`refresh` must be >= 1, got 0"),
         ({"checkpoint_every": 3}, r"`recipe` must have a `checkpoint_every` that is a multiple of `refresh`, 2, got 3"),
         ({"target_keep": 0.0}, r"`target_keep` must be in \(0, 1\], got 0.0"),

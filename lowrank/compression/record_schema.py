@@ -1,0 +1,51 @@
+"""The fields of `lowrank.json`, the record of a compressed model."""
+
+from typing import Any
+
+from pydantic import Field, PositiveInt, model_validator
+
+from lowrank.io.schemas import Schema
+
+NEEDED = {"packed": {"parts"}, "linear": {"in", "out", "bias"}}  # kind -> fields; factored ones have a rank too
+
+
+class _LayerRecord(Schema):
+    """Hold how a layer differs from that of the base architecture; without a kind it does not."""
+
+    kind: str | None = None
+    inputs: PositiveInt | None = Field(None, alias="in")
+    out: PositiveInt | None = None
+    rank: PositiveInt | None = None
+    bias: bool | None = None
+    parts: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "_LayerRecord":
+        needed = NEEDED.get(self.kind, {"in", "out", "bias", "rank"}) if self.kind else set()
+        held = self.model_dump(by_alias=True)
+        if missing := sorted(key for key in needed if held[key] is None):
+            raise ValueError(f"have the key {missing[0]!r}")
+        return self
+
+
+class _BaseRecord(Schema):
+    """Hold how to build the base architecture."""
+
+    transformers: str | None = None
+    timm: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class CompressedRecord(Schema):
+    """Hold the fields of `lowrank.json` that a model is loaded with; `save_compressed` says what they are.
+
+    **Arguments**
+
+    - `base`, `model`, `layers`, `tensors`, `tied`: the fields.
+    """
+
+    base: _BaseRecord | None
+    model: str | None
+    layers: dict[str, _LayerRecord]
+    tensors: str
+    tied: dict[str, str]
