@@ -20,12 +20,14 @@ from lowrank.compression.probes import check_probe
 from lowrank.compression.rebuild import build_model, compare_shapes, plan_build, shapes_of
 from lowrank.compression.record_schema import CompressedRecord
 from lowrank.compression.stored_state import EXTRA, check_state, put_buffers
+from lowrank.factorization.storages import PIVOTED
 from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.files import open_safetensors, writing
 from lowrank.io.hashing import hash_tensors
 from lowrank.io.records import read_record
 from lowrank.io.weights import distinct_tensors
+from lowrank.nn.low_rank import move_pivot_bias
 
 FORMAT = "lowrank.compressed/1"
 RECORD = "lowrank_record"  # attribute of a compressed model: the hash of its dense weights, and the table of its layers
@@ -141,6 +143,8 @@ def load_compressed(
         raise ValueError(
             f"`folder` must contain the tensors that {METADATA} was written for, got others in {str(folder)!r}."
         )
+    for name in _with_former_bias(metadata, tensors):
+        move_pivot_bias(tensors, name)
     buffers = {name: tensors.pop(name) for name in metadata.get("buffers", [])}
     state = _untie(tensors, metadata["tied"]) | metadata.get("extra", {})
     model.load_state_dict(state, strict=True, assign=True)
@@ -160,6 +164,8 @@ def _build(metadata: Mapping[str, Any], folder: Path, architecture: nn.Module | 
     """Build the model, or change the given architecture, once the shapes of the file are known to fit."""
     with open_safetensors(folder / TENSORS, "folder") as file:
         stored = {name: Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    for name in _with_former_bias(metadata, stored):
+        stored[f"{name}.pivot_bias"] = stored.pop(f"{name}.right.bias")
     shapes = {name: shape for name, shape in stored.items() if name not in metadata.get("buffers", [])}
     shapes = _untie(shapes, metadata["tied"]) | dict.fromkeys(metadata.get("extra", {}), Size())
     shapes = {name: Size() if name.split(".")[-1] == EXTRA else shape for name, shape in shapes.items()}
@@ -173,6 +179,12 @@ def _build(metadata: Mapping[str, Any], folder: Path, architecture: nn.Module | 
     insert_layers(architecture, metadata["layers"])
     compare_shapes(shapes_of(architecture.state_dict()), shapes, "folder")
     return architecture
+
+
+def _with_former_bias(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
+    """Return the pivoted layers whose pivots have their bias inside `right`, as folders had it once."""
+    pivoted = (name for name, row in metadata["layers"].items() if row.get("kind") == PIVOTED.name)
+    return [name for name in pivoted if f"{name}.right.bias" in tensors]
 
 
 def _check_content(folder: Path) -> None:

@@ -209,6 +209,19 @@ class PivotedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
+def move_pivot_bias(state: dict[str, Tensor], name: str) -> None:
+    """Move the bias of the pivots out of `right` in the state of a pivoted layer, in place: once C was applied to it too.
+
+    **Arguments**
+
+    - `state`: name -> tensor, with `right.bias` of the layer; it is changed.
+    - `name`: of the layer.
+    """
+    bias, weight, others = (state[f"{name}.{key}"] for key in ("right.bias", "left.weight", "left.bias"))
+    state[f"{name}.left.bias"] = (_widen(others) + _widen(weight) @ _widen(bias)).to(others)
+    state[f"{name}.pivot_bias"] = state.pop(f"{name}.right.bias")
+
+
 FACTORED_LAYERS: dict[str, type[Any]] = {layer.storage: layer for layer in (LowRankLinear, PivotedLinear)}
 
 

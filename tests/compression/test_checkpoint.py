@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from families import FAMILIES, LAYERS, bert, compressed, llama, made, outputs, plain, ranks_of, weights_below
+from families import FAMILIES, LAYERS, bert, compressed, llama, made, outputs, plain, ranks_of, relative, weights_below
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -19,7 +19,7 @@ from lowrank.compression.checkpoint import FORMAT, METADATA, RECORD, TENSORS, lo
 from lowrank.compression.configuration import Configuration
 from lowrank.compression.replace import fold, replace_layers
 from lowrank.factorization.storages import STORAGES
-from lowrank.io.hashing import hash_model
+from lowrank.io.hashing import hash_model, hash_tensors
 from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.nn.surgery import split_packed
 from lowrank.nn.targets import find_linears
@@ -542,3 +542,16 @@ def test_a_loaded_model_is_compressed_further_and_trained(folder) -> None:
     loaded(**batches[0]).logits.sum().backward()
     assert loaded.get_submodule(names[0]).left.weight.grad.norm() > 0
     assert bert().state_dict().keys() != loaded.state_dict().keys()
+
+
+def test_a_folder_with_the_bias_of_pivots_before_the_coefficients_is_read(folder) -> None:
+    model, batches = compressed("bert", "pivoted")
+    metadata = save_compressed(model, folder)
+    tensors = load_file(folder / TENSORS)
+    for name in [name.removesuffix(".pivot_bias") for name in tensors if name.endswith(".pivot_bias")]:
+        bias, weight = tensors.pop(f"{name}.pivot_bias"), tensors[f"{name}.left.weight"]
+        tensors |= {f"{name}.right.bias": bias, f"{name}.left.bias": tensors[f"{name}.left.bias"] - weight @ bias}
+    save_file(tensors, folder / TENSORS)
+    record = {key: value for key, value in metadata.items() if key != "probe"}
+    (folder / METADATA).write_text(json.dumps(record | {"tensors": hash_tensors(tensors)}))
+    assert relative(outputs(load_compressed(folder), batches), outputs(model, batches)) < 1e-6
