@@ -188,7 +188,7 @@ def find_weights(model: nn.Module, include: Iterable[str] = (".*",), exclude: It
     return {name: weights[name] for name in select_names(weights, include, exclude)}
 
 
-def find_shared_weights(model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, list[str]]:
+def find_shared_weights(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, list[str]]:
     """Find the layers whose weight is a parameter or buffer of another module too, as in tied embeddings, or a part of one.
 
     **Arguments**
