@@ -5,6 +5,7 @@ An entry of a list of layers is a dotted module name, or a regular expression th
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
