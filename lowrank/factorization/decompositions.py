@@ -123,7 +123,7 @@ def leading_of(
     excited = _excited(values, size)
     values[excited:] = 0.0  # rounding, not energy
     if excited < rank:
-        basis = _fill(matrix(), basis[:, :excited], rank)
+        basis = _fill(matrix, basis[:, :excited], rank)
     return basis[:, :rank], values.sqrt(), energy
 
 
@@ -132,10 +132,10 @@ def _excited(values: Tensor, size: int) -> int:
     return int((values > values[0] * torch.finfo(values.dtype).eps * size).sum())
 
 
-def _fill(core: Tensor, basis: Tensor, rank: int) -> Tensor:
+def _fill(matrix: Callable[[], Tensor], basis: Tensor, rank: int) -> Tensor:
     """Complete the basis to `rank` columns, by the leading left singular vectors of what it leaves of the matrix."""
     complement = torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
-    rest = complement.T @ core
+    rest = complement.T @ matrix()  # which is not kept
     _, vectors = eigh(rest @ rest.T, rank - basis.shape[1], overwrite=True)
     return torch.cat([basis, complement @ vectors], dim=1)
 
@@ -167,6 +167,7 @@ def leading_by_pullback(
     kept = min(rank, excited)
     basis = vectors[:, :kept] / values[:kept].sqrt()
     basis = basis if root is None else root.T @ basis if root.dim() == 2 else root[:, None] * basis
+    del root, vectors
     upper, failed = torch.linalg.cholesky_ex(basis.T @ moments @ basis, upper=True)
     if not bool(failed):  # rounding made E slightly oblique, which would cost accuracy in B A
         basis = torch.linalg.solve_triangular(upper, basis, upper=True, left=False)

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+SLAB = 384  # rows that are solved for at once
 MAX_COEFFICIENT = 1.25  # bound on the coefficients; closer to 1 needs more exchanges
 
 
@@ -22,26 +23,28 @@ def find_pivot_rows(left: Float[Tensor, "out rank"]) -> tuple[Int[Tensor, " rank
     basis = torch.linalg.qr(left).Q  # the same column space, well conditioned
     rank = basis.shape[1]
     packed, permutation = _permuted_lu(basis)
-    coefficients = torch.linalg.solve_triangular(
-        packed[:rank], packed[rank:], upper=False, left=False, unitriangular=True
-    )
-    del packed
+    for rows in packed[rank:].split(SLAB):  # in place, as all that has the size of the matrix
+        rows.copy_(torch.linalg.solve_triangular(packed[:rank], rows, upper=False, left=False, unitriangular=True))
     pivots, others = permutation[:rank].clone(), permutation[rank:].clone()
-    _exchange_rows(coefficients, pivots, others)
-    del coefficients  # computed anew, without the rounding of the exchanges
+    _exchange_rows(packed[rank:], pivots, others)
+    del packed  # the coefficients are computed anew, without the rounding of the exchanges
     others = others.sort().values
-    return pivots, torch.linalg.solve(basis[pivots].T, basis[others].T).T
+    square, coefficients = torch.linalg.lu_factor(basis[pivots]), basis.new_empty(len(others), rank)
+    for rows, places in zip(coefficients.split(SLAB), others.split(SLAB), strict=True):
+        rows.copy_(torch.linalg.lu_solve(*square, basis[places], left=False))
+    return pivots, coefficients
 
 
 def _exchange_rows(coefficients: Tensor, pivots: Tensor, others: Tensor) -> None:
     """Exchange pivots for other rows, in place, until no coefficient is larger than `MAX_COEFFICIENT`."""
     while coefficients.numel():
-        row, column = divmod(int(coefficients.abs().argmax()), len(pivots))
+        low, high = (divmod(int(place), len(pivots)) for place in (coefficients.argmin(), coefficients.argmax()))
+        row, column = low if coefficients[low].abs() > coefficients[high].abs() else high
         pivot = coefficients[row, column].clone()
         if pivot.abs() <= MAX_COEFFICIENT:
             break
         new_row, old_column = coefficients[row] / pivot, coefficients[:, column].clone()
-        coefficients -= torch.outer(old_column, new_row)
+        coefficients.addr_(old_column, new_row, alpha=-1)
         coefficients[:, column] = old_column / pivot
         coefficients[row] = -new_row
         coefficients[row, column] = 1 / pivot

@@ -170,7 +170,7 @@ def test_large_biases_take_no_digits_of_other_outputs(shape, kind, dtype, genera
     errors = []
     for size in (0.1, 1e2, 1e4):
         bias[large] = size
-        layer = kind.from_factors(factors, bias, dtype)
+        layer = kind.from_factors(factors, bias.to(dtype), dtype)
         assert torch.equal(layer.bias.detach(), bias.to(dtype))  # rounded once
         wanted = x @ factors.dense().T + bias
         errors.append(relative(layer(x.to(dtype))[:, ~large], wanted[:, ~large]))
