@@ -181,7 +181,7 @@ def test_large_biases_take_no_digits_of_other_outputs(shape, kind, dtype, genera
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_runs_under_autocast(shape, kind, generator) -> None:
     weight, _, bias = problem(shape, generator)
-    layer = kind.from_factors(factorize(weight, 7), bias, torch.float32)
+    layer = kind.from_factors(factorize(weight, 7), bias.float(), torch.float32)
     x = torch.randn(5, shape[1], generator=generator)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
