@@ -127,7 +127,7 @@ def layer_rows(
             rank = rank_for_keep(shape, keep, storage, multiple)
             left, right = torch.randn(out, rank), torch.randn(rank, inputs)
             factors = Factors(left.to(device), right.to(device), torch.zeros(min(shape)))
-            made = FACTORED_LAYERS[storage].from_factors(factors, torch.zeros(out).to(device), dtype)
+            made = FACTORED_LAYERS[storage].from_factors(factors, torch.zeros(out).to(device, dtype), dtype)
             key = f"{storage} {multiple}"
             layers[key], settings[key] = made.to(device), (storage, multiple, rank)
     layers["dense"] = nn.Linear(inputs, out, bias=True).to(device, dtype)

@@ -145,6 +145,8 @@ def load_compressed(
         )
     for name in _with_former_bias(metadata, tensors):
         move_pivot_bias(tensors, name)
+    absent = sorted(set(metadata.get("buffers", [])) - tensors.keys())
+    require(not absent, "folder", f"have the buffers of {METADATA} in {TENSORS}", absent)
     buffers = {name: tensors.pop(name) for name in metadata.get("buffers", [])}
     state = _untie(tensors, metadata["tied"]) | metadata.get("extra", {})
     model.load_state_dict(state, strict=True, assign=True)
@@ -164,6 +166,8 @@ def _build(metadata: Mapping[str, Any], folder: Path, architecture: nn.Module | 
     """Build the model, or change the given architecture, once the shapes of the file are known to fit."""
     with open_safetensors(folder / TENSORS, "folder") as file:
         stored = {name: Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    for name, kept in metadata["tied"].items():
+        require(kept in stored, "folder", f"hold the tensor that {name!r} is tied to", kept)
     for name in _with_former_bias(metadata, stored):
         stored[f"{name}.pivot_bias"] = stored.pop(f"{name}.right.bias")
     shapes = {name: shape for name, shape in stored.items() if name not in metadata.get("buffers", [])}
@@ -206,4 +210,4 @@ def _tie_parameter(model: nn.Module, name: str, stored: str) -> None:
 
 def _untie(tensors: Mapping[str, Any], tied: Mapping[str, str]) -> dict[str, Any]:
     """Return the whole state: what is stored, and the same under the tied names."""
-    return {**tensors, **{name: tensors[stored] for name, stored in tied.items() if stored in tensors}}
+    return {**tensors, **{name: tensors[stored] for name, stored in tied.items()}}

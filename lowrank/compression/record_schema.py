@@ -1,10 +1,11 @@
 """The fields of `lowrank.json`, the record of a compressed model."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from lowrank.io.schemas import Schema
+from lowrank.compression.probes import ELSEWHERE
+from lowrank.io.schemas import Schema, one_of
 
 NEEDED = {"packed": {"parts"}, "linear": {"in", "out", "bias"}}  # kind -> fields; factored ones have a rank too
 
@@ -36,12 +37,29 @@ class _BaseRecord(Schema):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+class _InputRecord(Schema):
+    """Hold what an input of the model looks like."""
+
+    shape: list[PositiveInt]
+    below: PositiveInt | None = None
+
+
+class _ProbeRecord(Schema):
+    """Hold inputs, and outputs of the saved model."""
+
+    inputs: dict[str, _InputRecord]
+    dtype: Annotated[str, one_of(str(dtype).removeprefix("torch.") for dtype in ELSEWHERE)]
+    count: NonNegativeInt
+    outputs: list[float]
+    versions: dict[str, str | None]
+
+
 class CompressedRecord(Schema):
     """Hold the fields of `lowrank.json` that a model is loaded with; `save_compressed` says what they are.
 
     **Arguments**
 
-    - `base`, `model`, `layers`, `tensors`, `tied`: the fields.
+    - `base`, `model`, `layers`, `tensors`, `tied`, `buffers`, `extra`, `probe`: the fields; old folders lack the last three.
     """
 
     base: _BaseRecord | None
@@ -49,3 +67,6 @@ class CompressedRecord(Schema):
     layers: dict[str, _LayerRecord]
     tensors: str
     tied: dict[str, str]
+    buffers: list[str] = Field(default_factory=list)
+    extra: dict[str, Any] = Field(default_factory=dict)
+    probe: _ProbeRecord | None = None
