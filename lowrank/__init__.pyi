@@ -13,11 +13,11 @@ from .compression.replace import fold as fold
 from .compression.replace import replace_layers as replace_layers
 from .compression.result import CompressionResult as CompressionResult
 from .compression.result import parameter_counts as parameter_counts
-from .factorization.factorize import Weighting as Weighting
 from .factorization.factorize import factorize as factorize
 from .factorization.methods import METHODS as METHODS
 from .factorization.moments import LayerStatistics as LayerStatistics
 from .factorization.rank_allocation import allocate_ranks as allocate_ranks
+from .factorization.weighting import Weighting as Weighting
 from .lora.adapters import add_adapter as add_adapter
 from .lora.deltas import delta_spectra as delta_spectra
 from .lora.rank_config import RankConfig as RankConfig

@@ -83,11 +83,9 @@ def compress(
     """
     require((keep is None) != (ranks is None), "keep", "be given, or `ranks`, and not both", keep)
     names = list(ranks) if ranks is not None else layers if isinstance(layers, str) else list(layers)
-    targeted, left_out = find_linears(model, names), find_left_out(model, names)
+    targeted, left_out, stacks = _find_targets(model, names, ranks is None)
     configuration = _choose(targeted, choices, batches, statistics)
     check_layers(model, targeted, dict.fromkeys(targeted, 1) if ranks is None else ranks)
-    stacks = find_stacks(model, names if ranks is None else BLOCKS)
-    left_out |= {name: f"a stack of matrices {shape}" for name, shape in stacks.items()}
     chosen_by_pattern = ranks is None
     batches = batches if configuration.retarget is None else read_batches(batches)
     rule, probes, trials = RULES[configuration.allocation], [], []
@@ -100,10 +98,7 @@ def compress(
         statistics = _collect(model, bar, targeted, {configuration.method, *rule.methods}, loss or predictive_loss())
     check_statistics(targeted, configuration.method, configuration.storage, statistics, configuration.centre)
     if ranks is None:
-        config = AllocationConfig(in_memory=rule.measures, progress=progress)
-        known = Allocator(model, tuple(targeted), statistics, probes, config=config)
-        ranks, trials = choose_ranks(known, configuration, keep or 0), known.trials
-        del known  # with the factors that it may hold
+        ranks, trials = _choose_ranks(model, targeted, statistics, probes, configuration, keep or 0, progress)
     before = measure_model(model, sum(layer.weight.numel() for layer in targeted.values()))
     if chosen_by_pattern:
         warn_of_stacks(stacks, before.targeted / before.model)
@@ -114,6 +109,15 @@ def compress(
         rows = retarget_layers(model, ranks, configuration, statistics, batches or (), progress=progress)
     after = measure_model(model, sum(row["parameters"] for row in rows))
     return CompressionResult(rows, configuration, before, after, trials, left_out)
+
+
+def _find_targets(
+    model: nn.Module, names: Iterable[str], by_pattern: bool
+) -> tuple[dict[str, nn.Linear], dict[str, str], dict[str, tuple[int, ...]]]:
+    """Return the layers that names match, why others that they match are left out, and the stacks among those."""
+    targeted, left_out = find_linears(model, names), find_left_out(model, names)
+    stacks = find_stacks(model, names if by_pattern else BLOCKS)
+    return targeted, left_out | {name: f"a stack of matrices {shape}" for name, shape in stacks.items()}, stacks
 
 
 def _hold_out(batches: Iterable[Batch] | None, configuration: Configuration) -> tuple[list[Batch], Iterable[Batch]]:
@@ -144,6 +148,21 @@ def _leave_out(
     for name in reasons:
         del targeted[name]
     return reasons
+
+
+def _choose_ranks(
+    model: nn.Module,
+    layers: Iterable[str],
+    statistics: Statistics | None,
+    probes: Sequence[Batch],
+    configuration: Configuration,
+    keep: float | int,
+    progress: bool,
+) -> tuple[Mapping[str, int], list[dict[str, Any]]]:
+    """Return the ranks within a budget, and the trials that led there; factors that were held for them are freed."""
+    config = AllocationConfig(in_memory=RULES[configuration.allocation].measures, progress=progress)
+    known = Allocator(model, tuple(layers), statistics, probes, config=config)
+    return choose_ranks(known, configuration, keep), known.trials
 
 
 def _collect(

@@ -14,7 +14,6 @@ from lowrank.compression.checks import Statistics, check_factors, check_layers, 
 from lowrank.compression.configuration import Configuration
 from lowrank.factorization.factorize import (
     Factors,
-    Weighting,
     factorize,
     measured_norm,
     weighted_norm,
@@ -26,6 +25,7 @@ from lowrank.factorization.moments import LayerStatistics, centre_moments
 from lowrank.factorization.precision import with_float64
 from lowrank.factorization.rank_allocation import kept_parameters
 from lowrank.factorization.storages import STORAGES
+from lowrank.factorization.weighting import Weighting
 from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.hashing import hash_model

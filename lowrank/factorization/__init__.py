@@ -4,6 +4,7 @@
 - `block_sums`: the formulas of the moments for one block of tokens.
 - `running_moments`: add moments up over many blocks.
 - `methods`: `METHODS`, what the outputs and the inputs of a weight count for in each method.
+- `weighting`: `Weighting`, which holds that, and its checks.
 - `factorize`: `factorize`, the best factors in a weighted norm; `weighted_norm`, that norm.
 - `sides`: which moments a method needs of a layer, of its inputs or of its outputs.
 - `decompositions`: the leading directions of a weight, from the smaller side.

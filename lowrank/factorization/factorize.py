@@ -7,7 +7,6 @@ W, so that a G without full rank needs no care.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,40 +23,12 @@ from lowrank.factorization.decompositions import (
     root_of,
     solve,
 )
-from lowrank.factorization.gram import wide_product
-from lowrank.factorization.moments import all_finite, gram_norm
+from lowrank.factorization.gram import gram_norm, wide_product
+from lowrank.factorization.moments import all_finite
 from lowrank.factorization.precision import with_float64
-from lowrank.io.arguments import check_arguments, describe
+from lowrank.factorization.weighting import ALIKE, Weighting, check_sides
+from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
-
-
-class Weighting(NamedTuple):
-    """Hold how much each output and each input of a weight counts, as second moments.
-
-    The norm of a difference D of two weights is ||H D S||_F. Each side is None (all count alike), a diagonal `(size,)` or a
-    matrix `(size, size)`; float64, on the device of the weight. `image` and `pullback` say the same of one weight W from its
-    other side. Sketches measure the norm of a D that those do not reach.
-
-    **Arguments**
-
-    - `outputs`: H^T H, `(out,)` >= 0 or `(out, out)` positive definite.
-    - `inputs`: S S^T, `(in,)` >= 0 or `(in, in)` positive semidefinite.
-    - `image`: W S S^T W^T, `(out, out)`, in place of `inputs`.
-    - `pullback`: W^T H^T H W, `(in, in)`, in place of `outputs`.
-    - `outputs_sketch`: rows whose second moment estimates H^T H, `(k, out)`; only read if `outputs` is None.
-    - `inputs_sketch`: rows whose second moment estimates S S^T, `(k, in)`.
-    """
-
-    outputs: Tensor | None = None
-    inputs: Tensor | None = None
-    image: Tensor | None = None
-    pullback: Tensor | None = None
-    outputs_sketch: Tensor | None = None
-    inputs_sketch: Tensor | None = None
-
-
-ALIKE = Weighting()  # every output and every input counts the same: the Frobenius norm
-SIDES = {"outputs": 0, "inputs": 1, "image": 0, "pullback": 1, "outputs_sketch": 0, "inputs_sketch": 1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +140,7 @@ def weighted_spectrum(weight: Float[Tensor, "out in"], weighting: Weighting = AL
 def _factorize(weight: Tensor, rank: int, weighting: Weighting, pairs: int | None, dtype: torch.dtype) -> Factors:
     """Return the factors of a rank, from `pairs` eigenpairs at least (None for all); at rank 0 the spectrum alone."""
     w = with_float64(weight.detach())  # widened as a whole only where a decomposition needs that
-    sides = _check_sides(weighting, w)
+    sides = check_sides(weighting, w)
     quick = None
     whitened = sides.inputs is not None and sides.inputs.dim() == 2 and sides.outputs is sides.pullback is None
     if pairs and whitened and len(w) > len(w.T):
@@ -235,7 +206,7 @@ def weighted_norm(difference: Float[Tensor, "out in"], weighting: Weighting = AL
       `measured_norm`.
     """
     d = with_float64(difference.detach()).double()
-    outputs, inputs, image, pullback, *_ = _check_sides(weighting, d)
+    outputs, inputs, image, pullback, *_ = check_sides(weighting, d)
     other = next((name for name, side in (("image", image), ("pullback", pullback)) if side is not None), None)
     require(other is None, "weighting", "hold `outputs` and `inputs`: see `measured_norm`", other)
     if inputs is not None and inputs.dim() == 1:
@@ -265,7 +236,7 @@ def measured_norm(
     - `stored`: `(in, k) -> (out, k)`, multiplies columns by W' in float64.
     - `weighting`: the weighting, with `inputs_sketch`, and `outputs_sketch` if it has a `pullback`.
     """
-    sides = _check_sides(weighting, weight)
+    sides = check_sides(weighting, weight)
     left, right = factors.left, factors.right
     if sides.inputs is not None:
         captured = (multiply(right, sides.inputs) * right).sum()
@@ -294,29 +265,3 @@ def _check_weight(weight: Tensor) -> None:
     require(weight.numel() > 0, "weight", "have at least one element", tuple(weight.shape))
     if not all_finite(weight):
         raise ValueError("`weight` must be finite, got NaN or infinity.")
-
-
-def _check_side(name: str, side: Any) -> None:
-    """Check what needs no weight: kind and values."""
-    if side is None:
-        return
-    holds = isinstance(side, Tensor) and side.is_floating_point() and side.numel() > 0
-    require(holds, f"weighting.{name}", "be None or a tensor of floating-point numbers", describe(side))
-    if not all_finite(side):
-        raise ValueError(f"`weighting.{name}` must be finite, got NaN or infinity.")
-    least = side.min().item() if side.dim() == 1 else 0.0
-    require(least >= 0, f"weighting.{name}", "be >= 0", least)
-
-
-def _check_sides(weighting: Weighting, weight: Tensor) -> Weighting:
-    """Return the weighting on the device of the weight, in float64."""
-    for name, side in weighting._asdict().items():
-        _check_side(name, side)
-        size = weight.shape[SIDES[name]]
-        shapes = ((size,), (size, size)) if name in ("outputs", "inputs") else ((size, size),)
-        if side is not None and (side.shape[-1] != size if "sketch" in name else tuple(side.shape) not in shapes):
-            raise ValueError(f"`weighting.{name}` must be of size {size}, got shape {tuple(side.shape)}.")
-    for one, other in (("outputs", "pullback"), ("inputs", "image"), ("image", "pullback")):
-        if getattr(weighting, one) is not None and getattr(weighting, other) is not None:
-            raise ValueError(f"`weighting` must hold `{one}` or `{other}`, got both.")
-    return Weighting(*(side if side is None else side.to(weight.device, torch.float64) for side in weighting))

@@ -132,3 +132,14 @@ def _make_symmetric(matrix: Tensor) -> Tensor:
         matrix[start:stop, :stop] = rows
         matrix[:stop, start:stop] = rows.T
     return matrix
+
+
+def gram_norm(matrix: Float[Tensor, "m n"], gram: Float[Tensor, "n n"]) -> float:
+    """Return sqrt(tr(M G M^T)).
+
+    **Arguments**
+
+    - `matrix`: M, `(m, n)`, float64.
+    - `gram`: G, `(n, n)`, float64, on the same device.
+    """
+    return torch.einsum("mn,mn->", matrix @ gram, matrix).clamp_min(0.0).sqrt().item()

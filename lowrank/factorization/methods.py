@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from lowrank.factorization.block_sums import SKETCH_ROWS, outer_sum
-from lowrank.factorization.factorize import Weighting
 from lowrank.factorization.moments import LayerStatistics, read_moment
 from lowrank.factorization.precision import with_float64
+from lowrank.factorization.weighting import Weighting
 
 ALPHA = 0.5  # exponent of ASVD's channel scales
 RIDGE = 0.03  # of two_sided, relative to the mean eigenvalue of E[g g^T]

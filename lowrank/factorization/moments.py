@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowrank.factorization import block_sums as sums
+from lowrank.factorization.gram import gram_norm
 from lowrank.factorization.precision import float64_device, with_float64
 from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
@@ -277,17 +278,6 @@ def whitening_factor(statistics: LayerStatistics, shrinkage: float = 0.0) -> Flo
     """
     values, vectors = second_moment_eigh(statistics, shrinkage)
     return vectors * values.sqrt()
-
-
-def gram_norm(matrix: Float[Tensor, "m n"], gram: Float[Tensor, "n n"]) -> float:
-    """Return sqrt(tr(M G M^T)).
-
-    **Arguments**
-
-    - `matrix`: M, `(m, n)`, float64.
-    - `gram`: G, `(n, n)`, float64, on the same device.
-    """
-    return torch.einsum("mn,mn->", matrix @ gram, matrix).clamp_min(0.0).sqrt().item()
 
 
 def output_norm(weight: Float[Tensor, "m n"], statistics: LayerStatistics) -> float:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lowrank.factorization.alternatives import ALTERNATIVES
-from lowrank.factorization.factorize import Factors, Weighting, factorize, weighted_norm
+from lowrank.factorization.factorize import Factors, factorize, weighted_norm
 from lowrank.factorization.methods import ALPHA, METHODS, RIDGE, needs_gradients
 from lowrank.factorization.moments import LayerStatistics, centre_moments, output_norm, whitening_factor
 from lowrank.factorization.running_moments import statistics_of_rows
+from lowrank.factorization.weighting import Weighting
 
 
 def truncate(method: str, weight: Tensor, rank: int, statistics: LayerStatistics | None = None) -> Factors:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank.factorization.factorize import Weighting, factorize
+from lowrank.factorization.factorize import factorize
 from lowrank.factorization.running_moments import statistics_of_rows
 from lowrank.factorization.transfer import (
     PairedMoments,
@@ -16,6 +16,7 @@ from lowrank.factorization.transfer import (
     retargeted_statistics,
     solve_transfer,
 )
+from lowrank.factorization.weighting import Weighting
 
 SHAPES = {"tall": (9, 5), "square": (6, 6), "wide": (4, 7)}
 
