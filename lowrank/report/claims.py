@@ -57,7 +57,12 @@ def judge(left: Any, relation: str, right: Any, over: str = "all", noise: int | 
 
 
 def verdicts_agree(one: str, other: str) -> bool:
-    """Return whether two verdicts agree: equal ones do, and one that is too close to call does with any other."""
+    """Return whether two verdicts agree: equal ones do, and one that is too close to call does with any other.
+
+    **Arguments**
+
+    - `one`, `other`: each one of `VERDICTS`.
+    """
     return one == other or CLOSE in (one, other)
 
 
