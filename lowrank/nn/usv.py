@@ -42,6 +42,7 @@ class _Bases(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(out, dtype=dtype)) if bias else None)
         # An empty tensor of the dtype that `merge` returns to, the converted layer's: it follows every later cast.
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+        self.register_load_state_dict_post_hook(_place_like)
 
     @property
     def rank(self) -> int:
@@ -89,6 +90,11 @@ class _Bases(nn.Module):
         """Compute U S V^T, `(out, flat)`, in float64, without gradients."""
         u, s, vh = self.usv
         return u @ s @ vh
+
+
+def _place_like(module: Any, _: object) -> None:
+    """Bring the empty tensor that no state holds to the loaded ones: it is on the meta device if they were."""
+    module.like = torch.empty_like(module.like, device=module.u.device)
 
 
 class USVLinear(_Bases):
