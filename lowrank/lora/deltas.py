@@ -179,7 +179,8 @@ def _open_pair(
         first, second = (match_modules(weights.shapes, entries) for weights in (one, two))
         names = sorted(first & second)
         _check_pair(one, two, names)
-        _warn_of_others(sorted(first ^ second), match_stacks(one.shapes | two.shapes, entries))
+        shapes = {name: s for name, s in (one.shapes | two.shapes).items() if name.removesuffix(".weight") not in names}
+        _warn_of_others(sorted(first ^ second), match_stacks(shapes, entries))
         yield names, lambda name: (one.read(f"{name}.weight"), two.read(f"{name}.weight"))
 
 

@@ -40,7 +40,7 @@ class _ModuleRecord(Schema):
 class _RankRecord(Schema):
     """Hold the fields of the file that are read again: those of `RankConfig`."""
 
-    module_ranks: dict[str, int] = Field(min_length=1)
+    module_ranks: dict[str, int]
     modules: dict[str, _ModuleRecord]
     analysis_metadata: dict[str, Any]
     model: str | None
@@ -102,7 +102,7 @@ class RankConfig:
     def from_ranks(
         cls,
         spectra: Mapping[str, DeltaSpectrum],
-        ranks: Mapping[str, int],
+        ranks: Mapping[str, int | float],
         metadata: Mapping[str, Any],
         *,
         model: str | None = None,
@@ -113,7 +113,7 @@ class RankConfig:
         **Arguments**
 
         - `spectra`: module -> spectrum of its change.
-        - `ranks`: module -> rank in [0, min(out, in)]; 0 for no adapter.
+        - `ranks`: module -> whole number in [0, min(out, in)], of any type; 0 for no adapter.
         - `metadata`: how the ranks were chosen, kept as `analysis_metadata`.
         - `model`, `hashes`: kept in the file.
 
@@ -125,10 +125,10 @@ class RankConfig:
             largest = len(spectra[name].sigma) if name in spectra else 0
             if not 0 <= rank <= largest:
                 raise ValueError(f"`ranks` must be in [0, {largest}] for {name!r}, got {rank}.")
-        ranks = {name: whole_number(rank, f"ranks[{name!r}]", 0) for name, rank in ranks.items()}
+        whole = {name: whole_number(rank, f"ranks[{name!r}]", 0) for name, rank in ranks.items()}
         threshold = metadata.get("svd_threshold", DEFAULT_RULE.threshold)
-        rows = {name: _describe(spectrum, ranks.get(name, 0), threshold) for name, spectrum in sorted(spectra.items())}
-        kept = {name: rank for name, rank in sorted(ranks.items()) if rank}
+        rows = {name: _describe(spectrum, whole.get(name, 0), threshold) for name, spectrum in sorted(spectra.items())}
+        kept = {name: rank for name, rank in sorted(whole.items()) if rank}
         versions = {package: version(package) for package in ("torch", "safetensors")}
         return cls(kept, rows, dict(metadata), model, dict(hashes or {}), versions)
 

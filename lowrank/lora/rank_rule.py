@@ -32,8 +32,8 @@ class RankRule:
     **Arguments**
 
     - `threshold`: share of ||Delta||_F^2 to keep, in (0, 1]; threshold rule only.
-    - `min_rank`: least rank, >= 1; threshold rule only.
-    - `max_rank`: largest rank, >= min_rank.
+    - `min_rank`: least rank, a whole number >= 1; threshold rule only.
+    - `max_rank`: largest rank, a whole number >= min_rank.
     - `smoothing`: factor of `lowrank.lora.ranks.smooth_ranks`, in [0, 1]; threshold rule only.
     - `powers_of_two`: round ranks above 16 before the smoothing; threshold rule only.
     - `per`: 'module', or 'type' for one rank for all modules of a group, their median.
@@ -46,13 +46,13 @@ class RankRule:
     """
 
     threshold: float | int = 0.9
-    min_rank: int = MIN_RANK
-    max_rank: int = MAX_RANK
+    min_rank: int | float = MIN_RANK
+    max_rank: int | float = MAX_RANK
     smoothing: float | int = 0.8
     powers_of_two: bool = False
     per: str = "module"
     group: Callable[[str], str] = layer_type
-    parameters: int | None = None
+    parameters: int | float | None = None
 
     def __post_init__(self) -> None:
         rules = {
@@ -84,7 +84,7 @@ class RankRule:
         if self.parameters is None:
             ranks = self._apply_threshold(spectra)
         else:
-            ranks = ranks_for_budget(spectra, self.parameters, max_rank=self.max_rank)
+            ranks = ranks_for_budget(spectra, int(self.parameters), max_rank=int(self.max_rank))
         if self.per == "type":
             types = median_ranks(ranks, self.group)
             ranks = {name: min(types[self.group(name)], len(spectra[name].sigma)) for name in ranks}
@@ -107,12 +107,12 @@ class RankRule:
         return rule | {"per": self.per}
 
     def _apply_threshold(self, spectra: Mapping[str, DeltaSpectrum]) -> dict[str, int]:
-        bounds = self.min_rank, self.max_rank
+        bounds = int(self.min_rank), int(self.max_rank)
         ranks = {}
         for name, spectrum in spectra.items():
             sides = len(spectrum.sigma)
             noisy = spectrum.status == "noise"
-            rank = min(self.min_rank, sides) if noisy else rank_for_delta(spectrum.sigma, self.threshold, *bounds)
+            rank = min(bounds[0], sides) if noisy else rank_for_delta(spectrum.sigma, self.threshold, *bounds)
             ranks[name] = min(nearest_power_of_two(rank, *bounds), sides) if self.powers_of_two else rank
         smooth = smooth_ranks(ranks, {name: self.group(name) for name in spectra}, self.smoothing)
         return {name: min(rank, len(spectra[name].sigma)) for name, rank in smooth.items()}

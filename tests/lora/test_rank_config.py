@@ -48,7 +48,12 @@ def towers_config(**options: Any) -> RankConfig:
     names.remove("decoder.layers.1.v_proj")
     shapes = {name: (10 if name.endswith("q_proj") else 8, 12) for name in names} | {"q_proj": (12, 12)}
     ranks = dict(zip(shapes, [2, 5, 3, 7, 4, 6, 8, 1], strict=True))
-    spectra = {n: spectrum_of(torch.randn(s[0], ranks[n]) @ torch.randn(ranks[n], s[1])) for n, s in shapes.items()}
+    spectra = {}
+    for name, (out, inputs) in shapes.items():
+        scales = 2.0 ** -torch.arange(
+            ranks[name]
+        )  # singular values that fall, so that no change of full rank looks like noise
+        spectra[name] = spectrum_of(torch.randn(out, ranks[name]) * scales @ torch.randn(ranks[name], inputs))
     rule = RankRule(threshold=1.0, min_rank=1, smoothing=0.0, **options)
     return RankConfig.from_spectra(spectra, rule, model="towers", hashes={"base": "a", "tuned": "b"})
 

@@ -94,11 +94,7 @@ class Grouped(nn.Module):
         ),
         ("turned", {}, "got 'turned', a ConvTranspose1d"),
         ("low.right", {"use_dora": True}, "`use_dora` must be False for `start` 'warm', got True: module 'low.right'"),
-        (
-            "low.right",
-            {"lora_alpha": 0},
-            "`lora_alpha` must be finite and not 0, which would switch the adapter off, got 0",
-        ),
+        ("low.right", {"lora_alpha": 0}, "`lora_alpha` must be None or finite and > 0, got 0"),
         ("low.right", {"scaling": 0.0}, "`scaling` must be None or finite and > 0"),
         ("low.right", {"scaling": float("nan")}, "`scaling` must be None or finite and > 0"),
         ("attention.out_proj", {}, "got 'attention.out_proj', whose weight MultiheadAttention reads itself"),
