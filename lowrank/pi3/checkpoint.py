@@ -63,7 +63,7 @@ def _find_weights(source: Path | str, config: Pi3Config | None) -> tuple[Path, P
         )
     if path.suffix == ".safetensors" or path.is_absolute() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         rule = "be a checkpoint or the name of a repository, OWNER/NAME"
-        raise FileNotFoundError(f"`source` must {rule}, got {str(source)!r}, which does not exist.")
+        raise FileNotFoundError(f"`source` must {rule}, got {str(path)!r}, which does not exist.")
     return load_or_explain("model", str(source), lambda: _download(str(source))), config
 
 
