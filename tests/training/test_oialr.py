@@ -624,7 +624,7 @@ def test_two_processes_keep_equal_replicas(tmp_path: Path) -> None:
         ({"minimum": 1.5}, r"`minimum` must be in \[0, 1\], got 1.5"),
         ({"coverage": -1.0}, r"`coverage` must be in \[0, 1\], got -1.0"),
         ({"include": ["encoder"]}, "`include` must match layers of the model, got 'encoder'"),
-        ({"include": "blocks"}, "`include` must be a list of names or patterns"),
+        ({"include": "blocks"}, r"`include` must be Iterable\[str\], got the single string 'blocks'"),
         ({"include": ["head"]}, "`model` must have a layer that can be converted, got none"),
     ],
     ids=str,
