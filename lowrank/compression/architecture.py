@@ -9,7 +9,7 @@ from torch import nn
 from lowrank.io.checks import require
 from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.nn.surgery import PackedLinear, replace_module
-from lowrank.nn.usv import USVConv2d, USVLinear
+from lowrank.nn.usv import USV_LAYERS, USVConv2d, USVLinear
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 LAYER_KINDS: dict[str, type[Any]] = {**FACTORED_LAYERS, USVLinear.storage: USVLinear}
@@ -30,24 +30,13 @@ def describe_layers(
     **Returns** layer -> its row, if it has one, with `kind`, `in`, `out`, `rank` and `bias`, or `kind` and `parts` for a packed
     projection. Packed projections come before their parts. Layers that stayed as they are have no `kind`. A layer of `OIALR`
     has the `dtype` of its dense weight too.
-
-    **Raises**
-
-    - `ValueError`: a converted convolution, which has no form in the files.
     """
-    if other := next((name for name, module in model.named_modules() if isinstance(module, USVConv2d)), None):
-        raise ValueError(
-            f"`model` must have linear or factored layers, got {other!r}, a USVConv2d: call OIALR.merge() or fold(model) first."
-        )
     layers: dict[str, dict[str, Any]] = {}
     before = {} if skeleton is None else dict(skeleton.named_modules())
     for name, module in model.named_modules():
         if isinstance(module, tuple(LAYER_KINDS.values())):
             sizes = {"in": module.in_features, "out": module.out_features, "rank": module.rank}
-            kind = {"kind": module.storage, **sizes, "bias": module.bias is not None}
-            if isinstance(module, USVLinear):
-                kind["dtype"] = str(module.like.dtype).removeprefix("torch.")
-            layers[name] = {**rows.get(name, {}), **kind}
+            layers[name] = {**rows.get(name, {}), "kind": module.storage, **sizes, "bias": module.bias is not None}
         elif isinstance(module, USVConv2d):
             layers[name] = {**rows.get(name, {}), "kind": CONVOLUTION, "rank": module.rank}
         elif isinstance(module, PackedLinear):
@@ -57,6 +46,8 @@ def describe_layers(
             layers[name] = {**rows.get(name, {}), "kind": "linear", **sizes, "bias": module.bias is not None}
         elif name in rows:
             layers[name] = dict(rows[name])
+        if isinstance(module, tuple(USV_LAYERS.values())):
+            layers[name]["dtype"] = str(module.like.dtype).removeprefix("torch.")
     return layers
 
 
@@ -88,11 +79,11 @@ def insert_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> 
         if not _has_module(model, name) and name.rpartition(".")[0] not in layers:
             raise ValueError(f"`base` must have a layer {name!r}, as the compressed model has, got none.")
         with torch.device("meta"):
-            replace_module(
-                model,
-                name,
-                _build_convolution(model, name, layer["rank"]) if kind == CONVOLUTION else _build_layer(layer),
-            )
+            made: Any = _build_convolution(model, name, layer["rank"]) if kind == CONVOLUTION else _build_layer(layer)
+            if isinstance(made, tuple(USV_LAYERS.values())) and "dtype" in layer:  # files of older versions have none
+                require(layer["dtype"] in DTYPES, "layers", f"have a dtype among {sorted(DTYPES)}", layer["dtype"])
+                made.like = made.like.to(DTYPES[layer["dtype"]])
+            replace_module(model, name, made)
 
 
 def _has_module(model: nn.Module, name: str) -> bool:
@@ -117,8 +108,4 @@ def _build_layer(layer: Mapping[str, Any]) -> nn.Module:
         return PackedLinear([nn.Linear(1, 1) for _ in layer["parts"]], layer["parts"])
     if layer["kind"] == "linear":
         return nn.Linear(layer["in"], layer["out"], bias=layer["bias"])
-    made = LAYER_KINDS[layer["kind"]](layer["in"], layer["out"], layer["rank"], bias=layer["bias"])
-    if isinstance(made, USVLinear) and "dtype" in layer:  # files of older versions have none
-        require(layer["dtype"] in DTYPES, "layers", f"have a dtype among {sorted(DTYPES)}", layer["dtype"])
-        made.like = made.like.to(DTYPES[layer["dtype"]])
-    return made
+    return LAYER_KINDS[layer["kind"]](layer["in"], layer["out"], layer["rank"], bias=layer["bias"])

@@ -79,8 +79,6 @@ class Configuration:
     def __post_init__(self) -> None:
         if isinstance(self.retarget, bool):
             object.__setattr__(self, "retarget", Retargeting() if self.retarget else None)
-        valid = self.retarget is None or isinstance(self.retarget, Retargeting)
-        require(valid, "retarget", "be True, False or a Retargeting", self.retarget)
         for name, known in (("method", METHODS), ("storage", STORAGES), ("allocation", ALLOCATIONS)):
             require(getattr(self, name) in known, name, f"be one of {list(known)}", getattr(self, name))
         require(self.multiple >= 1, "multiple", "be at least 1", self.multiple)

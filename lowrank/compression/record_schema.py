@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from lowrank.compression.probes import ELSEWHERE
 from lowrank.io.schemas import Schema, one_of
 
-NEEDED = {"packed": {"parts"}, "linear": {"in", "out", "bias"}}  # kind -> fields; factored ones have a rank too
+NEEDED = {"packed": {"parts"}, "linear": {"in", "out", "bias"}, "usv_conv2d": {"rank"}}  # others: sizes, rank and bias
 
 
 class _LayerRecord(Schema):
@@ -19,6 +19,7 @@ class _LayerRecord(Schema):
     rank: PositiveInt | None = None
     bias: bool | None = None
     parts: list[str] | None = None
+    dtype: str | None = None
 
     @model_validator(mode="after")
     def _check_kind(self) -> "_LayerRecord":
@@ -40,7 +41,7 @@ class _BaseRecord(Schema):
 class _InputRecord(Schema):
     """Hold what an input of the model looks like."""
 
-    shape: list[PositiveInt]
+    shape: list[PositiveInt] = Field(min_length=1)
     below: PositiveInt | None = None
 
 

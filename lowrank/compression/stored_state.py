@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.compression.architecture import LAYER_KINDS
+from lowrank.io.hashing import check_in_memory
+from lowrank.nn.usv import USV_LAYERS
 
 EXTRA = "_extra_state"  # the last part of the names that torch gives to what `get_extra_state` returns
 
@@ -19,10 +21,12 @@ def check_state(model: nn.Module) -> dict[str, Any]:
 
     **Raises**
 
-    - `ValueError`: a tensor on the meta device, sparse or quantised; extra state that JSON does not give back.
+    - `ValueError`: a tensor without values, on the meta device; one that is sparse or quantised; extra state that JSON does not give back.
     """
     state: dict[str, Any] = model.state_dict()
-    for name, tensor in {**state, **dict(model.named_buffers())}.items():
+    tensors = {**state, **dict(model.named_buffers())}
+    check_in_memory(tensors)
+    for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and (kind := _find_kind(tensor)):
             raise ValueError(f"`model` must have dense tensors in memory, got {name!r}, which is {kind}.")
     extra = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
@@ -35,8 +39,6 @@ def check_state(model: nn.Module) -> dict[str, Any]:
 
 
 def _find_kind(tensor: Tensor) -> str | None:
-    if tensor.is_meta:
-        return "on the meta device: load or gather its values first"
     if tensor.layout != torch.strided:
         return f"sparse ({tensor.layout}): register it as a dense buffer, or build it from dense ones"
     return "quantised" if tensor.is_quantized else None
@@ -59,13 +61,14 @@ def find_buffers(model: nn.Module, rebuilt: nn.Module | None) -> dict[str, Tenso
 
     **Returns** name -> buffer on the CPU.
     """
+    own = (*LAYER_KINDS.values(), *USV_LAYERS.values())  # which know how to get theirs back
     others = {} if rebuilt is None else dict(rebuilt.named_buffers())
     state = model.state_dict()
     return {
         name: buffer.detach().cpu().contiguous()
         for name, buffer in model.named_buffers()
         if name not in state
-        and not isinstance(model.get_submodule(name.rpartition(".")[0]), tuple(LAYER_KINDS.values()))
+        and not isinstance(model.get_submodule(name.rpartition(".")[0]), own)
         and (rebuilt is None or (name in others and not _is_equal(buffer.cpu(), others[name])))
     }
 

@@ -241,7 +241,8 @@ def _build_empty(cls: type[Any], left: Tensor, right: Tensor, bias: Tensor | Non
     sizes = (right.shape[1], left.shape[0], right.shape[0])
     with torch.device("meta"):
         layer = cls(*sizes, bias=bias is not None, dtype=dtype)
-    for part in (layer.left, layer.right):
-        if bias is not None and part.bias is not None:
-            part.bias = nn.Parameter(part.bias.to(bias.dtype))
+    for name, parameter in list(layer.named_parameters()):
+        if bias is not None and name.endswith("bias"):
+            owner, _, key = name.rpartition(".")
+            setattr(layer.get_submodule(owner), key, nn.Parameter(parameter.to(bias.dtype)))
     return layer.to_empty(device=left.device)

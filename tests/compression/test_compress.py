@@ -139,7 +139,7 @@ def test_batches_may_be_a_generator_and_progress_is_shown(capsys: pytest.Capture
         ({"layers": ["nothing"]}, "`layers` must match nn.Linear modules"),
         (
             {"keep": None, "ranks": {"bert.encoder.layer.0.output.dense": 2.0}},
-            r"`ranks` must be an int in \[1, 24\] .* got 2.0",
+            r"`ranks.* must be (int|an int in \[1, 24\].*), got 2.0",
         ),
         (
             {"keep": None, "ranks": {"bert.encoder.layer.0.output.dense": 25}},

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +98,25 @@ def test_layers_of_oialr_follow_a_later_cast(dtype: torch.dtype, later: torch.dt
         torch.testing.assert_close(model(x.to(later)), expected, **tolerance)
 
 
-def test_converted_convolutions_are_folded_and_are_not_saved(tmp_path: Path) -> None:
+def convolutions() -> Any:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 3, stride=2, padding=1))
+
+
+def test_converted_convolutions_are_folded_also_once_they_are_loaded(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model: Any = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 3, stride=2, padding=1)).bfloat16()
+    model = convolutions().bfloat16()
     model[1].bias.requires_grad_(False)
     before, x = kinds(model), torch.randn(2, 3, 9, 9).bfloat16()
     expected = model(x)
     OIALR(model, OIALRConfig(delay=1, sigma_cutoff=0), exclude=()).step(torch.optim.SGD(model.parameters(), lr=0.1))
     assert isinstance(model[0], USVConv2d)
-    with pytest.raises(ValueError, match=r"got '0', a USVConv2d: call OIALR.merge\(\) or fold\(model\) first"):
-        save_compressed(model, tmp_path / "model")
-    assert not list(tmp_path.iterdir())
+    save_compressed(model, tmp_path / "model")
+    loaded = load_compressed(tmp_path / "model", architecture=convolutions())
+    torch.testing.assert_close(loaded(x), model(x))
+    assert {name: kind[0] for name, kind in kinds(fold(loaded)).items()} == {n: kind[0] for n, kind in before.items()}
     assert kinds(fold(model)) == before
-    torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.05)
+    for folded in (model, loaded):
+        torch.testing.assert_close(folded(x), expected, rtol=0.05, atol=0.05)
 
 
 def test_blocks_read_from_a_folder_keep_the_flags(tmp_path: Path) -> None:
@@ -129,7 +136,7 @@ def test_one_rank_that_is_no_whole_number_changes_nothing(rank: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     layers = list(model)
     for place in "012":
-        with pytest.raises(ValueError, match=rf"`ranks` must be an int in \[1, 8\] for layer '{place}'"):
+        with pytest.raises(ValueError, match=rf"`ranks.*'{place}'.* got {re.escape(repr(rank))}"):
             replace_layers(model, dict.fromkeys("012".replace(place, ""), 2) | {place: rank}, "svd")
         assert list(model) == layers
 

@@ -675,7 +675,10 @@ BAD: dict[str, tuple[Callable[[nn.Module, dict[str, LayerStatistics]], Any], str
     ),
     "decompose by an unknown method": (lambda m, s: decompose(m, "svq", s, ["0"]), "`method` must be one of"),
     "decompose an unknown layer": (lambda m, s: decompose(m, "svd", None, ["nope"]), "`layers` .*'nope'"),
-    "decompose a single string": (lambda m, s: decompose(m, "svd", None, "0"), "`layers` must be a list"),
+    "decompose a single string": (
+        lambda m, s: decompose(m, "svd", None, "0"),
+        "`layers` must be Iterable.* single string '0'",
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -81,15 +82,26 @@ def test_no_code_of_a_folder_runs(model_type, folder, tmp_path) -> None:
     assert not mark.exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["set_seed", "pipeline", "TrainingArguments", "LlamaConfig", "AutoModel", 7, None, ["x"]]
-)
-def test_architectures_name_model_classes_alone(name, folder) -> None:
+def write_architectures(folder: Path, names: Any) -> None:
+    """Write one weight, and a configuration with the given names of classes."""
     folder.mkdir()
     LlamaConfig(num_hidden_layers=1).save_pretrained(folder)
-    edit(folder / "config.json", lambda config: config.update(architectures=[name]))
+    edit(folder / "config.json", lambda config: config.update(architectures=names))
     save_file({"layers.0.q.weight": torch.ones(9, 8)}, folder / TENSORS)
+
+
+@pytest.mark.parametrize("name", ["set_seed", "pipeline", "TrainingArguments", "LlamaConfig", "AutoModel"])
+def test_architectures_name_model_classes_alone(name, folder) -> None:
+    write_architectures(folder, [name])
     assert layer_sizes(folder) == {"layers.0.q": (9, 8)}
+
+
+@pytest.mark.parametrize("name", [7, None, ["x"]])
+def test_architectures_that_are_no_names_are_refused(name, folder) -> None:
+    write_architectures(folder, [name])
+    words = rf"`model` must .* string at 'architectures.0', got {re.escape(repr(name))} in .*config.json"
+    with pytest.raises(ValueError, match=words):
+        layer_sizes(folder)
 
 
 FACTORY = ["checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "scriptable"]
