@@ -21,7 +21,7 @@ def check_state(model: nn.Module) -> dict[str, Any]:
 
     **Raises**
 
-    - `ValueError`: a tensor without values, on the meta device; one that is sparse or quantised; extra state that JSON does not give back.
+    - `ValueError`: a tensor on the meta device, sparse or quantised; extra state that JSON does not give back.
     """
     state: dict[str, Any] = model.state_dict()
     tensors = {**state, **dict(model.named_buffers())}
