@@ -43,7 +43,8 @@ ALSO = {
 }
 EXPECTED = (ValueError, TypeError, OSError, FloatingPointError)  # what a docstring announces, and a missing argument
 NO_NUMBER: list[Any] = ["3", "", None, [1], {}, True, 1j, object(), b"1", torch.ones(2)]
-NO_COUNT: list[Any] = [*NO_NUMBER, 0, -1, -(10**30), 2.5, 2.0, NAN, INF]
+NO_WHOLE: list[Any] = [*NO_NUMBER, 0, -1, -(10**30), 2.5, NAN, INF]  # for what takes whole floats too
+NO_COUNT: list[Any] = [*NO_WHOLE, 2.0]
 NO_SIZE: list[Any] = [*NO_NUMBER, -1, 2.5, NAN, INF]  # 0 is one
 NO_SHARE: list[Any] = [*NO_NUMBER, -0.1, 1.5, -INF, INF, NAN, 10**30]
 NO_AMOUNT: list[Any] = [*NO_NUMBER, -1e-9, -INF, INF, NAN]
@@ -510,13 +511,13 @@ def options() -> dict[str, Spec]:
             dict,
             dict(
                 threshold=[*share, 0],
-                min_rank=[*count, 10**6],
-                max_rank=count,
+                min_rank=[*NO_WHOLE, 10**6],
+                max_rank=NO_WHOLE,
                 smoothing=share,
                 powers_of_two=NO_FLAG,
                 per=NO_CHOICE,
                 group=[5, "x"],
-                parameters=[value for value in count if value is not None],
+                parameters=[*NO_AMOUNT[:2], *NO_AMOUNT[3:], 0, -1],  # a budget of 2.5 is one of 2; None is none
             ),
         ),
         "ScoringConfig": Spec(

@@ -16,7 +16,7 @@ def run_in_two(script: Path) -> None:
     leave = "import torch.distributed as d; d.is_initialized() and d.destroy_process_group()"  # a live one may abort at exit
     script.write_text(f"{script.read_text()}\n{leave}\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-20000:]  # what failed first stands above the launcher's own traceback
 
