@@ -293,7 +293,7 @@ def _multiply_out(module: Any) -> nn.Linear:
     parameters = dict(module.named_parameters())
     biases = [parameter for name, parameter in parameters.items() if name.endswith("bias")]
     weights = [parameter for name, parameter in parameters.items() if not name.endswith("bias")]
-    layer = as_linear(module.dense().to(weights[0].dtype), module.bias)
+    layer = as_linear(module.dense().to(weights[0].dtype).to(weights[0].device), module.bias)
     layer.weight.requires_grad_(any(parameter.requires_grad for parameter in weights))
     if layer.bias is not None:
         layer.bias.requires_grad_(any(parameter.requires_grad for parameter in biases))
