@@ -62,7 +62,7 @@ def _is_json(value: Any) -> bool:
 
 
 def find_options(name: str) -> set[str]:
-    """Find the options of an architecture of timm: what the classes of its module take, and no other of its factory.
+    """Find the options of an architecture of timm: what the classes that its module knows take, and no other of its factory.
 
     **Raises**
 
@@ -71,10 +71,8 @@ def find_options(name: str) -> set[str]:
     import timm  # noqa: PLC0415
 
     found = timm.models.model_entrypoint(name.partition(".")[0]) if timm.is_model(name) else _find_timm_class(name)
-    module = sys.modules[found.__module__]
-    classes = [
-        value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
-    ]
+    known = [value for value in vars(sys.modules[found.__module__]).values() if isinstance(value, type)]
+    classes = [value for value in known if issubclass(value, nn.Module) and value.__module__.startswith("timm.models.")]
     taken = {parameter for value in classes for parameter in inspect.signature(value.__init__).parameters}
     return (taken | FEATURES) - NOT_SIZES
 
