@@ -8,7 +8,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from lowrank.io.checks import require
 from lowrank.io.commands import run_command
 from lowrank.report.errors import ReportError
 
@@ -41,8 +40,6 @@ def _compare(options: argparse.Namespace) -> int:
     from lowrank.report.folders import outputs_folder, published_folder  # noqa: PLC0415
 
     results, reference = options.results or outputs_folder(), options.reference or published_folder()
-    given = options.reference is None or reference.is_dir()  # a project may have published nothing yet
-    require(given, "reference", "be a folder of results", str(reference))
     found = compare_folders(results, reference, options.tolerance)
     lines = found.lines(everything=options.all)
     if found.unpublished:

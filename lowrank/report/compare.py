@@ -16,6 +16,7 @@ import pandas as pd
 
 from lowrank.io.checks import require
 from lowrank.report.claims import CLOSE, verdicts_agree
+from lowrank.report.folders import published_folder
 from lowrank.report.result_files import read_claims, read_run, read_table
 
 TOLERANCE = 1e-3  # relative, of a number without a declared one
@@ -252,6 +253,8 @@ def compare_folders(results: Path, reference: Path, tolerance: int | float | Non
     require(tolerance is None or 0 <= tolerance < math.inf, "tolerance", "be >= 0 and finite", tolerance)
     names = [path.parent.relative_to(results) for path in sorted(results.glob("*/*/run.json"))]
     require(bool(names), "results", "be a folder with SET/NOTEBOOK/run.json", str(results))
+    known = reference.is_dir() or reference == published_folder()  # a project may have published nothing yet
+    require(known, "reference", "be a folder of results", str(reference))
     published = [name for name in names if (reference / name / "run.json").exists()]
     tables = [t for name in published for t in _compare_tables(results / name, reference / name, f"{name}", tolerance)]
     verdicts = [compare_verdicts(results / name, reference / name, f"{name}") for name in published]
