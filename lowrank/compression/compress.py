@@ -44,7 +44,7 @@ def compress(
     The default is the best training-free combination. Inputs count by their second moments and outputs by the moments of their
     gradients (`two_sided`). Storage is pivoted, inputs are centred and the bias restores the mean output. Ranks follow the
     spectra of all layers. The gradients need no labels: the model draws its targets itself. Cost: one forward and one backward
-    pass per batch, two forward passes of the first batch to find layers that cannot be replaced, and two decompositions per
+    pass per batch, two forward passes of a few samples to find layers that cannot be replaced, and two decompositions per
     layer.
 
     Rules for ranks that measure ('measured', 'depth', 'linear') hold out the first batches, of 32 samples or more, and compare

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from lowrank.nn.batches import Batch, compute_logits, device_of, eval_mode, move_batch
 from lowrank.nn.lazy_weight import LazyWeight
+from lowrank.nn.nests import change_tensors, list_tensors
 from lowrank.nn.surgery import replace_module
 
+FEW = 4  # samples of a batch that are enough: the passes ask what is called, not how well
 SAMPLED = 4096  # values of an output that are compared
 TOLERANCE = 1e-3  # relative to the largest: two equal passes may round unlike on a GPU
 
@@ -45,12 +47,13 @@ class _StandIn(nn.Module):
 
 
 def find_irreplaceable(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Linear]) -> dict[str, str]:
-    """Find the layers that another module cannot replace, by two passes over a batch and more only if the second fails.
+    """Find the layers that another module cannot replace, by two passes over a few samples and more only if the second fails.
 
     **Arguments**
 
     - `model`: any PyTorch module; it is the same afterwards.
-    - `batch`: see `lowrank.nn.batches`. A model that does not run on it alone is not tried out.
+    - `batch`: see `lowrank.nn.batches`. Its first samples are used, or all if they are not enough to run the model. A model
+      that does not run on it alone is not tried out.
     - `layers`: layer name -> layer, the ones to replace.
 
     **Returns** layer name -> why it cannot be replaced. A layer that the batch does not reach is not judged.
@@ -66,9 +69,13 @@ def find_irreplaceable(model: nn.Module, batch: Batch, layers: Mapping[str, nn.L
             for name, layer in layers.items():
                 hook = layer.register_forward_pre_hook(lambda *_, name=name: called.add(name))
                 hooks.callback(hook.remove)
-            try:
-                expected = _sample_output(model, batch)
-            except Exception:  # who runs the model otherwise will say what is wrong
+            for tried in (_first_samples(batch), batch):
+                try:
+                    batch, expected = tried, _sample_output(model, tried)
+                    break
+                except Exception:  # who runs the model otherwise will say what is wrong
+                    called.clear()
+            else:
                 return {}
         trial = _Trial(model, batch, expected)
         if not (failure := trial.run(layers)):
@@ -114,6 +121,12 @@ class _Trial:
         if stand_in.uses:
             return "the model reads its weight instead of calling it"
         return "the model calls it from another place than its name" if was_called else None
+
+
+def _first_samples(batch: Batch) -> Batch:
+    """Return a few samples of a batch, if all its tensors count the same number of samples, else the batch."""
+    counts = {len(tensor) if tensor.dim() else 0 for tensor in list_tensors(batch)}
+    return change_tensors(batch, lambda tensor: tensor[:FEW]) if len(counts) == 1 and 0 not in counts else batch
 
 
 def _sample_output(model: nn.Module, batch: Batch) -> Tensor:

@@ -270,3 +270,31 @@ def test_families_with_odd_layers_are_compressed_without_them(family: str) -> No
     assert all(result.left_out[name].endswith(reason) for name, reason in expected.items())
     assert 0 < (after - before).norm() < 0.6 * before.norm()
     assert any(row["storage"] != "dense" for row in result.layers)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seen"),
+    [
+        ({"x": torch.ones(32, 5), "y": torch.ones(32)}, [4, 4]),
+        ({"x": torch.ones(3, 5), "y": torch.ones(3)}, [3, 3]),
+        ({"x": torch.ones(32, 5), "y": torch.ones(1)}, [32, 32]),  # what counts the samples is not known
+        (
+            {"x": torch.ones(32, 5), "y": torch.ones(32), "names": ["a"] * 32},
+            [4, 32, 32],
+        ),  # a model that needs them all
+    ],
+)
+def test_a_few_samples_are_enough_where_the_model_runs_on_them(batch: dict[str, Any], seen: list[int]) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.seen = nn.Linear(5, 5), []
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor, names: list[str] | None = None) -> torch.Tensor:
+            self.seen.append(len(x))
+            assert names is None or len(names) == len(x)
+            return self.layer(x) + y.sum() + functional.linear(x, self.layer.weight)
+
+    model = Counts()
+    assert find_irreplaceable(model, batch, {"layer": model.layer}) == {}
+    assert model.seen == seen
