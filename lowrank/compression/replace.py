@@ -213,7 +213,8 @@ def build_replacement(
     weight = with_float64(target.weight)
     factors = factors or factorize(weight, rank, weighting, spectrum=False, dtype=torch.float64)
     bias = None if layer.bias is None else layer.bias.detach().to(weight.device)
-    replacement = FACTORED_LAYERS[configuration.storage].from_factors(factors, bias, layer.weight.dtype)
+    dtypes = layer.weight.dtype, None if bias is None else bias.dtype
+    replacement = FACTORED_LAYERS[configuration.storage].from_factors(factors, bias, *dtypes)
     if centre and bias is not None and moments is not None:
         mean = moments.mean.to(weight.device, torch.float64)[:, None]
         bias = bias.double() + (wide_product(weight, mean) - replacement.multiply(mean))[:, 0]

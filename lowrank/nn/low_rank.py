@@ -39,7 +39,9 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_factors(cls, factors: Factors, bias: Tensor | None, dtype: torch.dtype) -> "LowRankLinear":
+    def from_factors(
+        cls, factors: Factors, bias: Tensor | None, dtype: torch.dtype, bias_dtype: torch.dtype | None = None
+    ) -> "LowRankLinear":
         """Build the layer from factors, scaled so that each of the `rank` terms has the same norm in A and in B.
 
         **Arguments**
@@ -47,9 +49,10 @@ class LowRankLinear(nn.Module):
         - `factors`: the factors of the weight; they are not changed.
         - `bias`: `(out,)`, or None for a layer without bias.
         - `dtype`: of the parameters; the scales are computed in float64.
+        - `bias_dtype`: of the bias, if it is another one.
         """
         left, right = balance(factors.left.double(), factors.right.double())
-        layer = _build_empty(cls, left, right, bias, dtype)
+        layer = _build_empty(cls, left, right, dtype, None if bias is None else bias_dtype or dtype)
         layer.left.weight.copy_(left)
         layer.right.weight.copy_(right)
         layer.set_bias(bias)
@@ -126,7 +129,9 @@ class PivotedLinear(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_factors(cls, factors: Factors, bias: Tensor | None, dtype: torch.dtype) -> "PivotedLinear":
+    def from_factors(
+        cls, factors: Factors, bias: Tensor | None, dtype: torch.dtype, bias_dtype: torch.dtype | None = None
+    ) -> "PivotedLinear":
         """Build the layer from factors.
 
         **Arguments**
@@ -134,6 +139,7 @@ class PivotedLinear(nn.Module):
         - `factors`: the factors of the weight, of a rank below `out`; they are not changed.
         - `bias`: `(out,)`, or None for a layer without bias.
         - `dtype`: of the parameters; pivots and coefficients are computed in float64.
+        - `bias_dtype`: of the bias, if it is another one.
 
         **Raises**
 
@@ -143,7 +149,7 @@ class PivotedLinear(nn.Module):
         if factors.rank >= len(left):
             raise ValueError(f"`factors` must have a rank below the {len(left)} outputs, got {factors.rank}.")
         pivots, coefficients = find_pivot_rows(left)
-        layer = _build_empty(cls, left, right, bias, dtype)
+        layer = _build_empty(cls, left, right, dtype, None if bias is None else bias_dtype or dtype)
         layer.right.weight.copy_(left[pivots] @ right)
         layer.left.weight.copy_(coefficients)
         layer.pivots.copy_(pivots)
@@ -233,16 +239,18 @@ def _update_others(module: Any, _: object) -> None:
     module.update_others()
 
 
-def _build_empty(cls: type[Any], left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:
+def _build_empty(
+    cls: type[Any], left: Tensor, right: Tensor, dtype: torch.dtype, bias_dtype: torch.dtype | None
+) -> Any:
     """Build a layer of the sizes of two factors on their device, without initializing its parameters.
 
-    The bias keeps a dtype of its own, as the dense layer's may have.
+    The bias may have a dtype of its own, as a dense layer's may; None builds a layer without bias.
     """
     sizes = (right.shape[1], left.shape[0], right.shape[0])
     with torch.device("meta"):
-        layer = cls(*sizes, bias=bias is not None, dtype=dtype)
+        layer = cls(*sizes, bias=bias_dtype is not None, dtype=dtype)
     for name, parameter in list(layer.named_parameters()):
-        if bias is not None and name.endswith("bias"):
+        if name.endswith("bias"):
             owner, _, key = name.rpartition(".")
-            setattr(layer.get_submodule(owner), key, nn.Parameter(parameter.to(bias.dtype)))
+            setattr(layer.get_submodule(owner), key, nn.Parameter(parameter.to(bias_dtype or dtype)))
     return layer.to_empty(device=left.device)

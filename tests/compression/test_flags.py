@@ -14,6 +14,7 @@ from lowrank.compression.block_folder import BlockFolder
 from lowrank.compression.checkpoint import load_compressed, save_compressed
 from lowrank.compression.configuration import Configuration
 from lowrank.compression.replace import fold, replace_layers
+from lowrank.factorization.factorize import factorize
 from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.nn.surgery import split_packed
 from lowrank.nn.usv import USVConv2d, USVLinear
@@ -155,3 +156,17 @@ def test_a_factored_layer_alone_is_refused_by_fold() -> None:
     replace_layers(model, {"0": 2}, "svd")
     with pytest.raises(ValueError, match="got one that is a LowRankLinear itself"):
         fold(model[0])
+
+
+@every_storage
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_layer_has_one_dtype_unless_the_bias_is_given_another(storage: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = factorize(torch.randn(12, 8, generator=generator, dtype=torch.float64), 3)
+    bias = torch.randn(12, generator=generator, dtype=torch.float64)
+    layer = FACTORED_LAYERS[storage].from_factors(factors, bias, dtype)
+    assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+    assert layer(torch.ones(2, 8, dtype=dtype)).dtype == dtype
+    torch.testing.assert_close(layer.bias, bias.to(dtype))
+    apart = FACTORED_LAYERS[storage].from_factors(factors, bias, dtype, torch.float64)
+    assert torch.equal(apart.bias, bias)
