@@ -8,12 +8,12 @@ the choice alone, decompositions apart, beside whatever else the machine does.
 import time
 
 import pytest
+from sets import load_set
 from shared import recorder
 
-from lowrank import Configuration, Recipe, load_task
+from lowrank import Configuration
 from lowrank.compression.depth import block_positions
-from lowrank.report.parameters import read_parameters
-from lowrank.tasks.baseline import load_baseline, load_calibration
+from lowrank.tasks.baseline import load_calibration
 from lowrank.tasks.sweep import Sweep, SweepConfig
 
 COLUMNS = ("set", "draw", "keep", "rule", "keep_targeted", "added_loss", "chosen", "models", "seconds")
@@ -28,10 +28,7 @@ SETS = {  # keeps that cost something, and probe samples: a text has a target pe
 
 def sweeps(name: str, probes: int, draws: tuple[int, ...]):
     """A sweep for each draw of calibration samples of a set's model."""
-    p = read_parameters(name, "03_svd_comparison")
-    task = load_task(p["task"], **p["task_options"])
-    recipe = Recipe(p["steps"], p["batch_size"], p["learning_rate"], p["weight_decay"], seed=p["seed"])
-    model = load_baseline(task, recipe).model
+    p, task, model = load_set(name)
     drawn = dict(samples=p["calibration_samples"], batch_size=p["batch_size"])
     for draw in draws:
         statistics = load_calibration(task, model, seed=draw, gradients="sampled", **drawn)

@@ -11,14 +11,14 @@ import time
 from dataclasses import replace
 
 import pytest
+from sets import load_set
 from shared import recorder
 
-from lowrank import Configuration, Recipe, load_task
+from lowrank import Configuration
 from lowrank.compression.allocation import DEPTH_TERMS
 from lowrank.compression.configuration import Retargeting
 from lowrank.compression.depth import block_positions, depth_weights
-from lowrank.report.parameters import read_parameters
-from lowrank.tasks.baseline import load_baseline, load_calibration
+from lowrank.tasks.baseline import load_calibration
 from lowrank.tasks.evaluation import evaluate
 from lowrank.tasks.sweep import Sweep, SweepConfig
 
@@ -48,13 +48,7 @@ def measured_depth(sweep: Sweep, how: Configuration, keep: float) -> dict[str, i
 
 @pytest.mark.parametrize(("name", "more"), [(name, more) for name, (_, many) in SETS.items() for more in many])
 def test_what_is_left(name: str, more: int, benchmark) -> None:
-    p = read_parameters(name, "03_svd_comparison")
-    try:
-        task = load_task(p["task"], **p["task_options"])
-    except OSError as error:
-        pytest.skip(f"no data for {name}: {error}")
-    recipe = Recipe(p["steps"], p["batch_size"], p["learning_rate"], p["weight_decay"], seed=p["seed"])
-    model = load_baseline(task, recipe).model
+    p, task, model = load_set(name)
     samples = more * p["calibration_samples"]
     drawn = dict(samples=samples, batch_size=p["batch_size"], seed=0)
     statistics = load_calibration(task, model, gradients="sampled", **drawn)

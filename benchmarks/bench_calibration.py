@@ -1,0 +1,86 @@
+"""What each configuration costs in calibration, and what it loses: `make bench`; outputs/bench/calibration.csv.
+
+Every row is one call of `compress` on a copy of a set's trained model, statistics included, on the calibration samples of
+notebook 03. `forward` and `backward` count products: what all linear layers multiplied in the call, in passes of the dense model
+over those samples. So half a pass is half of the layers, or half of the samples, or all at half of the size. `share` is the loss
+added on the validation split over that of plain whitening with as many bytes; no choice here was made on that split.
+"""
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from sets import load_set
+from shared import recorder
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from lowrank import compress
+from lowrank.nn.batches import compute_logits
+from lowrank.nn.profiling import weight_bytes
+from lowrank.tasks.evaluation import evaluate
+
+COLUMNS = ("set", "keep", "configuration", "forward", "backward", "seconds", "model_bytes", "added_loss", "share")
+row, table = recorder("calibration", *COLUMNS)
+SETS = {"digits-vit": (0.2, 0.1), "docs-llama": (0.5, 0.3), "docs-bert": (0.05,), "sst2-minilm": (0.4, 0.2)}
+PLAIN: dict[str, Any] = dict(storage="factors", centre=False, allocation="uniform")
+WHOLE: dict[str, Any] = dict(method="two_sided")
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "whitened": PLAIN | dict(method="whitened"),
+    "two_sided": PLAIN | dict(method="two_sided"),
+    "whitened, centred, pivots": dict(method="whitened"),
+    "two_sided, centred, pivots": WHOLE | dict(allocation="uniform"),
+    "the same, ranks by spectrum": WHOLE,
+    "the same, ranks by depth": WHOLE | dict(allocation="depth"),
+    "the same, ranks by measured loss": WHOLE | dict(allocation="measured"),
+    "by spectrum, retargeted": WHOLE | dict(retarget=True),
+    "by measured loss, retargeted": WHOLE | dict(allocation="measured", retarget=True),
+}
+
+
+@contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """Count the multiplications of all modules that hold a matrix and no other module: `forward` and `backward`."""
+    counts: Counter[str] = Counter()
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        matrices = [p for p in module.parameters(recurse=False) if p.ndim == 2]
+        if isinstance(module, nn.Embedding) or not matrices or not isinstance(output, Tensor):
+            return
+        work = output[..., 0].numel() * sum(matrix.numel() for matrix in matrices)
+        counts["forward"] += work
+        counts["backward"] += work * output.requires_grad
+
+    handle = register_module_forward_hook(count)
+    try:
+        yield counts
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_costs(name: str, benchmark) -> None:
+    p, task, model = load_set(name)
+    batches = list(task.batches("train", p["batch_size"], samples=p["calibration_samples"], seed=0))
+    dense = evaluate(model, task.batches("validation", p["batch_size"]), task.objective)["loss"]
+    with counting() as one_pass:
+        for batch in batches:
+            compute_logits(model, batch)
+    for keep in SETS[name]:
+        plain = None
+        for configuration, choices in CONFIGURATIONS.items():
+            smaller, start = copy.deepcopy(model), time.perf_counter()
+            with counting() as counts:
+                compress(smaller, batches, keep, layers=task.layers, progress=False, **choices)
+            seconds = time.perf_counter() - start
+            loss = evaluate(smaller, task.batches("validation", p["batch_size"]), task.objective)["loss"]
+            plain = plain or loss - dense
+            passes = [counts[way] / one_pass["forward"] for way in ("forward", "backward")]
+            row(
+                name, keep, configuration, *passes, seconds, weight_bytes(smaller), loss - dense, (loss - dense) / plain
+            )
+    benchmark.pedantic(lambda: None, rounds=1)
