@@ -16,7 +16,7 @@ from lowrank.nn.lazy_weight import LazyWeight
 from lowrank.nn.nests import change_tensors, list_tensors
 from lowrank.nn.surgery import replace_module
 
-FEW = 4  # samples of a batch that are enough: the passes ask what is called, not how well
+FEW = 2  # samples of a batch that are enough: the passes ask what is called, not how well
 SAMPLED = 4096  # values of an output that are compared
 TOLERANCE = 1e-3  # relative to the largest: two equal passes may round unlike on a GPU
 

@@ -275,12 +275,12 @@ def test_families_with_odd_layers_are_compressed_without_them(family: str) -> No
 @pytest.mark.parametrize(
     ("batch", "seen"),
     [
-        ({"x": torch.ones(32, 5), "y": torch.ones(32)}, [4, 4]),
-        ({"x": torch.ones(3, 5), "y": torch.ones(3)}, [3, 3]),
+        ({"x": torch.ones(32, 5), "y": torch.ones(32)}, [2, 2]),
+        ({"x": torch.ones(1, 5), "y": torch.ones(1)}, [1, 1]),
         ({"x": torch.ones(32, 5), "y": torch.ones(1)}, [32, 32]),  # what counts the samples is not known
         (
             {"x": torch.ones(32, 5), "y": torch.ones(32), "names": ["a"] * 32},
-            [4, 32, 32],
+            [2, 32, 32],
         ),  # a model that needs them all
     ],
 )
