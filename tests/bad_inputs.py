@@ -613,7 +613,7 @@ class Format:
 def formats(folder: Path) -> dict[str, Format]:
     """Write one file of each format, all whole."""
     model = tiny_llama()
-    lowrank.compress(model, keep=0.6, method="svd", progress=False)
+    lowrank.compress(model, keep=0.6, method="svd", layers=[r".*(q|down)_proj"], progress=False)
     lowrank.save_compressed(model, folder / "compressed")
     lowrank.layer_scores(net(), progress=False, metric="norm", config=lowrank.ScoringConfig(prunable="larger")).save(
         folder / "scores.json"

@@ -212,7 +212,7 @@ FAMILIES: Mapping[str, Family] = {
     "gpt2": Family(gpt2, texts),
     "t5": Family(t5, pairs_of_texts),
     "vit": Family(vit, images(16, 6)),
-    "created vit": Family(created("test_vit"), images(160, 2)),
+    "created vit": Family(created("test_vit", img_size=64, embed_dim=32, depth=2), images(64, 6)),
     "plain": Family(plain, lambda generator: torch.randn(64, 12, generator=generator)),
 }
 SMALL = [family for family in FAMILIES if family != "created vit"]

@@ -198,7 +198,7 @@ def test_batches_without_tensors_are_refused(batch: Any) -> None:
         lambda: evaluate(model, [batch], "classification"),
         lambda: mean_divergence(model, model, [batch]),
         lambda: fit(model, lambda done: [batch], Recipe(1), model_loss, progress=False),
-        lambda: refine_factors(factored, [batch], recipe=Recipe(1), progress=False),
+        lambda: refine_factors(factored, [batch], recipe=Recipe(2), progress=False),
     ):
         with pytest.raises(ValueError, match="`batches` must hold tensors: each .*, got "):
             run()
