@@ -50,8 +50,9 @@ NO_SHARE: list[Any] = [*NO_NUMBER, -0.1, 1.5, -INF, INF, NAN, 10**30]
 NO_AMOUNT: list[Any] = [*NO_NUMBER, -1e-9, -INF, INF, NAN]
 NO_CHOICE: list[Any] = ["nonesuch", "", " ", 5, None, ["svd"], b"svd", 2.5, {}]
 NO_MODEL: list[Any] = [None, 5, "model", nn.Linear, {}, [], torch.ones(2, 2), lambda x: x]
-NO_LAYERS: list[Any] = ["blocks.0.up", "", 5, None, ["nowhere"], [5], [None], {"blocks.0.up"}.__len__]
-NO_BATCHES: list[Any] = [5, 2.5, "batches", [5], ["x"], [None], [], iter([]), {}.get]
+NO_LAYERS: list[Any] = ["blocks.0.up", "", 5, None, [], [""], ["nowhere"], [5], [None], {"blocks.0.up"}.__len__]
+NO_BATCH: list[Any] = [[5], ["x"], [None], [()], [{}], [(5, 6)], [[1.0, 2.0]], [{"x": None}], [np.ones((4, 6))]]
+NO_BATCHES: list[Any] = [5, 2.5, "batches", *NO_BATCH, [], iter([]), {}.get]
 NO_FLAG: list[Any] = ["yes", 1, 0, None, [], NAN]
 NO_CALL: list[Any] = [5, "loss", [], {}]
 NO_DEVICE: list[Any] = [2.5, [], {}, "nowhere", "", "cuda:x", "cpu:0:0", object()]
@@ -442,7 +443,7 @@ def library() -> dict[str, Spec]:
                 statistics=[*wrong_statistics(), None],
                 config=none("c", {}),
                 **training,
-                batches=[*NO_BATCHES[:6], [], iter(data()), [torch.randn(4, 6)]],
+                batches=[5, 2.5, "batches", *NO_BATCH, [], iter(data()), [torch.randn(4, 6)]],
             ),
         ),
         "refine_factors": Spec(
@@ -452,7 +453,7 @@ def library() -> dict[str, Spec]:
                 model=[*NO_MODEL, net()],
                 order=NO_CHOICE,
                 lora=none("c", {}),
-                batches=[*NO_BATCHES[:6], [], iter(data())],
+                batches=[5, 2.5, "batches", *NO_BATCH, [], iter(data())],
                 **training,
             ),
         ),
@@ -612,7 +613,7 @@ class Format:
 def formats(folder: Path) -> dict[str, Format]:
     """Write one file of each format, all whole."""
     model = tiny_llama()
-    lowrank.compress(model, keep=0.6, method="svd", progress=False)
+    lowrank.compress(model, keep=0.6, method="svd", layers=[r".*(q|down)_proj"], progress=False)
     lowrank.save_compressed(model, folder / "compressed")
     lowrank.layer_scores(net(), progress=False, metric="norm", config=lowrank.ScoringConfig(prunable="larger")).save(
         folder / "scores.json"

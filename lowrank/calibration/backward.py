@@ -52,13 +52,14 @@ class BackwardPass:
 
         **Raises**
 
-        - `ValueError`: a loss that is no scalar, or without a gradient; a model that runs without autograd.
+        - `ValueError`: a loss that is no scalar, or without a gradient; a model that runs without autograd; NaN or infinity in an
+          activation, if the loss fails.
         """
         layers = self.collector.linears.items()
         handles = [layer.register_forward_hook(self._keep(name), with_kwargs=True) for name, layer in layers]
         try:
             with torch.enable_grad(), without_reentry():
-                total = loss(model, batch)
+                total = self._compute(loss, model, batch)
                 if not self._has_gradients(total):
                     return
                 self.collector.recomputing = True
@@ -70,6 +71,13 @@ class BackwardPass:
             self.calls, self.without, self.counts = [], [], Counter()
             for handle in handles:
                 handle.remove()
+
+    def _compute(self, loss: Loss, model: nn.Module, batch: Batch) -> Any:
+        try:
+            return loss(model, batch)
+        except Exception:
+            self.collector.end_batch()  # a loss that fails for NaN: say which layer has it
+            raise
 
     def _keep(self, name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:

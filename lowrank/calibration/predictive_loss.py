@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.factorization.moments import all_finite
 from lowrank.nn.batches import Batch, drop_padding, run_model, select_output
 
 
@@ -20,7 +21,8 @@ def predictive_loss(seed: int = 0) -> Callable[[nn.Module, Batch], Tensor]:
 
     - `seed`: int, of the draws.
 
-    **Returns** `(model, batch) -> scalar`, as `collect_statistics` takes it.
+    **Returns** `(model, batch) -> scalar`, as `collect_statistics` takes it. It raises a `ValueError` for logits that are not
+    finite.
 
     **Reference** Martens, New insights and perspectives on the natural gradient method, JMLR 2020, section 5.
     """
@@ -52,6 +54,8 @@ def is_categorical(model: Any, output: Any, prediction: Tensor) -> bool:
 
 def _categorical(prediction: Tensor, generator: torch.Generator) -> Tensor:
     probabilities = prediction.detach().softmax(-1).flatten(0, -2).cpu()
+    if not all_finite(probabilities):
+        raise ValueError("`batches` must give finite outputs, got NaN or infinity in the outputs of the model.")
     targets = torch.multinomial(probabilities, 1, generator=generator).view(prediction.shape[:-1]).to(prediction.device)
     return -prediction.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 

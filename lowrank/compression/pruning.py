@@ -185,6 +185,7 @@ def prune(
     **Reference** Sun et al., ICLR 2024, arXiv:2306.11695.
     """
     default = ratios if isinstance(ratios, Mapping) else BLOCKS
+    require(len(default) > 0, "ratios", "name at least one layer", ratios)
     names = default if layers is None else layers if isinstance(layers, str) else list(layers)
     linears = find_linears(model, names)
     _refuse_computed(model, names)
@@ -220,8 +221,6 @@ def _share_per_layer(
         raise ValueError(f"`ratios` or `pattern` must be passed, and not both, got {ratios} and {pattern}.")
     share = ratios if pattern is None else _check_pattern(pattern)[0] / pattern[1]
     shares: dict[str, Any] = dict(share) if isinstance(share, Mapping) else dict.fromkeys(names, share)
-    if not shares:
-        raise ValueError("`ratios` must name at least one layer, got none.")
     if other := sorted(shares.keys() ^ set(names)):
         raise ValueError(f"`ratios` must have exactly the layers to prune, by their whole names, not so {other[0]!r}.")
     for name, ratio in shares.items():

@@ -146,7 +146,6 @@ def parameter_counts(model: nn.Module, dense: nn.Module, layers: Iterable[str]) 
     ones; `model_parameters`, all parameters; `keep_model`, their share.
     """
     names = list(find_linears(dense, layers))
-    require(len(names) > 0, "layers", "name at least one layer of `dense`", names)
     have = {name for name, _ in model.named_modules()}
     lacking = [name for name in names if name not in have]
     require(not lacking, "model", "have the layers of `dense`", lacking)

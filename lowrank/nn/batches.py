@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lowrank.io.arguments import describe
 from lowrank.nn.nests import Fields, change_tensors, fields_of, list_tensors
 from lowrank.nn.offloaded import execution_device
 from lowrank.nn.token_masks import MASK, TARGET, as_token_mask
@@ -42,7 +43,16 @@ def move_batch(batch: Batch, device: torch.device) -> Batch:
 
     - `batch`: any batch; it is not changed.
     - `device`: where the tensors go.
+
+    **Raises**
+
+    - `ValueError`: a batch without a tensor.
     """
+    if not list_tensors(batch):
+        raise ValueError(
+            "`batches` must hold tensors: each a tensor, (inputs, labels), a mapping or a dataclass with tensors in it, got "
+            f"{describe(batch)}."
+        )
 
     def move(tensor: Tensor) -> Tensor:
         moved = tensor.to(device, non_blocking=True)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.io.arguments import check_arguments
+from lowrank.io.checks import require
 from lowrank.io.patterns import matches
 from lowrank.io.tensor_places import byte_range
 from lowrank.io.weights import check_weight, match_stacks
@@ -41,9 +42,9 @@ def find_linears(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str, 
 
     **Raises**
 
-    - `ValueError`: an entry that matches no `nn.Linear` (but perhaps a stack of matrices), none that is plain, or is no regular
-      expression; a single string instead of a list; a model that is a linear layer itself, and holds none; a weight of packed
-      bytes or without elements.
+    - `ValueError`: no entry, or a single string instead of a list; an entry that matches no `nn.Linear` (but perhaps a stack of
+      matrices), none that is plain, or is no regular expression; a model that is a linear layer itself, and holds none; a weight
+      of packed bytes or without elements.
     """
     return _sort_out(model, layers)[0]
 
@@ -66,7 +67,7 @@ def find_left_out(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str,
 
 def _sort_out(model: nn.Module, layers: Iterable[str]) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """Return the plain linear layers that entries match, and why others that they match are not plain."""
-    _refuse_string("layers", layers)
+    layers = _list_entries("layers", layers)
     refuse_root(model, nn.Linear)
     modules = dict(model.named_modules())
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
@@ -147,14 +148,13 @@ def select_names(names: Iterable[str], include: Iterable[str], exclude: Iterable
 
     **Raises**
 
-    - `ValueError`: a single string instead of a list; an entry that is no regular expression; one of `include` that matches no
-      name.
+    - `ValueError`: a single string instead of a list; no entry in `include`; an entry that is no regular expression; one of
+      `include` that matches no name.
     """
     names = list(names)
-    _refuse_string("include", include)
-    _refuse_string("exclude", exclude)
+    include, exclude = _list_entries("include", include), _list_entries("exclude", exclude, least=0)
     found = {entry: {name for name in names if matches(name, entry, "include")} for entry in include}
-    if idle := next((entry for entry, matched in found.items() if not matched), None):
+    if (idle := next((entry for entry, matched in found.items() if not matched), None)) is not None:
         raise ValueError(f"`include` must match layers of the model, got {idle!r}; it has: {_first(names)} ...")
     included = set().union(*found.values())
     excluded = {name for name in included for entry in exclude if matches(name, entry, "exclude")}
@@ -244,6 +244,10 @@ def _first(names: Iterable[str]) -> str:
     return ", ".join(list(names)[:6]) or "none at all"
 
 
-def _refuse_string(argument: str, entries: Iterable[str]) -> None:
+def _list_entries(argument: str, entries: Iterable[str], least: int = 1) -> list[str]:
+    """Return the entries as a list, and raise an error for a single string or too few of them."""
     if isinstance(entries, str):
         raise ValueError(f"`{argument}` must be a list of names or patterns, got the single string {entries!r}.")
+    entries = list(entries)
+    require(len(entries) >= least, argument, "hold at least one name or pattern", entries)
+    return entries

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lowrank.io.checks import require
 from lowrank.io.hub import find_model_class, read_config
 from lowrank.io.patterns import matches
 from lowrank.io.schemas import read_json
@@ -57,7 +58,7 @@ def layer_sizes(model: Source, layers: Iterable[str] = BLOCKS) -> LayerSizes:
 
     **Raises**
 
-    - `ValueError`: an entry that matches no layer.
+    - `ValueError`: an entry that matches no layer; no entry at all.
     - `FileNotFoundError`: no such checkpoint, see `lowrank.io.weights.open_weights`.
 
     **Warns**
@@ -65,6 +66,7 @@ def layer_sizes(model: Source, layers: Iterable[str] = BLOCKS) -> LayerSizes:
     - `LeftOutWarning`: stacks of matrices, such as the experts of a mixture, that are left out.
     """
     patterns = list(layers)
+    require(len(patterns) > 0, "layers", "hold at least one name or pattern", patterns)
     with open_weights(model, "model") as checkpoint:
         shapes, files = checkpoint.shapes, checkpoint.files
     modules = model if isinstance(model, nn.Module) else _build_skeleton(files[0].parent / CONFIG, len(shapes))

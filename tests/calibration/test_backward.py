@@ -1,20 +1,22 @@
 """Gradient moments of any use of a layer are those of a direct computation, and a pass leaves nothing behind."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from families import LAYERS, loss, made
+from families import LAYERS, REPLACED, ZOO, loss, made, of_zoo, sum_of_samples
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowrank.calibration.collect import collect_statistics
 from lowrank.calibration.on_demand import OnDemand
 from lowrank.compression.compress import compress
 from lowrank.factorization.moments import LayerStatistics
+from lowrank.nn.batches import Batch
 from lowrank.nn.targets import find_linears
 
 Call = Callable[[nn.Module, Tensor], Tensor]
@@ -124,9 +126,11 @@ def square(model: nn.Module, batch: Tensor) -> Tensor:
     return model(batch).square().sum()
 
 
-def direct(model: nn.Module, data: list[Tensor]) -> dict[str, LayerStatistics]:
+def direct(
+    model: nn.Module, data: list[Any], layers: Iterable[str] = (".*",), loss: Callable[..., Tensor] = square
+) -> dict[str, LayerStatistics]:
     """A second method: a probe is added to the output of each call, and the loss is differentiated by the probes."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = find_linears(model, layers)
     found: dict[str, list[Tensor]] = {}
     fisher = {name: torch.zeros(len(layer.weight), dtype=torch.float64) for name, layer in linears.items()}
     for batch in data:
@@ -140,7 +144,7 @@ def direct(model: nn.Module, data: list[Tensor]) -> dict[str, LayerStatistics]:
             return hook
 
         handles = [layer.register_forward_hook(probe(name)) for name, layer in linears.items()]
-        probes = square(model, batch), [part for *_, part in calls]
+        probes = loss(model, batch), [part for *_, part in calls]
         gradients = torch.autograd.grad(*probes, allow_unused=True, materialize_grads=True)
         for handle in handles:
             handle.remove()
@@ -148,7 +152,9 @@ def direct(model: nn.Module, data: list[Tensor]) -> dict[str, LayerStatistics]:
         for (name, x, _), g in zip(calls, gradients, strict=True):
             found.setdefault(name, []).append(torch.cat([x, g], dim=-1).flatten(0, -2))
             key = name, len(x)
-            per_sample[key] = per_sample.get(key, torch.zeros((), dtype=torch.float64)) + g.mT @ x
+            g, x = (part.reshape(len(x), -1, part.shape[-1]) for part in (g, x))
+            product = g.mT @ x
+            per_sample[key] = per_sample.get(key, torch.zeros((), dtype=torch.float64)) + product
         for (name, _), gradient in per_sample.items():
             fisher[name] += gradient.square().sum((0, 2))
     statistics = {}
@@ -242,6 +248,70 @@ def test_families_with_gradient_checkpointing_give_the_same(family: str) -> None
         assert layer.tokens == expected[name].tokens
         torch.testing.assert_close(layer.gram, expected[name].gram)
         torch.testing.assert_close(layer.gradient_gram, expected[name].gradient_gram, rtol=1e-5, atol=1e-9)
+
+
+def without_masks(batch: Batch) -> Batch:
+    """All is a token, so that a direct computation needs no notion of padding."""
+    return batch if isinstance(batch, Tensor) else {key: batch[key] for key in batch if not key.endswith("_mask")}
+
+
+def recomputed(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Transformers recomputes blocks in training mode alone: set that mode for the blocks, without dropout of their own."""
+
+    def run(model: nn.Module, batch: Batch) -> Tensor:
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+                for name in ("dropout", "activation_dropout", "attention_dropout"):
+                    if isinstance(getattr(module, name, None), float):
+                        setattr(module, name, 0.0)
+        return loss(model, batch)
+
+    return run
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_gradients_in_every_family_are_those_of_a_direct_computation(family: str) -> None:
+    """Also if blocks are recomputed in the backward pass, where the family can."""
+    model, data = of_zoo(family, torch.float64)
+    data = [without_masks(batch) for batch in data]
+    expected = direct(model, data, REPLACED[family], sum_of_samples)
+    found = [collect_statistics(model, data, REPLACED[family], loss=sum_of_samples)]
+    if switch := getattr(model, "gradient_checkpointing_enable", getattr(model, "set_grad_checkpointing", None)):
+        switch()
+        calls, first = [], next(iter(find_linears(model, REPLACED[family]).values()))
+        first.register_forward_hook(lambda *_: calls.append(1))
+        with nothing_left_behind(model.train()):
+            found.append(collect_statistics(model, data, REPLACED[family], loss=recomputed(sum_of_samples)))
+        assert len(calls) == 2 * len(data)
+    for statistics in found:
+        assert statistics.keys() == expected.keys()
+        for name, layer in statistics.items():
+            for field in ("gram", "gradient_gram", "row_fisher"):
+                torch.testing.assert_close(
+                    getattr(layer, field), getattr(expected[name], field), msg=f"{field}, {name}"
+                )
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_what_the_loss_does_not_see_has_gradients_of_zero(family: str) -> None:
+    model, data = of_zoo(family, torch.float64)
+    linears, order, seen = find_linears(model, REPLACED[family]), [], []
+    for name, layer in linears.items():
+        layer.register_forward_hook(lambda module, args, output, name=name: order.append((name, output)))
+
+    def of_one_layer(model: nn.Module, batch: Batch) -> Tensor:
+        order.clear()
+        loss(model, batch)
+        seen.append(order[0][1].detach().flatten(0, -2))
+        return order[0][1].square().sum()
+
+    found = collect_statistics(model, [without_masks(data[0])], REPLACED[family], loss=of_one_layer)
+    first = order[0][0]
+    torch.testing.assert_close(found[first].gradient_gram, 4 * seen[0].mT @ seen[0])
+    others = [layer for name, layer in found.items() if name != first]
+    assert others
+    assert not any(layer.gradient_gram.any() or layer.row_fisher.any() for layer in others)
 
 
 class Recomputing(torch.autograd.Function):

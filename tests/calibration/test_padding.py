@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from families import REPLACED, ZOO, of_zoo, samples_alone, sum_of_samples
 from torch import Tensor, nn
 
 from lowrank.calibration.collect import collect_statistics
@@ -148,6 +149,16 @@ def test_a_padded_batch_is_its_samples_alone(family, sizes, generator) -> None:
     model, batch, alone = make(family, sizes, generator)
     expected = collect_statistics(model, alone, products=torch.float64)
     assert_equal(collect_statistics(model, [batch], products=torch.float64), expected)
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_every_family_gives_the_moments_of_its_samples_alone(family) -> None:
+    """Inputs and gradients, of texts, pairs of texts, images, sounds, and of two kinds at once."""
+    model, (batch, _) = of_zoo(family, torch.float64)
+    options: dict[str, Any] = dict(layers=REPLACED[family], loss=sum_of_samples, products=torch.float64)
+    found = collect_statistics(model, [batch], **options)
+    expected = collect_statistics(model, samples_alone(batch), **options)
+    assert_equal(found, expected, (*OF_ROWS, "gradient_gram", "row_fisher"))
 
 
 @pytest.mark.parametrize("family", ["bart", "t5", "tokens first", "two calls"])

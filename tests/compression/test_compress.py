@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, SMALL, made, outputs
+from families import FAMILIES, LAYERS, REPLACED, SMALL, ZOO, cast, made, of_zoo, outputs, relative
 from torch import nn
 
 from lowrank import CompressionResult, Configuration, collect_statistics, compress, replace_layers
 from lowrank.calibration.predictive_loss import predictive_loss
 from lowrank.io.hashing import hash_model
+from lowrank.nn.nests import list_tensors
 from lowrank.nn.profiling import weight_bytes
 from lowrank.nn.targets import find_linears
 
@@ -51,6 +52,49 @@ def test_the_default_changes_outputs_less_than_plain_svd(family: str) -> None:
         else:
             changes.append(float((before - after).square().mean()))
     assert changes[0] < changes[1]
+
+
+@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.filterwarnings("ignore::lowrank.io.weights.LeftOutWarning")
+def test_low_precision_costs_no_more_after_compression_than_before(family: str) -> None:
+    """Also with pivots, whose other outputs are computed from the kept ones."""
+    dense, batches = of_zoo(family)
+    low, wanted = cast(batches, torch.bfloat16), outputs(dense, batches)
+    before = relative(outputs(copy.deepcopy(dense).bfloat16(), low), wanted)
+    for storage in ("factors", "pivoted"):
+        options: dict[str, Any] = dict(keep=0.6, method="whitened", storage=storage, progress=False)
+        exact, rounded = copy.deepcopy(dense), copy.deepcopy(dense).bfloat16()
+        compress(exact, batches, **options)
+        compress(rounded, low, **options)
+        assert relative(outputs(rounded, low), outputs(exact, batches)) < 5 * before
+
+
+@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.filterwarnings("ignore::lowrank.io.weights.LeftOutWarning")
+def test_a_nan_is_named_and_changes_nothing(family: str) -> None:
+    model, batches = of_zoo(family)
+    names = list(find_linears(model, REPLACED[family]))
+    spoilt = names[len(names) // 2]
+    weight = model.get_submodule(spoilt).weight.data
+    kept, weight[0, -1] = weight[0, -1].item(), torch.nan
+    options: tuple[dict[str, Any], ...] = ({"batches": batches}, {"method": "svd"})
+    for given in options:
+        assert_refused(model, f"NaN or infinity in layer '{spoilt}'", **given)
+    weight[0, -1] = kept
+    batches = copy.deepcopy(batches)
+    if numbers := [tensor for tensor in list_tensors(batches) if tensor.is_floating_point()]:
+        numbers[0][0].fill_(torch.nan)
+    else:  # numbers of tokens are finite, but what they stand for may not be
+        next(m for m in model.modules() if isinstance(m, nn.Embedding)).weight.data[1:].fill_(torch.nan)
+    assert_refused(model, rf"`batches` must .*({'|'.join(names)})", batches=batches)
+
+
+def assert_refused(model: nn.Module, words: str, **options: Any) -> None:
+    before, modules = hash_model(model), dict(model.named_modules())
+    with pytest.raises(ValueError, match=words):
+        compress(model, keep=0.5, progress=False, **options)
+    assert hash_model(model) == before
+    assert dict(model.named_modules()) == modules
 
 
 def test_the_result_prints_as_a_table_with_totals() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import ZOO, of_zoo
 from torch import nn
 
 from lowrank.compression.checkpoint import load_compressed, save_compressed
@@ -134,6 +135,31 @@ def test_sizes_scores_and_pruning_say_what_share_they_cover(family, tmp_path) ->
     with pytest.warns(LeftOutWarning, match=f"cover {covered / count:.1%}"):
         rows = prune(model, 0.5, "magnitude")
     assert sum(row["share_of_model"] for row in rows) == pytest.approx(covered / count)
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_every_family_is_told_what_share_is_covered(family) -> None:
+    model, _ = of_zoo(family)
+    whole = sum(p.numel() for p in model.parameters())
+    kernels = (nn.Linear, nn.Conv2d)
+    weights = {name: m.weight.numel() for name, m in model.named_modules() if isinstance(m, kernels)}
+    linears = {name: layer.weight.numel() for name, layer in find_linears(model).items()}
+    stacks = {name: p.numel() for name, p in model.named_parameters() if p.dim() == 3 and ".experts." in name}
+    assert bool(stacks) == (family == "Mixtral")
+    assert list(find_stacks(model)) == list(stacks)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sizes = layer_sizes(model)
+        scores = layer_scores(model, config=ScoringConfig(missing="median"), progress=False)
+        rows = prune(model, 0.5, "magnitude")
+    assert sizes.share_of_model == pytest.approx(sum(weights[name] for name in sizes) / whole)
+    assert scores.settings["share_of_model"] == sizes.share_of_model
+    assert sum(row["share_of_model"] for row in rows) == pytest.approx(sum(linears.values()) / whole)
+    assert linears.keys() <= sizes.keys()
+    assert list(sizes.left_out) == scores.settings["left_out"] == list(stacks)
+    told = [str(one.message) for one in caught if one.category is LeftOutWarning]
+    assert len(told) == (3 if stacks else 0)
+    assert all(next(iter(stacks)) in text for text in told)
 
 
 @pytest.mark.parametrize("family", MIXTURES)

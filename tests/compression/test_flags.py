@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import REPLACED, ZOO, of_zoo, ranks_of
 from torch import nn
 
 from lowrank.compression.block_folder import BlockFolder
@@ -97,6 +98,31 @@ def test_layers_of_oialr_follow_a_later_cast(dtype: torch.dtype, later: torch.dt
         assert {name: kind[0] for name, kind in kinds(model).items()} == {n: kind[0] for n, kind in before.items()}
         tolerance = {"rtol": 0.1, "atol": 0.1} if torch.bfloat16 in (dtype, later) else {"rtol": 1e-4, "atol": 1e-5}
         torch.testing.assert_close(model(x.to(later)), expected, **tolerance)
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+@pytest.mark.parametrize("family", ZOO)
+def test_every_family_keeps_the_flags_and_dtypes_of_weights_and_biases(family: str, trained: str) -> None:
+    """Weights in float32 and biases in float64, or the other way round; the one is trained and the other frozen."""
+    model, _ = of_zoo(family)
+    ranks = ranks_of(model, layers=REPLACED[family])
+    for name in ranks:
+        for part, parameter in model.get_submodule(name).named_parameters():
+            parameter.requires_grad_(part == trained)
+            parameter.data = parameter.data.to(torch.float64 if part == "bias" else torch.float32)
+    before = kinds(model)
+    replace_layers(model, ranks, "svd")
+    for name in ranks:
+        for part, parameter in model.get_submodule(name).named_parameters():
+            like = before[f"{name}.{'bias' if part.endswith('bias') else 'weight'}"]
+            assert (parameter.dtype, parameter.requires_grad) == like[:2], (name, part)
+    assert kinds(fold(model)) == before
+    if trained == "weight":  # what is frozen is not converted
+        training = OIALR(model, OIALRConfig(delay=1, sigma_cutoff=0), include=list(ranks), exclude=())
+        training.step(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+        assert list(training.ranks) == list(training.layers)
+        assert kinds(training.merge()) == before
+    assert {kind[0] for kind in kinds(fold(model.to(torch.bfloat16))).values()} == {torch.bfloat16}
 
 
 def convolutions() -> Any:

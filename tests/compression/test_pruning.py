@@ -421,7 +421,7 @@ def infinite(statistics: dict[str, LayerStatistics]) -> dict[str, LayerStatistic
         (lambda m: prune(m, {"0.up": 0.5, "1": 0.5}, "magnitude"), r"nn.Linear modules of the model, got '1'; it has"),
         (lambda m: prune(m, {"0.up": 0.5, "0..*": 0.5}, "magnitude"), r"whole names, not so '0\.\.\*'"),
         (lambda m: prune(m, {"0.up": 0.5}, "magnitude", layers=[".*up"]), r"whole names, not so '1\.up'"),
-        (lambda m: prune(m, {}, "magnitude"), "`ratios` must name at least one layer, got none"),
+        (lambda m: prune(m, {}, "magnitude"), "`ratios` must name at least one layer, got {}"),
         (
             lambda m: prune(m, method="magnitude"),
             "`ratios` or `pattern` must be passed, and not both, got None and None",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,26 @@ import peft
 import pytest
 import timm
 import torch
-from families import FAMILIES, compressed, made, outputs
+from families import (
+    CAPTIONS,
+    FAMILIES,
+    NOT_DESCRIBED,
+    REPLACED,
+    ZOO,
+    cast,
+    compressed,
+    compressed_zoo,
+    made,
+    new_of_zoo,
+    of_zoo,
+    outputs,
+    ranks_of,
+)
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 
-from lowrank.compression.checkpoint import METADATA, load_compressed, save_compressed
+from lowrank.compression.checkpoint import METADATA, TENSORS, load_compressed, save_compressed
 from lowrank.compression.probes import (
     ELSEWHERE,
     SAME,
@@ -88,6 +104,42 @@ def test_what_was_changed_after_building_comes_back(folder) -> None:
     save_compressed(model, folder)
     x = torch.randn(1, 3, 160, 160)
     assert torch.equal(load_compressed(folder)(x), model(x))
+
+
+# Options of each family that change outputs and no shape.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "BERT": dict(hidden_act="relu", num_attention_heads=4),
+    "BART": dict(activation_function="relu", scale_embedding=True),
+    "T5": dict(layer_norm_epsilon=0.1, relative_attention_max_distance=3),
+    "Llama": dict(hidden_act="relu", rms_norm_eps=0.1),
+    "Gemma 3": dict(query_pre_attn_scalar=4, final_logit_softcapping=2.0, sliding_window=2),
+    "Mixtral": dict(num_experts_per_tok=1),
+    "GPT-2": dict(activation_function="relu", scale_attn_by_inverse_layer_idx=True),
+    "OPT": dict(activation_function="gelu", num_attention_heads=4),
+    "CLIP": dict(text_config=CAPTIONS | dict(hidden_act="relu")),
+    "Whisper": dict(activation_function="relu", scale_embedding=True),
+    "ViT": dict(hidden_act="relu", layer_norm_eps=0.1),
+    "BEiT": dict(global_pool="token"),  # with another norm
+    "Swin": dict(global_pool="max"),
+    "ConvNeXt": dict(global_pool="max", act_layer="relu"),
+    "MLP-Mixer": dict(act_layer=nn.ReLU),
+}
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_every_family_comes_back_with_options_that_change_no_shape_and_in_bfloat16(family, folder) -> None:
+    usual, batches = of_zoo(family)
+    model, skeleton = (new_of_zoo(family, **OPTIONS[family]) for _ in range(2))
+    model.load_state_dict(usual.state_dict(), strict=family != "BEiT")
+    assert not torch.allclose(outputs(model, batches), outputs(usual, batches))
+    replace_layers(model, ranks_of(model, layers=REPLACED[family]), "svd")
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        about = save_compressed(model, folder / str(dtype))
+        assert (about["base"] is None) == (family in NOT_DESCRIBED)
+        loaded = load_compressed(folder / str(dtype), architecture=skeleton if family in NOT_DESCRIBED else None)
+        assert {tensor.dtype for tensor in loaded.parameters()} == {dtype}
+        assert torch.equal(outputs(loaded, cast(batches, dtype)), outputs(model, cast(batches, dtype)))
 
 
 # --- models that no description builds ----------------------------------------------------------------------------------
@@ -261,8 +313,9 @@ def test_the_versions_are_named_with_the_difference(folder) -> None:
         load_compressed(folder)
 
 
-def test_settings_of_generation_that_transformers_refuses_are_kept(folder) -> None:
-    model, batches = compressed("llama")
+@pytest.mark.parametrize("family", ["BART", "T5", "Llama", "Gemma 3", "Mixtral", "GPT-2", "OPT", "Whisper"])
+def test_settings_of_generation_that_transformers_refuses_are_kept(family, folder) -> None:
+    model, batches = compressed_zoo(family)
     model.generation_config.temperature, model.generation_config.top_p = 0.9, 0.6  # without do_sample
     with pytest.raises(ValueError, match="temperature"):
         model.generation_config.save_pretrained(folder.parent / "refused")
@@ -270,6 +323,29 @@ def test_settings_of_generation_that_transformers_refuses_are_kept(folder) -> No
     loaded = load_compressed(folder)
     assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
     assert torch.equal(outputs(loaded, batches), outputs(model, batches))
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor], str], Any], str]] = {
+    "gone": (lambda tensors, key: tensors.pop(key), "{key} is missing"),
+    "more": (lambda tensors, key: tensors.update(other=torch.ones(2)), "other is left over"),
+    "cut": (lambda tensors, key: tensors.update({key: tensors[key][:-1].clone()}), "{key} has shape"),
+}
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_the_tensor_that_does_not_fit_is_named_in_every_family(family, folder) -> None:
+    """Not a cache, not a network, and not the first error of a library underneath."""
+    model, _ = compressed_zoo(family)
+    save_compressed(model, folder)
+    whole = load_file(folder / TENSORS)
+    key = next(key for key in whole if key.endswith("left.weight"))
+    for change, words in DAMAGES.values():
+        tensors = dict(whole)
+        change(tensors, key)
+        save_file(tensors, folder / TENSORS)
+        with pytest.raises(ValueError, match=words.format(key=re.escape(key))) as caught:
+            load_compressed(folder, architecture=new_of_zoo(family) if family in NOT_DESCRIBED else None)
+        assert not re.search("HF_HUB_OFFLINE|cache|network", str(caught.value))
 
 
 # --- the fingerprint ----------------------------------------------------------------------------------------------------

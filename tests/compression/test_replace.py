@@ -13,10 +13,13 @@ import torch
 from families import (
     FAMILIES,
     LAYERS,
+    REPLACED,
     SMALL,
+    ZOO,
     compressed,
     loss,
     made,
+    of_zoo,
     outputs,
     ranks_of,
     relative,
@@ -28,6 +31,7 @@ from lowrank.calibration.collect import collect_statistics
 from lowrank.calibration.on_demand import OnDemand
 from lowrank.compression.checkpoint import RECORD
 from lowrank.compression.configuration import Configuration
+from lowrank.compression.pruning import prune
 from lowrank.compression.replace import decompose, fold, replace_layers
 from lowrank.compression.result import parameter_counts
 from lowrank.factorization.factorize import factorize
@@ -180,6 +184,50 @@ def test_weights_of_low_rank_lose_nothing(method, storage) -> None:
     before = outputs(model, batches)
     replace_layers(model, dict.fromkeys(find_linears(model, LAYERS), 5), Configuration(method, storage), statistics)
     assert relative(outputs(model, batches), before) <= 1e-6
+
+
+def find_ties(model: nn.Module) -> list[set[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("family", ZOO)
+def test_replaced_layers_of_every_family_compute_the_same_if_nothing_is_cut(family, storage) -> None:
+    model, batches = of_zoo(family, torch.float64)
+    linears = find_linears(model, REPLACED[family])
+    with torch.no_grad():
+        for layer in linears.values():
+            u, s, v = torch.linalg.svd(layer.weight, full_matrices=False)
+            layer.weight.copy_((u[:, :5] * s[:5]) @ v[:5])
+    before, ties = outputs(model, batches), find_ties(model)
+    rows = replace_layers(model, dict.fromkeys(linears, 5), Configuration("svd", storage))
+    assert {row["storage"] for row in rows} == {storage}
+    assert relative(outputs(model, batches), before) <= 1e-9
+    assert find_ties(model) == ties
+
+
+TIED = dict.fromkeys(("BART", "T5", "Llama", "Gemma 3", "GPT-2", "OPT"), "lm_head") | {"Whisper": "proj_out"}
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_tied_layers_of_every_family_are_refused_by_name(family) -> None:
+    model, _ = of_zoo(family)
+    linears = find_linears(model, [".*"])
+    tied = {name.removesuffix(".weight") for group in find_ties(model) for name in group} & linears.keys()
+    assert tied == {TIED[family]} if family in TIED else not tied
+    state, modules = hash_model(model), dict(model.named_modules())
+    for name in tied:
+        first = next(iter(linears))
+        with pytest.raises(ValueError, match=f"`ranks` must leave out layer '{name}': its weight is shared"):
+            replace_layers(model, {first: 2, name: 2}, "svd")
+        with pytest.raises(ValueError, match=f"`ratios` must leave out layer '{name}': its weight is shared"):
+            prune(model, {first: 0.5, name: 0.5}, "magnitude")
+    assert hash_model(model) == state
+    assert dict(model.named_modules()) == modules
 
 
 def test_modes_devices_and_frozen_weights_are_kept() -> None:

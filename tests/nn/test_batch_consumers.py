@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import REPLACED, ZOO, of_zoo, sum_of_samples
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
@@ -19,6 +20,8 @@ from lowrank.calibration.predictive_loss import predictive_loss
 from lowrank.compression.compress import compress
 from lowrank.compression.configuration import Retargeting
 from lowrank.nn.batches import Batch, compute_logits, get_labels
+from lowrank.nn.dry_run import find_irreplaceable
+from lowrank.nn.targets import find_linears
 from lowrank.tasks.evaluation import evaluate
 from lowrank.training.loop import Hooks, Recipe, fit
 from lowrank.training.oialr import OIALR, OIALRConfig
@@ -146,6 +149,27 @@ def test_any_form_of_batch_gives_what_plain_tensors_give(consumer: str, form: st
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("family", ZOO)
+def test_every_family_takes_what_stands_beside_its_tensors(family: str) -> None:
+    """None, flags, numbers, strings and arrays; a mask that is None hides nothing."""
+    model, (batch, _) = of_zoo(family)
+    if isinstance(batch, Tensor):
+        plain, form = batch, (batch, np.arange(len(batch)), ["a.png"] * len(batch), None, 3)
+    else:
+        plain = {key: value for key, value in batch.items() if key != "attention_mask"}
+        masks = {"attention_mask": None} if "input_ids" in batch else {}
+        labels = {"id": 3, "names": ["a", None], "more": np.arange(4)}
+        form = plain | masks | {"return_dict": True, "output_hidden_states": None, "labels": labels}
+    found, expected = (
+        collect_statistics(model, [data], REPLACED[family], loss=sum_of_samples) for data in (form, plain)
+    )
+    assert found.keys() == expected.keys()
+    for name, layer in found.items():
+        for key, value in layer.moments().items():
+            assert torch.equal(value, getattr(expected[name], key)), (name, key)
+    assert find_irreplaceable(model, form, find_linears(model, REPLACED[family])) == {}
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_data_of_empty_batches_alone_are_refused(form: str) -> None:
     data = [FORMS[form](torch.zeros(0, 6), torch.zeros(0, dtype=torch.int64))]
@@ -157,3 +181,25 @@ def test_data_of_empty_batches_alone_are_refused(form: str) -> None:
         next(repeat_batches(data)(0))
     with pytest.raises(ValueError, match="`batches` must hold samples, at step 0, got 'an empty batch'"):
         fit(net(), lambda done: data, Recipe(1), model_loss, progress=False)
+
+
+@pytest.mark.parametrize(
+    "batch", [5, "x", None, (), {}, (5, 6), [[1.0]], {"x": None}, np.ones((2, 6)), ["a.png"]], ids=str
+)
+@pytest.mark.usefixtures("unchecked")
+def test_batches_without_tensors_are_refused(batch: Any) -> None:
+    model = net()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    factored, _ = compressed(batches(None), method="svd")
+    for run in (
+        lambda: collect_statistics(model, [batch]),
+        lambda: compress(model, [batch], 0.8, progress=False),
+        lambda: compress(model, [batch], 0.8, retarget=True, progress=False),
+        lambda: evaluate(model, [batch], "classification"),
+        lambda: mean_divergence(model, model, [batch]),
+        lambda: fit(model, lambda done: [batch], Recipe(1), model_loss, progress=False),
+        lambda: refine_factors(factored, [batch], recipe=Recipe(2), progress=False),
+    ):
+        with pytest.raises(ValueError, match="`batches` must hold tensors: each .*, got "):
+            run()
+    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())

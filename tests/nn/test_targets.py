@@ -26,21 +26,26 @@ def test_names_are_selected_in_their_order_without_those_excluded() -> None:
     assert select_names(NAMES, ["head", r".*\.up"]) == ["blocks.0.up", "blocks.1.up", "head"]
     assert select_names(NAMES, [".*"], HEADS_AND_EMBEDDINGS) == NAMES[1:-1]
     assert select_names(NAMES, [r"blocks\..*"], ["blocks.0.up", "nowhere"]) == NAMES[2:-1]
-    assert select_names(NAMES, []) == []
 
 
 def test_entries_that_select_nothing_and_single_strings_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(
         ValueError, match="`include` must match layers of the model, got 'up'; it has: embed, blocks.0.up"
     ):
         select_names(NAMES, ["head", "up"])
+    with pytest.raises(ValueError, match="`include` must match layers of the model, got ''; it has: embed"):
+        select_names(NAMES, ["head", ""])
+    for name, empty in (("include", lambda: select_names(NAMES, [])), ("layers", lambda: find_linears(net, ()))):
+        with pytest.raises(ValueError, match=f"`{name}` must hold at least one name or pattern, got ."):
+            empty()
     for include, exclude, name in (("head", [], "include"), (["head"], "head", "exclude")):
         with pytest.raises(
             ValueError, match=f"`{name}` must be a list of names or patterns, got the single string 'head'"
         ):
             select_names(NAMES, include, exclude)
     with pytest.raises(ValueError, match=r"`layers` must be Iterable\[str\], got the single string '0'"):
-        find_linears(nn.Sequential(nn.Linear(2, 2)), "0")
+        find_linears(net, "0")
     with pytest.raises(ValueError, match="got 'x'; it has: none at all"):
         find_linears(nn.Sequential(nn.ReLU()), ["x"])
 

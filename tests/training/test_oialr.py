@@ -634,8 +634,8 @@ def test_refusals(options: dict[str, Any], said: str) -> None:
         fields = OIALRConfig.__dataclass_fields__.keys() & options.keys()
         config = OIALRConfig(**{name: options[name] for name in fields})
         OIALR(net(), config, **{name: value for name, value in options.items() if name not in fields})
-    with pytest.raises(ValueError, match="`model` must have a layer that can be converted"):
-        OIALR(nn.Sequential(nn.LayerNorm(3)), include=[])
+    with pytest.raises(ValueError, match="`include` must hold at least one name or pattern"):
+        OIALR(net(), include=[])
 
 
 def test_weights_that_are_not_finite_are_named_and_nothing_is_changed() -> None:
