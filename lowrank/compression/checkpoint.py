@@ -40,6 +40,7 @@ from lowrank.nn.low_rank import move_pivot_bias
 
 FORMAT = "lowrank.compressed/1"
 TENSORS, METADATA = "model.safetensors", "lowrank.json"
+UNKNOWN = "it is of neither transformers nor timm"
 FILES = {TENSORS, METADATA, "config.json", "generation_config.json"}
 
 
@@ -94,7 +95,8 @@ def save_compressed(
         save_config(model, partial)
         plan = plan_build(model, described, record.get("layers", {}), partial, base is not None)
         stored = tensors | plan.buffers
-        replaced = write_pretrained_config(model, partial, plan.layers, None if plan.base else plan.why or "its class is not known")
+        why = None if plan.base else plan.why or UNKNOWN
+        replaced = write_pretrained_config(model, partial, plan.layers, why)
         metadata = {
             "format": FORMAT,
             "base": plan.base,
@@ -120,7 +122,8 @@ def _save_processor(processor: Any, folder: Path) -> list[str]:
     """Save a processor to an empty folder, and return the names of its files."""
     if processor is None:
         return []
-    require(hasattr(processor, "save_pretrained"), "processor", "have the method save_pretrained", type(processor).__name__)
+    has_method = hasattr(processor, "save_pretrained")
+    require(has_method, "processor", "have the method save_pretrained", type(processor).__name__)
     processor.save_pretrained(folder)
     files = sorted(path.name for path in folder.iterdir())
     own = sorted(FILES & set(files))
@@ -210,9 +213,10 @@ def _build(metadata: Mapping[str, Any], folder: Path, architecture: nn.Module | 
     shapes = _untie(shapes, metadata["tied"]) | dict.fromkeys(metadata.get("extra", {}), Size())
     shapes = {name: Size() if name.split(".")[-1] == EXTRA else shape for name, shape in shapes.items()}
     if architecture is None and metadata["base"] is None:
-        why = metadata.get("why") or "it is of neither transformers nor timm"
+        why = metadata.get("why") or UNKNOWN
         raise ValueError(
-            f"`architecture` must be the dense model, because {str(folder)!r} does not build it ({why}), got None."
+            f"`architecture` must be the dense model, because {str(folder)!r} does not build it ({why}), got None. A model of "
+            "timm needs none if it is saved with `base={'timm': name, 'options': {...}}`."
         )
     if architecture is None:
         return build_model(metadata["base"], metadata["layers"], folder, shapes, "folder")

@@ -110,7 +110,9 @@ def write_pretrained_config(
         return False
     config = json.loads(path.read_text(encoding="utf8"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    config |= {"architectures": [type(model).__name__]} | ({"dtype": str(dtype).removeprefix("torch.")} if dtype else {})
+    config["architectures"] = [type(model).__name__]
+    if dtype is not None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
     replaced = any(row.get("kind") for row in layers.values())
     if replaced:
         config["quantization_config"] = describe_config(None if why else layers, why)
@@ -142,7 +144,7 @@ def set_record(model: nn.Module, record: Mapping[str, Any] | None) -> None:
 
 
 def _update_quantizers(model: nn.Module) -> None:
-    """Give each transformers model with layers of this library the quantiser that it is saved through, and take it from others."""
+    """Give each transformers model that has layers of this library the quantiser that saves them; take it from others."""
     library = sys.modules.get("transformers.modeling_utils")
     if library is None:
         return

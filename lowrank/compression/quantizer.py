@@ -99,8 +99,8 @@ class LowRankQuantizer(HfQuantizer):
         for name in locate_layers(model, self.quantization_config.layers):
             layer = model.get_submodule(name)
             tensors = layer.state_dict(keep_vars=True)
-            missing = [key for key, tensor in tensors.items() if not (tensor.is_meta or _is_loaded(tensor))]
-            require(not missing, "folder", "have the tensors of all recorded layers", [f"{name}.{key}" for key in missing])
+            missing = [f"{name}.{key}" for key, tensor in tensors.items() if not (tensor.is_meta or _is_loaded(tensor))]
+            require(not missing, "folder", "have the tensors of all recorded layers", missing)
             layer.load_state_dict({}, strict=False)  # nothing but what layers do after loading: they recompute indices
         model.is_quantized = False  # the parameters are plain: they may be cast, trained and offloaded
         return model

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import warnings
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ class _Follower:
 
         def execute_both(module: ModuleType) -> None:
             execute(module)
-            importlib.import_module(self.follower)
+            _import_or_warn(self.follower)
 
         setattr(spec.loader, "exec_module", execute_both)  # noqa: B010 (of this import only: each has a loader of its own)
         return spec
@@ -37,6 +38,14 @@ def follow_import(watched: str, follower: str) -> None:
     - `follower`: dotted name of the module to import after it.
     """
     if watched in sys.modules:
-        importlib.import_module(follower)
+        _import_or_warn(follower)
     else:
         sys.meta_path.insert(0, _Follower(watched, follower))
+
+
+def _import_or_warn(name: str) -> None:
+    """Import a module; one that does not fit the versions of other packages must not stop those from being imported."""
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        warnings.warn(f"{name} could not be imported, what it adds is not there: {error}", RuntimeWarning, stacklevel=3)
