@@ -27,6 +27,9 @@ class _LayerRecord(Schema):
         held = self.model_dump(by_alias=True)
         if missing := sorted(key for key in needed if held[key] is None):
             raise ValueError(f"have the key {missing[0]!r}")
+        sizes = [size for size in (self.inputs, self.out) if size is not None]
+        if self.kind and self.rank is not None and sizes and self.rank > min(sizes):
+            raise ValueError("have a rank of at most its sizes")
         return self
 
 
