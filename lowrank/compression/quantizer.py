@@ -105,7 +105,7 @@ class LowRankQuantizer(HfQuantizer):
         model.is_quantized = False  # the parameters are plain: they may be cast, trained and offloaded
         return model
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
         """Return the state with placeholders, and record the layers in the configuration; `save_pretrained` calls this first.
 
         With adapters in the model, transformers saves those alone, and nothing changes.
