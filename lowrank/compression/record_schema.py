@@ -1,4 +1,4 @@
-"""The fields of `lowrank.json`, the record of a compressed model."""
+"""The fields of `lowrank.json` and of `quantization_config`, the records of a compressed model."""
 
 from typing import Annotated, Any
 
@@ -27,7 +27,21 @@ class _LayerRecord(Schema):
         held = self.model_dump(by_alias=True)
         if missing := sorted(key for key in needed if held[key] is None):
             raise ValueError(f"have the key {missing[0]!r}")
+        sizes = [size for size in (self.inputs, self.out) if size is not None]
+        if self.kind and self.rank is not None and sizes and self.rank > min(sizes):
+            raise ValueError("have a rank of at most its sizes")
         return self
+
+
+class PretrainedRecord(Schema):
+    """Hold the fields of `quantization_config` that a model is loaded with.
+
+    **Arguments**
+
+    - `layers`: layer -> how it differs from the base architecture.
+    """
+
+    layers: dict[str, _LayerRecord]
 
 
 class _BaseRecord(Schema):
@@ -60,7 +74,8 @@ class CompressedRecord(Schema):
 
     **Arguments**
 
-    - `base`, `model`, `layers`, `tensors`, `tied`, `buffers`, `extra`, `probe`: the fields; old folders lack the last three.
+    - `base`, `model`, `layers`, `tensors`, `tied`, `buffers`, `files`, `extra`, `probe`: the fields; old folders lack the last
+      four.
     """
 
     base: _BaseRecord | None
@@ -69,5 +84,6 @@ class CompressedRecord(Schema):
     tensors: str
     tied: dict[str, str]
     buffers: list[str] = Field(default_factory=list)
+    files: list[str] = Field(default_factory=list)
     extra: dict[str, Any] = Field(default_factory=dict)
     probe: _ProbeRecord | None = None
