@@ -6,5 +6,6 @@ help. Commands import what they need when they run, so that help comes at once.
 - `main`: `COMMANDS`, the list of them, and the function that runs one.
 - `options`: options that several commands share.
 - `output`: results as tables or as JSON.
+- `compress`: compress a model, and write it to a folder.
 - `info`: say what a folder with a compressed model holds.
 """

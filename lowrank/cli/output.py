@@ -13,10 +13,10 @@ def print_result(options: argparse.Namespace, content: Any, text: str) -> None:
     **Arguments**
 
     - `options`: with `json`, see `lowrank.cli.options.add_json`.
-    - `content`: the result, JSON.
+    - `content`: the result, JSON; paths become text.
     - `text`: the same for people.
     """
-    print(json.dumps(content, indent=1, allow_nan=False) if options.json else text)
+    print(json.dumps(content, indent=1, allow_nan=False, default=str) if options.json else text)
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
