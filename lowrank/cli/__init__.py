@@ -7,5 +7,6 @@ help. Commands import what they need when they run, so that help comes at once.
 - `options`: options that several commands share.
 - `output`: results as tables or as JSON.
 - `compress`: compress a model, and write it to a folder.
+- `evaluate`: measure a model on a data set or by lm-evaluation-harness.
 - `info`: say what a folder with a compressed model holds.
 """

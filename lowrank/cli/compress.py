@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     require(empty, "out", "be a new or empty folder", str(options.out))
     require(0 < options.keep <= 1, "keep", "be in (0, 1]", options.keep)
     require(options.data is not None or options.method == "svd", "data", "be given, unless the method is svd", None)
-    named, choices = load_model(options), read_choices(options)
+    choices, named = read_choices(options), load_model(options)
     from lowrank.compression.compress import compress  # noqa: PLC0415
     from lowrank.nn.surgery import unify_linears  # noqa: PLC0415
 

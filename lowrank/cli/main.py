@@ -16,6 +16,7 @@ from lowrank.io.commands import run_command
 # name -> its module, with `add` and `run`. The first line of its docstring is its summary, the rest comes below its options.
 COMMANDS = {
     "compress": "lowrank.cli.compress",
+    "evaluate": "lowrank.cli.evaluate",
     "info": "lowrank.cli.info",
 }
 

@@ -1,6 +1,8 @@
 """Print results, as tables for people or as JSON for programs."""
 
 import argparse
+import csv
+import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,6 +40,20 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for line in (columns, *cells)
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format rows as CSV; numbers keep all their digits.
+
+    **Arguments**
+
+    - `rows`: column -> value; a column that a row lacks, and None, stay empty.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _format_cell(value: Any) -> str:

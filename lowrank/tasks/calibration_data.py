@@ -107,27 +107,27 @@ def labelled_batches(
     return _text_batches(named, rows, source, _split(order, batch_size), choose_length(named, length), labelled=True)
 
 
-def read_text(named: NamedModel, source: DataSource, rows: Any = None) -> Tensor:
+def read_text(named: NamedModel, source: DataSource) -> Tensor:
     """Return all rows as one stream of tokens, `(tokens,)`: lines joined by blank lines, as `perplexity` takes WikiText-2.
 
     **Arguments**
 
     - `named`: from `load_named`.
     - `source`: the rows.
-    - `rows`: those rows, if they are read already. Default None.
     """
-    rows = read_rows(source) if rows is None else rows
+    rows = read_rows(source)
     tokens = _encode_rows(named, rows, source, range(len(rows)))
     return _check_tokens(named, {TEXT: torch.tensor(tokens)})[TEXT]
 
 
-def choose_length(named: NamedModel, length: int | None) -> int:
+def choose_length(named: NamedModel, length: int | None, usual: int = USUAL_LENGTH) -> int:
     """Return a number of tokens that a model takes.
 
     **Arguments**
 
     - `named`: from `load_named`.
     - `length`: the number that is asked for; None for the usual one.
+    - `usual`: the usual one, less if the model takes less. Default 512.
 
     **Raises**
 
@@ -138,7 +138,7 @@ def choose_length(named: NamedModel, length: int | None) -> int:
     longest = min((int(number) for number in known if number and number > 0), default=math.inf)
     rule = f"be in [2, {longest}], what the model takes"
     require(length is None or 2 <= length <= longest, "length", rule, length)
-    return int(min(USUAL_LENGTH, longest)) if length is None else length
+    return int(min(usual, longest)) if length is None else length
 
 
 def _split(order: Sequence[int], batch_size: int) -> list[Sequence[int]]:
