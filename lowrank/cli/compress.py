@@ -57,16 +57,13 @@ def run(options: argparse.Namespace) -> int:
     require(empty, "out", "be a new or empty folder", str(options.out))
     require(0 < options.keep <= 1, "keep", "be in (0, 1]", options.keep)
     require(options.data is not None or options.method == "svd", "data", "be given, unless the method is svd", None)
-    choices, named = read_choices(options), load_model(options)
-    from lowrank.compression.compress import compress  # noqa: PLC0415
-    from lowrank.nn.surgery import unify_linears  # noqa: PLC0415
-
-    batches = _read_batches(options, named)
-    unify_linears(named.model)  # GPT-2 has Conv1D for linear layers
-    start = time.monotonic()
-    result = compress(named.model, batches, options.keep, progress=show_progress(options), **choices)
-    seconds = time.monotonic() - start
-    save(named, options.out)
+    choices = read_choices(options)
+    with writing(options.out) as partial:  # at once: a folder that cannot be written is an error before the work
+        partial.mkdir()
+        named = load_model(options)
+        batches = _read_batches(options, named)
+        result, seconds = _compress(named, batches, options, choices)
+        save(named, partial)
     content = {
         "model": options.model,
         "revision": options.revision,
@@ -82,6 +79,17 @@ def run(options: argparse.Namespace) -> int:
     }
     print_result(options, content, f"{result}\n{_describe_run(content, named)}")
     return 0
+
+
+def _compress(named: Any, batches: Any, options: argparse.Namespace, choices: dict[str, Any]) -> tuple[Any, float]:
+    """Return the result of `compress`, and how many seconds it took."""
+    from lowrank.compression.compress import compress  # noqa: PLC0415
+    from lowrank.nn.surgery import unify_linears  # noqa: PLC0415
+
+    unify_linears(named.model)  # GPT-2 has Conv1D for linear layers
+    start = time.monotonic()
+    result = compress(named.model, batches, options.keep, progress=show_progress(options), **choices)
+    return result, time.monotonic() - start
 
 
 def read_choices(options: argparse.Namespace) -> dict[str, Any]:
@@ -132,7 +140,7 @@ def describe_calibration(options: argparse.Namespace, batches: list[Any] | None)
 
 
 def save(named: Any, folder: Path) -> None:
-    """Write a compressed model and its tokenizer or image processor to a folder, whole or not at all.
+    """Write a compressed model and its tokenizer or image processor to a folder.
 
     **Arguments**
 
@@ -141,10 +149,9 @@ def save(named: Any, folder: Path) -> None:
     """
     from lowrank.compression.checkpoint import save_compressed  # noqa: PLC0415
 
-    with writing(folder) as partial:
-        save_compressed(named.model, partial)
-        if hasattr(named.processor, "save_pretrained"):
-            named.processor.save_pretrained(partial)
+    save_compressed(named.model, folder)
+    if hasattr(named.processor, "save_pretrained"):
+        named.processor.save_pretrained(folder)
 
 
 def _describe_run(content: dict[str, Any], named: Any) -> str:

@@ -94,13 +94,14 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     return load_or_explain("tokenizer", name, load)
 
 
-def load_pretrained(auto: str, name: str, **options: Any) -> Any:
+def load_pretrained(auto: str, name: str, *, whole: bool = False, **options: Any) -> Any:
     """Load a transformers model with weights from safetensors only; no code of the folder runs.
 
     **Arguments**
 
     - `auto`: name of its Auto class, for example "AutoModelForCausalLM".
     - `name`: its Hub name or a local folder.
+    - `whole`: refuse files that lack weights, instead of making new ones. Default False.
     - `options`: passed on to `from_pretrained`.
 
     **Returns** the model. A head that was saved in another size is a new one.
@@ -108,7 +109,8 @@ def load_pretrained(auto: str, name: str, **options: Any) -> Any:
     **Raises**
 
     - `FileNotFoundError`: see `load_or_explain`.
-    - `ValueError`: see `load_or_explain`; weights below the head that have other sizes than the configuration says.
+    - `ValueError`: see `load_or_explain`; weights below the head that have other sizes than the configuration says, or that are
+      missing, if all are wanted.
     """
     import transformers  # noqa: PLC0415
 
@@ -121,6 +123,10 @@ def load_pretrained(auto: str, name: str, **options: Any) -> Any:
     for key, stored, needed in sorted(about["mismatched_keys"]):
         rule = f"hold {key} in the shape {tuple(needed)} that its config.json says"
         require(not key.startswith(body), f"model {name!r}", rule, tuple(stored))
+    lacking = sorted(about["missing_keys"]) if whole else []
+    require(
+        not lacking, f"model {name!r}", f"hold all weights of {type(model).__name__}; its files lack some", lacking[:3]
+    )
     return model
 
 

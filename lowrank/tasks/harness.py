@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
@@ -49,10 +49,12 @@ def run_harness(
     names = list(tasks)
     manager = _find_tasks(names, include_path)
 
+    wrapper, evaluate = cast(Any, HFLM), cast(Any, lm_eval.simple_evaluate)  # decorators hide their arguments
+
     def run() -> Any:
-        language_model = HFLM(pretrained=named.model, tokenizer=named.processor, batch_size=batch_size)
-        options: dict[str, Any] = {"limit": samples, "num_fewshot": shots, "log_samples": False}
-        return lm_eval.simple_evaluate(language_model, tasks=names, task_manager=manager, **options)
+        language_model = wrapper(pretrained=named.model, tokenizer=named.processor, batch_size=batch_size)
+        options: dict[str, Any] = {"tasks": names, "limit": samples, "num_fewshot": shots, "log_samples": False}
+        return evaluate(language_model, task_manager=manager, **options)
 
     return load_or_explain("tasks", ",".join(names), run)
 

@@ -17,7 +17,7 @@ TEXT_COLUMNS = ("messages", "text", "sentence", "content")  # the first that a d
 @check_arguments
 @dataclass(frozen=True)
 class DataSource:
-    """Name the rows of a data set.
+    """Describe the rows of a data set by names.
 
     **Arguments**
 

@@ -80,7 +80,8 @@ def load_named(
     **Raises**
 
     - `FileNotFoundError`: no such model, or it cannot be reached; no tokenizer.
-    - `ValueError`: an unknown dtype or device; a damaged file; a model that reads neither text nor images.
+    - `ValueError`: an unknown dtype or device; a damaged file; files that lack weights; a model that reads neither text nor
+      images.
     """
     weights = None if dtype == "auto" else getattr(torch, dtype, None)
     floating = dtype == "auto" or (isinstance(weights, torch.dtype) and weights.is_floating_point)
@@ -91,7 +92,7 @@ def load_named(
     elif (Path(name) / METADATA).exists():
         model = load_compressed(name)
     else:
-        model = load_pretrained(_find_class(name, revision), name, dtype=dtype, revision=revision or "main")
+        model = load_pretrained(_find_class(name, revision), name, whole=True, dtype=dtype, revision=revision or "main")
     model = (model if weights is None else model.to(weights)).to(place).eval()
     reads = getattr(model, "main_input_name", IMAGES)  # models of timm have none
     return NamedModel(name, model, reads, _load_processor(model, reads, processor or name, revision), _objective(model))

@@ -51,7 +51,7 @@ def give_padding(tokenizer: Any) -> Any:
 
 
 def set_padding(model: Any, token: int) -> None:
-    """Tell a model which token pads: a decoder takes the last other token of each text as its summary.
+    """Set which token pads in a model: a decoder takes the last other token of each text as its summary.
 
     **Arguments**
 
