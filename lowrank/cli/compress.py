@@ -28,7 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--keep", type=float, required=True, help="share of the layers' parameters to keep, in (0, 1]")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new or empty folder for the result")
-    add_data(parser, split="train", samples="256")
+    add_data(parser, splits=("train", "validation"), samples="256")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of samples; default: 0")
     group = parser.add_argument_group("how it is compressed; the defaults are the best combination that the data allow")
     group.add_argument("--method", help="two_sided, whitened, asvd, fwsvd, or svd, which needs no data")
@@ -61,14 +61,15 @@ def run(options: argparse.Namespace) -> int:
     with writing(options.out) as partial:  # at once: a folder that cannot be written is an error before the work
         partial.mkdir()
         named = load_model(options)
-        batches = _read_batches(options, named)
+        source = None if options.data is None else read_source(options)
+        batches = None if source is None else _read_batches(options, named, source)
         result, seconds = _compress(named, batches, options, choices)
         save(named, partial)
     content = {
         "model": options.model,
         "revision": options.revision,
         "out": str(options.out),
-        "calibration": describe_calibration(options, batches),
+        "calibration": _describe_calibration(options, source, batches or []),
         "seconds": round(seconds, 1),
         "configuration": asdict(result.configuration),
         "before": asdict(result.before),
@@ -112,29 +113,19 @@ def read_choices(options: argparse.Namespace) -> dict[str, Any]:
     return choices
 
 
-def _read_batches(options: argparse.Namespace, named: Any) -> list[Any] | None:
+def _read_batches(options: argparse.Namespace, named: Any, source: Any) -> list[Any]:
     from lowrank.tasks.calibration_data import calibration_batches  # noqa: PLC0415
 
-    if options.data is None:
-        return None
-    sizes = given(options, "samples", "length", "batch_size", "seed")
-    return calibration_batches(named, read_source(options), **sizes)
+    return calibration_batches(named, source, **given(options, "samples", "length", "batch_size", "seed"))
 
 
-def describe_calibration(options: argparse.Namespace, batches: list[Any] | None) -> dict[str, Any]:
-    """Return which data the statistics were collected on, JSON; empty without data.
-
-    **Arguments**
-
-    - `options`: the options of the command.
-    - `batches`: the batches that were read.
-    """
+def _describe_calibration(options: argparse.Namespace, source: Any, batches: list[Any]) -> dict[str, Any]:
+    """Return which data the statistics were collected on, JSON; empty without data."""
     from lowrank.nn.batches import count_samples  # noqa: PLC0415
 
-    if batches is None:
+    if source is None:
         return {}
-    source = read_source(options)
-    known = {"data": source.name, "split": source.split, "revision": source.revision, "seed": options.seed}
+    known = {"data": source.name, "split": str(source.rows.split), "revision": source.revision, "seed": options.seed}
     counted = {"samples": sum(map(count_samples, batches))}
     return {key: value for key, value in (known | counted).items() if value is not None}
 

@@ -29,7 +29,7 @@ TABLE, JSON = "results.csv", "results.json"
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the options of `lowrank evaluate`."""
     add_model(parser)
-    add_data(parser, split="test", samples="all")
+    add_data(parser, splits=("test", "validation"), samples="all")
     parser.add_argument("--label", metavar="NAME", help="column of labels; default: found by name")
     group = parser.add_argument_group("lm-evaluation-harness")
     group.add_argument("--harness", metavar="TASK[,TASK]", help="tasks or groups of the harness")

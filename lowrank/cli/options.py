@@ -36,23 +36,23 @@ def load_model(options: argparse.Namespace) -> Any:
     return load_named(options.model, **given(options, "revision", "processor", "dtype", "device"))
 
 
-def add_data(parser: argparse.ArgumentParser, split: str, samples: str) -> None:
+def add_data(parser: argparse.ArgumentParser, splits: tuple[str, ...], samples: str) -> None:
     """Add the data and which part of it is read, which `read_source` and `given` read.
 
     **Arguments**
 
     - `parser`: of the command.
-    - `split`: the split of a data set that has several, if none is named.
+    - `splits`: the split to read if none is named: the first that the data set has.
     - `samples`: which samples are read by default, for the help.
     """
-    parser.set_defaults(usual_split=split)
+    parser.set_defaults(usual_splits=splits)
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
         metavar="NAME[:CONFIG]",
         help="data set of the Hub, folder, or file: .txt, .json, .jsonl, .csv, .parquet; texts, chats or images",
     )
-    group.add_argument("--split", help=f"such as train or train[:1000]; default: {split}, or all of a file")
+    group.add_argument("--split", help=f"such as train[:1000]; default: {', else '.join(splits)}, or the only one")
     group.add_argument(
         "--column", nargs="+", metavar="NAME", help="column to read, two for pairs; default: found by name"
     )
@@ -71,13 +71,11 @@ def read_source(options: argparse.Namespace) -> Any:
 
     - `options`: the options of a command, with `data`.
     """
-    from pathlib import Path  # noqa: PLC0415
-
     from lowrank.tasks.named_data import DataSource  # noqa: PLC0415
 
     return DataSource(
         options.data,
-        split=options.split or ("train" if Path(options.data).is_file() else options.usual_split),
+        split=options.split or options.usual_splits,
         columns=tuple(options.column or ()),
         label=getattr(options, "label", None),
         revision=options.data_revision,

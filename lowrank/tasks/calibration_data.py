@@ -17,7 +17,6 @@ from lowrank.tasks.named_data import (
     find_label_column,
     find_text_columns,
     is_chat,
-    read_rows,
     render_chat,
 )
 from lowrank.tasks.named_model import TEXT, NamedModel
@@ -60,11 +59,11 @@ def calibration_batches(
     require(batch_size >= 1, "batch_size", "be >= 1", batch_size)
     generator = torch.Generator().manual_seed(seed)
     if named.reads != TEXT:
-        rows = read_rows(source)
+        rows = source.rows
         order = torch.randperm(len(rows), generator=generator)[:samples].tolist()
         return list(_image_batches(named, rows, source, order, batch_size, labelled=False))
     length = choose_length(named, length)
-    rows = read_rows(source)
+    rows = source.rows
     if named.objective == "language_modelling":
         starts = torch.randint(len(rows), (samples,), generator=generator).tolist()
         chunks = [_take_chunk(named, rows, source, start, length) for start in starts]
@@ -100,7 +99,7 @@ def labelled_batches(
     """
     require(samples is None or samples >= 1, "samples", "be >= 1", samples)
     require(batch_size >= 1, "batch_size", "be >= 1", batch_size)
-    rows = read_rows(source)
+    rows = source.rows
     order = list(range(min(len(rows), samples or len(rows))))
     if named.reads != TEXT:
         return _image_batches(named, rows, source, order, batch_size, labelled=True)
@@ -115,7 +114,7 @@ def read_text(named: NamedModel, source: DataSource) -> Tensor:
     - `named`: from `load_named`.
     - `source`: the rows.
     """
-    rows = read_rows(source)
+    rows = source.rows
     tokens = _encode_rows(named, rows, source, range(len(rows)))
     return _check_tokens(named, {TEXT: torch.tensor(tokens)})[TEXT]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,26 @@ class DataSource:
 
     - `name`: `NAME` or `NAME:CONFIG` on the Hub; a folder of data files; a file that ends in .txt, .json, .jsonl, .csv or
       .parquet.
-    - `split`: as `datasets.load_dataset` takes it, such as 'train' or 'train[:1000]'. Default 'train', the only one of a file.
+    - `split`: as `datasets.load_dataset` takes it, such as 'train' or 'train[:1000]'; of several names, the first that the data
+      set has. One that has only one split gives that. Default 'train', and 'validation' if there is none.
     - `columns`: the column to read, or two for pairs of sentences. Default none: found by name, see `TEXT_COLUMNS`, or by type.
     - `label`: the column of labels. Default None: found by name.
     - `revision`: branch, tag or commit on the Hub. Default None, the newest.
     """
 
     name: str
-    split: str = "train"
+    split: str | Sequence[str] = ("train", "validation")
     columns: Sequence[str] = ()
     label: str | None = None
     revision: str | None = None
+
+    @cached_property
+    def rows(self) -> Any:
+        """Return the rows, see `read_rows`; they are read once."""
+        return read_rows(self)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.rows.split})"
 
 
 def read_rows(source: DataSource) -> Any:
@@ -45,16 +55,22 @@ def read_rows(source: DataSource) -> Any:
     - `ValueError`: a damaged file; an unknown configuration or split; a named column that is missing; no row.
     """
     path, reader = Path(source.name), FILES.get(Path(source.name).suffix)
+    asked = source.split if isinstance(source.split, str) else None
     if path.is_file():
         require(reader is not None, "data", f"be a file that ends in one of {list(FILES)}", source.name)
-        rows = _read_file(path, str(reader), source.split)
+        rows = _read_file(path, str(reader), asked)
     else:
         if reader is not None and not path.exists():
             raise FileNotFoundError(
                 f"`data` must be a file, a folder or a data set of the Hub: no file {source.name!r}."
             )
         name, _, config = (source.name, "", "") if path.exists() else source.name.partition(":")
-        rows = load_splits(name, config or None, split=source.split, revision=source.revision)
+        rows = load_splits(name, config or None, split=asked, revision=source.revision)
+    if asked is None:
+        names = [*source.split, *(rows if len(rows) == 1 else ())]
+        found = next((name for name in names if name in rows), None)
+        require(found is not None, "split", f"be named, one of {list(rows)}", None)
+        rows = rows[found]
     wanted = [*source.columns, *([source.label] if source.label else [])]
     missing = [name for name in wanted if name not in rows.column_names]
     require(not missing, "data", f"have the columns {wanted}, without {missing}", rows.column_names)
@@ -62,7 +78,7 @@ def read_rows(source: DataSource) -> Any:
     return rows
 
 
-def _read_file(path: Path, reader: str, split: str) -> Any:
+def _read_file(path: Path, reader: str, split: str | None) -> Any:
     import datasets  # noqa: PLC0415
 
     datasets.disable_progress_bars()

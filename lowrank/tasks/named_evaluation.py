@@ -65,8 +65,7 @@ def evaluate_named(
         objective = str(named.objective)
         values = evaluate(named.model, map(counted, batches), objective, METRICS_OF[objective])
         count = sum(counts)
-    task = f"{source.name} ({source.split})"
     return [
-        {"model": named.name, "task": task, "metric": metric, "value": value, "samples": count}
+        {"model": named.name, "task": str(source), "metric": metric, "value": value, "samples": count}
         for metric, value in values.items()
     ]
