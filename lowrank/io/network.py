@@ -56,9 +56,12 @@ def _ask(address: str, seconds: float) -> bool:
 def cache_if_unreachable() -> Iterator[bool]:
     """Let the libraries that load from the Hub use their cache alone inside a `with` block, if the Hub does not answer.
 
-    **Returns** whether that is so; False if the user has asked for it already.
+    The same holds if the user has set HF_HUB_OFFLINE, which the libraries read once, when they are imported.
+
+    **Returns** whether the Hub does not answer; False if the user has set HF_HUB_OFFLINE, and nobody has asked.
     """
-    if is_offline() or can_reach(os.environ.get("HF_ENDPOINT") or HUB):
+    offline = is_offline()
+    if not offline and can_reach(os.environ.get("HF_ENDPOINT") or HUB):
         yield False
         return
     import huggingface_hub.constants  # noqa: PLC0415
@@ -68,7 +71,7 @@ def cache_if_unreachable() -> Iterator[bool]:
     try:
         for holder, _ in former:
             setattr(holder, "HF_HUB_OFFLINE", True)  # noqa: B010 (a constant, to type checkers)
-        yield True
+        yield not offline
     finally:
         for holder, value in former:
             setattr(holder, "HF_HUB_OFFLINE", value)  # noqa: B010
