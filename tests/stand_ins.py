@@ -90,7 +90,10 @@ def make_files(folder: Path) -> None:
         {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text[:9]}]} for text in TEXTS
     ]
     (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    questions = [{"question": text, "choices": ["well", "badly"], "answer": i % 2} for i, text in enumerate(TEXTS[:6])]
+    questions = [
+        {"question": text[:20].strip(), "choices": ["well", "badly"], "answer": i % 2}
+        for i, text in enumerate(TEXTS[:6])
+    ]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (folder / "tasks").mkdir()
     (folder / "tasks" / "my_task.yaml").write_text(TASK.format(path=folder / "questions.jsonl"))
