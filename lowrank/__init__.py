@@ -14,6 +14,7 @@
 - `tasks`: what experiments run on: data, model, metric, cached baseline, sweeps.
 - `pi3`: the π³ model from checkpoint to evaluation.
 - `report`: from notebooks to results: parameters, runner, tables, README, site.
+- `cli`: the `lowrank` command.
 """
 
 import lazy_loader

@@ -17,6 +17,7 @@
 - `architecture`: the layers that differ from the dense ones, described and put in.
 - `probes`: the outputs of a model for a fixed input, and how they differ from those of another.
 - `stored_state`: what a file holds besides plain tensors: extra state, and buffers that no state has.
+- `description`: `describe_folder`, what such a folder holds, without building the model.
 - `record_schema`: the fields of that JSON record.
 - `pruning`: `prune` by magnitude or Wanda, to exact counts, per row, per matrix or n:m.
 """

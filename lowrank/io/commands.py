@@ -5,6 +5,12 @@ import sys
 from collections.abc import Callable
 
 BAD_INPUT, INTERRUPTED = 2, 130
+EXTRAS = {
+    "transformers": "tasks",
+    "datasets": "tasks",
+    "timm": "tasks",
+    "lm_eval": "eval",
+}  # module -> extra; others: dev
 MOST = 2000  # characters of an error; a message may list every name that is known
 
 
@@ -30,7 +36,8 @@ def run_command(call: Callable[[], int], *errors: type[Exception]) -> int:
         print("error: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, ImportError, *errors) as error:
-        hint = ": install lowrank[dev], as requirements.lock pins it" if isinstance(error, ImportError) else ""
+        extra = EXTRAS.get(getattr(error, "name", None) or "", "dev")
+        hint = f": install lowrank[{extra}], as requirements.lock pins it" if isinstance(error, ImportError) else ""
         print(f"error: {' '.join(str(error).split()):.{MOST}}{hint}", file=sys.stderr)
         return getattr(error, "exit_status", BAD_INPUT)
     return status

@@ -1,12 +1,13 @@
 """Load models, tokenizers and data sets by Hub name or from a local folder, with errors that name the remedy."""
 
-import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lowrank.io.checks import require
 from lowrank.io.hashing import hash_options
+from lowrank.io.network import cache_if_unreachable, is_offline
 
 T = TypeVar("T")
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # by default transformers asks whether to run a folder's code
@@ -25,22 +26,27 @@ def load_or_explain(kind: str, name: str, load: Callable[[], T]) -> T:
 
     **Raises**
 
-    - `FileNotFoundError`: `load` raised an `OSError`: a file is missing, or the Hub cannot be reached.
+    - `FileNotFoundError`: `load` raised an `OSError`: a file is missing, or the Hub cannot be reached, which is found out within
+      seconds.
     - `ValueError`: `load` raised another error, which tells of the content.
     """
+    local, unreachable = Path(name).exists(), False
     try:
-        return load()
+        with nullcontext(False) if local else cache_if_unreachable() as unreachable:
+            return load()
     except OSError as error:
-        remedy = "" if Path(name).exists() else f"{_find_remedy(name)}. "
+        remedy = "" if local else f"{_find_remedy(name, unreachable)}. "
         raise FileNotFoundError(f"{kind} {name!r} could not be loaded: {remedy}({_shorten(error)})") from error
     except Exception as error:  # of any kind: the libraries raise what they like
         raise ValueError(f"{kind} {name!r} could not be loaded: {_shorten(error)}") from error
 
 
-def _find_remedy(name: str) -> str:
+def _find_remedy(name: str, unreachable: bool) -> str:
     if Path(name).is_absolute() or name.startswith("."):
         return "there is no such folder"
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+    if unreachable:
+        return "the Hub cannot be reached and the cache at HF_HOME lacks it: check the network, or name a local folder"
+    if is_offline():
         return (
             "HF_HUB_OFFLINE is set, so it must already be in the cache at HF_HOME: unset it once to download, or point "
             "HF_HOME at a cache that has it"
@@ -73,21 +79,29 @@ def load_splits(path: str, config: str | None = None, **options: Any) -> Any:
     return load_or_explain("data set", path, lambda: datasets.load_dataset(path, config, **options))
 
 
-def load_tokenizer(name: str) -> Any:
-    """Load the fast tokenizer of a model by Hub name or from a local folder; no code of the folder runs."""
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """Load the fast tokenizer of a model; no code of the folder runs.
+
+    **Arguments**
+
+    - `name`: Hub name or local folder of the model.
+    - `revision`: branch, tag or commit on the Hub. Default None, the newest.
+    """
     import transformers  # noqa: PLC0415
 
-    load = lambda: transformers.AutoTokenizer.from_pretrained(name, use_fast=True, **NO_CODE)  # noqa: E731
+    options = {"use_fast": True, "revision": revision or "main", **NO_CODE}
+    load = lambda: transformers.AutoTokenizer.from_pretrained(name, **options)  # noqa: E731
     return load_or_explain("tokenizer", name, load)
 
 
-def load_pretrained(auto: str, name: str, **options: Any) -> Any:
+def load_pretrained(auto: str, name: str, *, whole: bool = False, **options: Any) -> Any:
     """Load a transformers model with weights from safetensors only; no code of the folder runs.
 
     **Arguments**
 
     - `auto`: name of its Auto class, for example "AutoModelForCausalLM".
     - `name`: its Hub name or a local folder.
+    - `whole`: refuse files that lack weights, instead of making new ones. Default False.
     - `options`: passed on to `from_pretrained`.
 
     **Returns** the model. A head that was saved in another size is a new one.
@@ -95,7 +109,8 @@ def load_pretrained(auto: str, name: str, **options: Any) -> Any:
     **Raises**
 
     - `FileNotFoundError`: see `load_or_explain`.
-    - `ValueError`: see `load_or_explain`; weights below the head that have other sizes than the configuration says.
+    - `ValueError`: see `load_or_explain`; weights below the head that have other sizes than the configuration says, or that are
+      missing, if all are wanted.
     """
     import transformers  # noqa: PLC0415
 
@@ -108,6 +123,10 @@ def load_pretrained(auto: str, name: str, **options: Any) -> Any:
     for key, stored, needed in sorted(about["mismatched_keys"]):
         rule = f"hold {key} in the shape {tuple(needed)} that its config.json says"
         require(not key.startswith(body), f"model {name!r}", rule, tuple(stored))
+    lacking = sorted(about["missing_keys"]) if whole else []
+    require(
+        not lacking, f"model {name!r}", f"hold all weights of {type(model).__name__}; its files lack some", lacking[:3]
+    )
     return model
 
 

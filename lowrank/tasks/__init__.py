@@ -13,4 +13,7 @@
 - `digits`, `cifar10`, `imagenet`: image classification; `images` reads data sets of the Hub.
 - `docs_package`, `docs_language`: text from installed packages, see `docs`.
 - `glue`, `wikitext2`: published text tasks. `text` has tokenizers, padding and chunks.
+- `named_model`, `named_data`: any model and any data set by name, from the Hub, a folder or a file.
+- `calibration_data`: batches of the one for the other. `named_evaluation`: what the model is worth on them.
+- `harness`: tasks of lm-evaluation-harness.
 """

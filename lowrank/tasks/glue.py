@@ -10,7 +10,7 @@ from lowrank.io.hub import load_pretrained, load_splits, load_tokenizer, revisio
 from lowrank.nn.targets import BLOCKS
 from lowrank.tasks.splits import halve
 from lowrank.tasks.task import Task
-from lowrank.tasks.text import Encoded, Padded
+from lowrank.tasks.text import Encoded, Padded, give_padding, set_padding
 
 
 class GlueTask(NamedTuple):
@@ -74,14 +74,14 @@ def load(
     facts = GLUE[task]
     source = load_splits(data, task if data.endswith("/glue") else None)
     fields = _find_fields(facts.fields, next(iter(source.values())).column_names)
-    tokenizer = _with_padding(load_tokenizer(model))
+    tokenizer = give_padding(load_tokenizer(model))
     rows = _select_rows(source, facts.validation, fields)
 
     def make_model() -> nn.Module:
         classifier = load_pretrained(
             "AutoModelForSequenceClassification", model, num_labels=facts.classes, torch_dtype=torch.float32
         )
-        _set_padding(classifier, tokenizer.pad_token_id)
+        set_padding(classifier, tokenizer.pad_token_id)
         return classifier
 
     return Task(
@@ -97,24 +97,6 @@ def load(
             "revision": revision(model),
         },
     )
-
-
-def _with_padding(tokenizer: Any) -> Any:
-    """Give a tokenizer without a token for padding the one that ends a text, or another that it has: it is masked anyway."""
-    tokens = [tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token]
-    tokenizer.pad_token = next((token for token in tokens if token is not None), None)
-    rule = "have a tokenizer with a token for padding, for the end or the start of a text, or for unknown words"
-    require(tokenizer.pad_token is not None, "model", rule, tokenizer.name_or_path)
-    return tokenizer
-
-
-def _set_padding(model: Any, token: int) -> None:
-    """Tell a model which token pads: a decoder takes the last other token of each text as its summary."""
-    known = model.get_input_embeddings().weight.shape[0]
-    require(
-        token < known, "model", f"know the padding token of its tokenizer, and have more than {token} tokens", known
-    )
-    model.config.get_text_config().pad_token_id = token
 
 
 def _find_fields(fields: tuple[str, ...], columns: list[str]) -> tuple[str, ...]:

@@ -36,6 +36,39 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, sentence: bool) -> An
     )
 
 
+def give_padding(tokenizer: Any) -> Any:
+    """Give a tokenizer without a token for padding the one that ends a text, or another that it has: it is masked anyway.
+
+    **Raises**
+
+    - `ValueError`: it has no such token.
+    """
+    tokens = [tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token]
+    tokenizer.pad_token = next((token for token in tokens if token is not None), None)
+    rule = "have a tokenizer with a token for padding, for the end or the start of a text, or for unknown words"
+    require(tokenizer.pad_token is not None, "model", rule, tokenizer.name_or_path)
+    return tokenizer
+
+
+def set_padding(model: Any, token: int) -> None:
+    """Set which token pads in a model: a decoder takes the last other token of each text as its summary.
+
+    **Arguments**
+
+    - `model`: of transformers; its configuration is changed.
+    - `token`: the number of the token.
+
+    **Raises**
+
+    - `ValueError`: the model does not know the token.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    require(
+        token < known, "model", f"know the padding token of its tokenizer, and have more than {token} tokens", known
+    )
+    model.config.get_text_config().pad_token_id = token
+
+
 class Encoded(Dataset):
     """Hold the columns of a tokenizer, and return one mapping per sample.
 

@@ -31,11 +31,11 @@ def test_packages_import_only_from_below() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_there_are_twelve_entries() -> None:
+def test_there_are_fourteen_entries() -> None:
     entries = {path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     packages = ["io", "factorization", "nn", "calibration", "compression", "training", "lora", "selection"]
-    packages += ["tasks", "pi3", "report"]
-    assert entries == {"__init__.py", *packages}
+    packages += ["tasks", "pi3", "report", "cli"]
+    assert entries == {"__init__.py", "__main__.py", *packages}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

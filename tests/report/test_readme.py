@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowrank.cli.main import make_parser
 from lowrank.factorization import methods
 from lowrank.io.dependencies import ROOT
 from lowrank.report.readme import PAGES, fill_blocks
@@ -71,6 +72,10 @@ def test_every_command_it_names_is_there(command: str) -> None:
         text = shown.stdout
         assert (" ".join(start[1:]) if start[0] == "-m" else Path(start[0]).stem) in text
         assert all(word in text for word in words if word.startswith("--"))
+    elif words[0] == "lowrank":
+        help_alone = pytest.raises(SystemExit, match="^0$") if "--help" in words else contextlib.nullcontext()
+        with help_alone:
+            make_parser().parse_args(words[1:])
     else:
         assert words[:2] == ["pip", "install"], command
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
