@@ -9,4 +9,9 @@ help. Commands import what they need when they run, so that help comes at once.
 - `compress`: compress a model, and write it to a folder.
 - `evaluate`: measure a model on a data set or by lm-evaluation-harness.
 - `info`: say what a folder with a compressed model holds.
+- `files`: checks of the file or folder that a command writes.
+- `ranks`: LoRA ranks from two checkpoints.
+- `score`: score layers by their spectra; `assign`: give them to devices with budgets.
+- `prune`: set weights to zero, and write the model to a folder.
+- `params`: the parameters of a notebook as a flat file; `run`: execute it.
 """

@@ -5,10 +5,12 @@
 - `resources`: memory, time and processors that a notebook needs, for a cluster.
 - `yaml_files`: YAML files in which no key appears twice.
 - `folders`: the folder of published results, and that of your own runs.
+- `injected`: check the parameters that a notebook runs with, and name the folder of their results.
 - `errors`: errors that a command reports in one line.
 - `notebook`: `Report`, which a notebook uses to write its figures, tables, claims and run.json.
 - `claims`: judge a comparison: it holds, fails, or is too close to call.
 - `run`: execute one notebook with one set.
+- `progress`: a line per section of a running notebook, where there is no terminal.
 - `pair`: execute notebooks with their defaults and store them beside their sources.
 - `portable`: remove what ties an executed notebook to one machine.
 - `compare`: compare the results of a run with published ones.
