@@ -16,6 +16,7 @@ from torch import Size, nn
 
 from lowrank.compression.architecture import insert_layers
 from lowrank.compression.bases import check_wrappers, describe_base, save_config
+from lowrank.compression.card import CARD, collect_card, format_card
 from lowrank.compression.probes import check_probe
 from lowrank.compression.rebuild import build_model, compare_shapes, plan_build, shapes_of
 from lowrank.compression.record_schema import CompressedRecord
@@ -26,17 +27,23 @@ from lowrank.io.checks import require
 from lowrank.io.files import open_safetensors, writing
 from lowrank.io.hashing import hash_tensors
 from lowrank.io.records import read_record
+from lowrank.io.snapshots import fetch_folder
 from lowrank.io.weights import distinct_tensors
 from lowrank.nn.low_rank import move_pivot_bias
 
 FORMAT = "lowrank.compressed/1"
 RECORD = "lowrank_record"  # attribute of a compressed model: the hash of its dense weights, and the table of its layers
 TENSORS, METADATA = "model.safetensors", "lowrank.json"
-FILES = {TENSORS, METADATA, "config.json", "generation_config.json"}
+FILES = {TENSORS, METADATA, CARD, "config.json", "generation_config.json"}
 
 
 @check_arguments
-def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def save_compressed(
+    model: nn.Module,
+    folder: Path | str,
+    base: Mapping[str, Any] | None = None,
+    card: bool | Mapping[str, Any] = True,
+) -> dict[str, Any]:
     """Write a compressed model to a folder, whole or not at all.
 
     **Arguments**
@@ -46,6 +53,8 @@ def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any
     - `base`: how to build the base architecture, `{"timm": name, "options": {...}}` with the name of a timm model or model class
       and its keyword arguments. Models of transformers and of `timm.create_model` need none. For other models, and those that
       were changed by hand, pass the dense architecture to `load_compressed`.
+    - `card`: write a README.md that says how the model was compressed, how large it is and how it is loaded. A mapping adds what
+      only you know: `base_model`, `license`, `calibration`, `quality`, see `CardRecord`. Default True.
 
     **Returns** the content of `lowrank.json`:
 
@@ -53,17 +62,19 @@ def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any
     - `base`: the description of the base architecture, or None; `why`: the reason, if it could not be verified.
     - `model`: the hash of the dense weights, or None for a model that `compress` has not changed.
     - `layers`: layer -> its row in the table of `compress`, with its kind and sizes.
-    - `parameters`, `indices`: numbers of stored elements.
+    - `parameters`, `indices`: numbers of stored elements; `bytes`: of all stored tensors.
     - `tensors`: the hash of the stored tensors.
     - `tied`: name -> the name that its tensor is stored under, for tied weights.
     - `buffers`: names of stored buffers that are no part of the model's state.
     - `extra`: name -> extra state that is no tensor.
     - `probe`: a fixed input and some of its outputs, which `load_compressed` compares; None if no input could be found.
+    - `card`: what the model card says beside this, None without one.
 
     **Raises**
 
-    - `ValueError`: a folder with other content; a given base that builds another model; a model inside a wrapper or with
-      adapters; a tensor that is sparse, quantised or not in memory; extra state that is not JSON. The folder stays as it was.
+    - `ValueError`: a folder with other content; an unknown field of the card; a given base that builds another model; a model
+      inside a wrapper or with adapters; a tensor that is sparse, quantised or not in memory; extra state that is not JSON. The
+      folder stays as it was.
     """
     folder = Path(folder)
     _check_content(folder)
@@ -72,6 +83,7 @@ def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any
     tensors, tied = distinct_tensors(model)
     record: dict[str, Any] = getattr(model, RECORD, {})
     described = describe_base(model) if base is None else _as_json(base)
+    about = None if card is False else collect_card(model, record.get("card") or {}, {} if card is True else card)
     with writing(folder) as partial:
         partial.mkdir()
         save_config(model, partial)
@@ -85,14 +97,18 @@ def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any
             "layers": plan.layers,
             "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
             "indices": sum(t.numel() for name, t in tensors.items() if name.endswith(".pivots")),
+            "bytes": sum(t.nbytes for t in stored.values()),
             "tensors": hash_tensors(stored),
             "tied": tied,
             "buffers": list(plan.buffers),
             "extra": extra,
             "probe": plan.probe,
+            "card": about,
         }
         save_file(stored, partial / TENSORS, metadata={"format": "pt"})
         (partial / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf8")
+        if about is not None:
+            (partial / CARD).write_text(format_card(metadata), encoding="utf8")
     return metadata
 
 
@@ -112,25 +128,27 @@ def load_compressed(
     architecture: nn.Module | None = None,
     *,
     verify: bool = True,
+    revision: str | None = None,
 ) -> nn.Module:
     """Load a compressed model, in evaluation mode and in the dtypes it was saved in.
 
     **Arguments**
 
-    - `folder`: a folder that `save_compressed` wrote.
+    - `folder`: a folder that `save_compressed` wrote, or the name on the Hub, "user/name", that it was pushed to.
     - `device`: where the tensors go; default: the CPU.
     - `architecture`: for a model whose folder does not say how to build it, the dense model. It is changed in place and
       returned; its weights do not matter.
     - `verify`: run the model once, and compare its outputs with those at saving. Default True.
+    - `revision`: of a model on the Hub, a commit, tag or branch. Pin a commit: others may change. Default: the newest commit.
 
     **Returns** the model.
 
     **Raises**
 
-    - `FileNotFoundError`: no such folder, or a missing file.
+    - `FileNotFoundError`: no such folder, or a missing file; the Hub has no such model or revision, or cannot be reached.
     - `ValueError`: a damaged file; another format; a tensor that is missing, left over, or of another shape; other outputs.
     """
-    folder = Path(folder)
+    folder = fetch_folder(folder, revision)
     if missing := [name for name in (METADATA, TENSORS) if not (folder / name).exists()]:
         raise FileNotFoundError(
             f"`folder` must contain a model written by save_compressed, got {str(folder)!r} without {missing}."
@@ -154,7 +172,7 @@ def load_compressed(
     for name, stored in metadata["tied"].items():
         _tie_parameter(model, name, stored)
     layers = {name: row for name, row in metadata["layers"].items() if "method" in row}
-    setattr(model, RECORD, {"model": metadata["model"], "layers": layers})
+    setattr(model, RECORD, {"model": metadata["model"], "layers": layers, "card": metadata.get("card")})
     model.to(device).eval()
     difference = check_probe(model, metadata["probe"]) if verify and metadata.get("probe") else None
     rule = f"give the outputs that it gave when {str(folder)!r} was written; `verify=False` loads it all the same"
@@ -194,8 +212,9 @@ def _with_former_bias(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -
 def _check_content(folder: Path) -> None:
     """Refuse to replace a folder that is not a compressed model."""
     require(folder.is_dir() or not folder.exists(), "folder", "be a folder", str(folder))
-    content = folder.iterdir() if folder.exists() else ()
-    if other := {path.name for path in content if path.name not in FILES or path.is_dir()}:
+    content = list(folder.iterdir()) if folder.exists() else []
+    known = FILES if folder / METADATA in content else FILES - {CARD}  # a README alone may be of anything
+    if other := {path.name for path in content if path.name not in known or path.is_dir()}:
         raise ValueError(
             f"`folder` must be new, empty or contain only a compressed model to replace, got {sorted(other)[0]!r} in "
             f"{str(folder)!r}."
