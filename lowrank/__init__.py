@@ -18,6 +18,11 @@
 
 import lazy_loader
 
+from lowrank.io.after_import import follow_import
+
 __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+# `from_pretrained` of transformers reads folders of compressed models; transformers itself is not loaded here.
+follow_import("transformers.quantizers.auto", "lowrank.compression.quantizer")

@@ -76,7 +76,7 @@ def insert_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> 
         if (kind := layer.get("kind")) is None:
             continue
         require(kind in known, "layers", f"have kinds among {sorted(known)} (layer {name!r})", kind)
-        if not _has_module(model, name) and name.rpartition(".")[0] not in layers:
+        if not has_module(model, name) and name.rpartition(".")[0] not in layers:
             raise ValueError(f"`base` must have a layer {name!r}, as the compressed model has, got none.")
         with torch.device("meta"):
             made: Any = _build_convolution(model, name, layer["rank"]) if kind == CONVOLUTION else _build_layer(layer)
@@ -86,7 +86,14 @@ def insert_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> 
             replace_module(model, name, made)
 
 
-def _has_module(model: nn.Module, name: str) -> bool:
+def has_module(model: nn.Module, name: str) -> bool:
+    """Return True if a model has a submodule with a dotted name.
+
+    **Arguments**
+
+    - `model`: any PyTorch module.
+    - `name`: the dotted name.
+    """
     try:
         model.get_submodule(name)
     except AttributeError:

@@ -139,16 +139,14 @@ def _join(values: Any) -> str:
 
 
 def _show_loading(record: Mapping[str, Any]) -> str:
-    dense = "" if record["base"] else ", architecture=dense"
-    lines = [
-        "```python",
-        "from lowrank import load_compressed",
-        "",
-        f'model = load_compressed("{PLACE}"{dense})',
-        "```",
-    ]
-    note = "" if record["base"] else "\n`dense` is the dense model; its weights do not matter."
-    return "\n".join([*lines, note]).rstrip()
+    base = record["base"] or {}
+    dense = "" if base else ", architecture=dense"
+    lines = ["```python", "from lowrank import load_compressed", "", f'model = load_compressed("{PLACE}"{dense})', "```"]
+    if not base:
+        lines += ["", "`dense` is the dense model; its weights do not matter."]
+    elif "transformers" in base:
+        lines += ["", "After `import lowrank`, `from_pretrained` of transformers loads it too."]
+    return "\n".join(lines)
 
 
 def _list(values: Mapping[str, Any]) -> str:

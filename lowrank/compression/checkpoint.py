@@ -17,6 +17,15 @@ from torch import Size, nn
 from lowrank.compression.architecture import insert_layers
 from lowrank.compression.bases import check_wrappers, describe_base, save_config
 from lowrank.compression.card import CARD, collect_card, format_card
+from lowrank.compression.pretrained import (
+    RECORD,
+    add_placeholders,
+    drop_placeholders,
+    is_saved_by_transformers,
+    load_saved,
+    set_record,
+    write_pretrained_config,
+)
 from lowrank.compression.probes import check_probe
 from lowrank.compression.rebuild import build_model, compare_shapes, plan_build, shapes_of
 from lowrank.compression.record_schema import CompressedRecord
@@ -32,8 +41,8 @@ from lowrank.io.weights import distinct_tensors
 from lowrank.nn.low_rank import move_pivot_bias
 
 FORMAT = "lowrank.compressed/1"
-RECORD = "lowrank_record"  # attribute of a compressed model: the hash of its dense weights, and the table of its layers
 TENSORS, METADATA = "model.safetensors", "lowrank.json"
+UNKNOWN = "it is of neither transformers nor timm"
 FILES = {TENSORS, METADATA, CARD, "config.json", "generation_config.json"}
 
 
@@ -42,9 +51,12 @@ def save_compressed(
     model: nn.Module,
     folder: Path | str,
     base: Mapping[str, Any] | None = None,
+    processor: Any = None,
     card: bool | Mapping[str, Any] = True,
 ) -> dict[str, Any]:
     """Write a compressed model to a folder, whole or not at all.
+
+    After `import lowrank`, the `from_pretrained` of transformers loads the folder of a transformers model too.
 
     **Arguments**
 
@@ -53,6 +65,8 @@ def save_compressed(
     - `base`: how to build the base architecture, `{"timm": name, "options": {...}}` with the name of a timm model or model class
       and its keyword arguments. Models of transformers and of `timm.create_model` need none. For other models, and those that
       were changed by hand, pass the dense architecture to `load_compressed`.
+    - `processor`: a tokenizer, image processor or other object with `save_pretrained`, to be saved beside the model. Default:
+      None.
     - `card`: write a README.md that says how the model was compressed, how large it is and how it is loaded. A mapping adds what
       only you know: `base_model`, `license`, `calibration`, `quality`, see `CardRecord`. Default True.
 
@@ -66,6 +80,7 @@ def save_compressed(
     - `tensors`: the hash of the stored tensors.
     - `tied`: name -> the name that its tensor is stored under, for tied weights.
     - `buffers`: names of stored buffers that are no part of the model's state.
+    - `files`: names of the processor's files.
     - `extra`: name -> extra state that is no tensor.
     - `probe`: a fixed input and some of its outputs, which `load_compressed` compares; None if no input could be found.
     - `card`: what the model card says beside this, None without one.
@@ -73,8 +88,8 @@ def save_compressed(
     **Raises**
 
     - `ValueError`: a folder with other content; an unknown field of the card; a given base that builds another model; a model
-      inside a wrapper or with adapters; a tensor that is sparse, quantised or not in memory; extra state that is not JSON. The
-      folder stays as it was.
+      inside a wrapper or with adapters; a tensor that is sparse, quantised or not in memory; extra state that is not JSON; a
+      processor that cannot be saved beside a model. The folder stays as it was.
     """
     folder = Path(folder)
     _check_content(folder)
@@ -86,9 +101,12 @@ def save_compressed(
     about = None if card is False else collect_card(model, record.get("card") or {}, {} if card is True else card)
     with writing(folder) as partial:
         partial.mkdir()
+        files = _save_processor(processor, partial)
         save_config(model, partial)
         plan = plan_build(model, described, record.get("layers", {}), partial, base is not None)
         stored = tensors | plan.buffers
+        why = None if plan.base else plan.why or UNKNOWN
+        replaced = write_pretrained_config(model, partial, plan.layers, why)
         metadata = {
             "format": FORMAT,
             "base": plan.base,
@@ -101,15 +119,30 @@ def save_compressed(
             "tensors": hash_tensors(stored),
             "tied": tied,
             "buffers": list(plan.buffers),
+            "files": files,
             "extra": extra,
             "probe": plan.probe,
             "card": about,
         }
-        save_file(stored, partial / TENSORS, metadata={"format": "pt"})
+        written = add_placeholders(stored, plan.layers) if replaced else stored
+        save_file(written, partial / TENSORS, metadata={"format": "pt"})
         (partial / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf8")
         if about is not None:
             (partial / CARD).write_text(format_card(metadata), encoding="utf8")
     return metadata
+
+
+def _save_processor(processor: Any, folder: Path) -> list[str]:
+    """Save a processor to an empty folder, and return the names of its files."""
+    if processor is None:
+        return []
+    has_method = hasattr(processor, "save_pretrained")
+    require(has_method, "processor", "have the method save_pretrained", type(processor).__name__)
+    processor.save_pretrained(folder)
+    files = sorted(path.name for path in folder.iterdir())
+    own = sorted(FILES & set(files))
+    require(not own, "processor", "be a tokenizer or image processor, which writes none of the model's files", own)
+    return files
 
 
 def _as_json(base: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +167,8 @@ def load_compressed(
 
     **Arguments**
 
-    - `folder`: a folder that `save_compressed` wrote, or the name on the Hub, "user/name", that it was pushed to.
+    - `folder`: a folder that `save_compressed` wrote, or `save_pretrained` of a compressed transformers model; or the name on the
+      Hub, "user/name", that it was pushed to.
     - `device`: where the tensors go; default: the CPU.
     - `architecture`: for a model whose folder does not say how to build it, the dense model. It is changed in place and
       returned; its weights do not matter.
@@ -149,6 +183,8 @@ def load_compressed(
     - `ValueError`: a damaged file; another format; a tensor that is missing, left over, or of another shape; other outputs.
     """
     folder = fetch_folder(folder, revision)
+    if not (folder / METADATA).exists() and is_saved_by_transformers(folder) and architecture is None:
+        return load_saved(folder, device)
     if missing := [name for name in (METADATA, TENSORS) if not (folder / name).exists()]:
         raise FileNotFoundError(
             f"`folder` must contain a model written by save_compressed, got {str(folder)!r} without {missing}."
@@ -157,6 +193,7 @@ def load_compressed(
     model = _build(metadata, folder, architecture)
     with open_safetensors(folder / TENSORS, "folder") as file:  # copies: a tensor as read stays mapped to the file
         tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    tensors = drop_placeholders(tensors, metadata["layers"])
     if hash_tensors(tensors) != metadata["tensors"]:
         raise ValueError(
             f"`folder` must contain the tensors that {METADATA} was written for, got others in {str(folder)!r}."
@@ -172,7 +209,7 @@ def load_compressed(
     for name, stored in metadata["tied"].items():
         _tie_parameter(model, name, stored)
     layers = {name: row for name, row in metadata["layers"].items() if "method" in row}
-    setattr(model, RECORD, {"model": metadata["model"], "layers": layers, "card": metadata.get("card")})
+    set_record(model, {"model": metadata["model"], "layers": layers, "card": metadata.get("card")})
     model.to(device).eval()
     difference = check_probe(model, metadata["probe"]) if verify and metadata.get("probe") else None
     rule = f"give the outputs that it gave when {str(folder)!r} was written; `verify=False` loads it all the same"
@@ -184,6 +221,7 @@ def _build(metadata: Mapping[str, Any], folder: Path, architecture: nn.Module | 
     """Build the model, or change the given architecture, once the shapes of the file are known to fit."""
     with open_safetensors(folder / TENSORS, "folder") as file:
         stored = {name: Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    stored = drop_placeholders(stored, metadata["layers"])
     for name, kept in metadata["tied"].items():
         require(kept in stored, "folder", f"hold the tensor that {name!r} is tied to", kept)
     for name in _with_former_bias(metadata, stored):
@@ -192,9 +230,10 @@ def _build(metadata: Mapping[str, Any], folder: Path, architecture: nn.Module | 
     shapes = _untie(shapes, metadata["tied"]) | dict.fromkeys(metadata.get("extra", {}), Size())
     shapes = {name: Size() if name.split(".")[-1] == EXTRA else shape for name, shape in shapes.items()}
     if architecture is None and metadata["base"] is None:
-        why = metadata.get("why") or "it is of neither transformers nor timm"
+        why = metadata.get("why") or UNKNOWN
         raise ValueError(
-            f"`architecture` must be the dense model, because {str(folder)!r} does not build it ({why}), got None."
+            f"`architecture` must be the dense model, because {str(folder)!r} does not build it ({why}), got None. A model of "
+            "timm needs none if it is saved with `base={'timm': name, 'options': {...}}`."
         )
     if architecture is None:
         return build_model(metadata["base"], metadata["layers"], folder, shapes, "folder")
@@ -214,11 +253,21 @@ def _check_content(folder: Path) -> None:
     require(folder.is_dir() or not folder.exists(), "folder", "be a folder", str(folder))
     content = list(folder.iterdir()) if folder.exists() else []
     known = FILES if folder / METADATA in content else FILES - {CARD}  # a README alone may be of anything
+    known = known | _files_of_processor(folder)
     if other := {path.name for path in content if path.name not in known or path.is_dir()}:
         raise ValueError(
             f"`folder` must be new, empty or contain only a compressed model to replace, got {sorted(other)[0]!r} in "
             f"{str(folder)!r}."
         )
+
+
+def _files_of_processor(folder: Path) -> set[str]:
+    """Return the names that the record of a folder has for the files of a processor; none if it is missing or damaged."""
+    try:
+        files = json.loads((folder / METADATA).read_text(encoding="utf8")).get("files", [])
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return set()
+    return {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
 
 
 def _tie_parameter(model: nn.Module, name: str, stored: str) -> None:

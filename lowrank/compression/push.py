@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lowrank.compression.card import CARD, PLACE, format_card
 from lowrank.compression.checkpoint import FORMAT, METADATA, TENSORS
+from lowrank.compression.pretrained import drop_placeholders
 from lowrank.compression.record_schema import CompressedRecord
 from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
@@ -41,7 +42,8 @@ def push_compressed(
     folder = Path(folder)
     record = read_record(folder / METADATA, FORMAT, CompressedRecord, "save_compressed", "folder")
     with open_safetensors(folder / TENSORS, "folder") as file:
-        found = hash_tensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    found = hash_tensors(drop_placeholders(tensors, record["layers"]))
     require(found == record["tensors"], "folder", f"have the tensors that its {METADATA} was written for", str(folder))
     needs_config = "transformers" in (record["base"] or {}) and not (folder / "config.json").is_file()
     require(not needs_config, "folder", "have the config.json of its model", str(folder))

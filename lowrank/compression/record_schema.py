@@ -1,4 +1,4 @@
-"""The fields of `lowrank.json`, the record of a compressed model."""
+"""The fields of `lowrank.json` and of `quantization_config`, the records of a compressed model."""
 
 from typing import Annotated, Any
 
@@ -28,6 +28,17 @@ class _LayerRecord(Schema):
         if missing := sorted(key for key in needed if held[key] is None):
             raise ValueError(f"have the key {missing[0]!r}")
         return self
+
+
+class PretrainedRecord(Schema):
+    """Hold the fields of `quantization_config` that a model is loaded with.
+
+    **Arguments**
+
+    - `layers`: layer -> how it differs from the base architecture.
+    """
+
+    layers: dict[str, _LayerRecord]
 
 
 class _BaseRecord(Schema):
@@ -77,8 +88,8 @@ class CompressedRecord(Schema):
 
     **Arguments**
 
-    - `base`, `model`, `layers`, `tensors`, `tied`, `buffers`, `extra`, `probe`, `bytes`, `card`: the fields; old folders lack
-      the last five.
+    - `base`, `model`, `layers`, `tensors`, `tied`, `buffers`, `files`, `extra`, `probe`, `bytes`, `card`: the fields; old folders
+      lack the last six.
     """
 
     base: _BaseRecord | None
@@ -87,6 +98,7 @@ class CompressedRecord(Schema):
     tensors: str
     tied: dict[str, str]
     buffers: list[str] = Field(default_factory=list)
+    files: list[str] = Field(default_factory=list)
     extra: dict[str, Any] = Field(default_factory=dict)
     probe: _ProbeRecord | None = None
     bytes: NonNegativeInt | None = None

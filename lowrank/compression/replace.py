@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from lowrank.calibration.storage import hash_statistics
 from lowrank.compression.architecture import LAYER_KINDS
-from lowrank.compression.checkpoint import RECORD
 from lowrank.compression.checks import Statistics, check_factors, check_layers, check_statistics, find_layers
 from lowrank.compression.configuration import Configuration
+from lowrank.compression.pretrained import RECORD, set_record
 from lowrank.factorization.factorize import (
     Factors,
     factorize,
@@ -159,7 +159,7 @@ def replace_layers(
             name, layer, int(ranks[name]), configuration, Target(layer.weight.detach(), moments), truncated
         )
         replace_module(model, name, module)
-    setattr(model, RECORD, record | {"layers": record["layers"] | rows})
+    set_record(model, record | {"layers": record["layers"] | rows})
     return [rows[name] for name in order]
 
 
@@ -283,8 +283,7 @@ def fold(model: nn.Module) -> nn.Module:
     ]
     for name, module in reversed(factored):  # parts before the module that joins them
         replace_module(model, name, module.merge() if isinstance(module, _MERGED) else _multiply_out(module))
-    if hasattr(model, RECORD):
-        delattr(model, RECORD)
+    set_record(model, None)
     return model
 
 

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from lowrank.calibration.hooks import exact_products
 from lowrank.calibration.padding import Padding
 from lowrank.compression.block_folder import BlockFolder, identify
-from lowrank.compression.checkpoint import RECORD
 from lowrank.compression.checks import Statistics, check_layers, check_statistics, find_layers
 from lowrank.compression.configuration import Configuration, Retargeting
+from lowrank.compression.pretrained import RECORD, set_record
 from lowrank.compression.replace import Target, build_replacement
 from lowrank.compression.streams import Streams
 from lowrank.factorization.precision import float64_device, with_float64
@@ -96,7 +96,7 @@ def retarget_layers(
     for name, module in work.modules.items():
         replace_module(model, name, module.train(layers[name].training))
     rows = {name: work.rows[name] for name in layers}
-    setattr(model, RECORD, record | {"layers": record["layers"] | rows})
+    set_record(model, record | {"layers": record["layers"] | rows})
     return list(rows.values())
 
 

@@ -15,5 +15,6 @@
 - `commands`: run the function of a command line, with errors in one line.
 - `arguments`: check the arguments of a public function against its annotations.
 - `checks`: check an argument in one line, with one form of message.
+- `after_import`: import a module of this package once another library is imported.
 - `patterns`: match names of modules with names or regular expressions.
 """

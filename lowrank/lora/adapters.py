@@ -19,6 +19,7 @@ from lowrank.lora.deltas import delta_factors
 from lowrank.lora.rank_config import RankConfig
 from lowrank.lora.warm_start import check_warm_start, set_factors
 from lowrank.nn.batches import Batch, batches_on, compute_logits, device_of, eval_mode, move_batch
+from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.training.loop import seed_everything
 
 QUANTISATIONS: dict[str, dict[str, Any]] = {  # -> options of transformers.BitsAndBytesConfig
@@ -107,7 +108,8 @@ def add_adapter(
     **Raises**
 
     - `ValueError`, before the model is changed: an unknown start; a start without its checkpoints or batches; a warm start of a
-      module that has no place for the factors, or with `use_dora`; as `RankConfig.lora_config`.
+      module that has no place for the factors, or with `use_dora`; a compressed layer, which has adapters on its `left` and
+      `right`; as `RankConfig.lora_config`.
 
     **Reference** Meng et al., PiSSA, arXiv:2404.02948; Paischer et al., EVA, arXiv:2410.07170; both as in peft.
     """
@@ -116,6 +118,7 @@ def add_adapter(
     batches = list(batches)
     _check_start(start, config, batches, base, tuned)
     names = config.find_modules(model)
+    _check_targets(model, names.values())
     if start == "eva":
         options |= {"eva_config": peft.EvaConfig()}  # the defaults; peft warns if it has to fill them in
     factors: Mapping[str, tuple[Tensor, Tensor]] = {}
@@ -158,6 +161,13 @@ def load_adapter(model: nn.Module, folder: Path | str, name: str = "default") ->
             untyped.load_adapter(str(folder), adapter_name=name)
             return untyped
         return peft.PeftModel.from_pretrained(untyped, str(folder), adapter_name=name)
+
+
+def _check_targets(model: nn.Module, names: Iterable[str]) -> None:
+    """Check that no adapter is meant for a compressed layer as a whole, which peft does not know."""
+    for name in names:
+        rule = f"name plain layers: {name!r} is compressed, its layers are '{name}.left' and '{name}.right'"
+        require(not isinstance(model.get_submodule(name), tuple(FACTORED_LAYERS.values())), "config", rule, name)
 
 
 def _check_start(

@@ -35,6 +35,7 @@ class LazyWeight(Tensor):
     """
 
     compute: Callable[[], Tensor]
+    _is_hf_initialized = True  # transformers draws no numbers for it: before indices are loaded it cannot be computed
 
     @staticmethod
     def __new__(cls, like: Tensor, shape: tuple[int, ...], compute: Callable[[], Tensor]) -> "LazyWeight":

@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from lowrank.factorization.factorize import Factors, balance
 from lowrank.factorization.precision import with_float64
 from lowrank.factorization.storages import FACTORS, PIVOTED
+from lowrank.io.checks import require
 from lowrank.nn.lazy_weight import make_lazy, weight_of
 from lowrank.nn.pivots import find_pivot_rows
+
+SHOWN = 8  # pivots in a message
 
 
 class LowRankLinear(nn.Module):
@@ -186,10 +189,19 @@ class PivotedLinear(nn.Module):
         return self._join(rows.T, (left @ rows).T).T
 
     def update_others(self) -> None:
-        """Recompute `others`, the ascending indices of the rows that are no pivots; needed after `pivots` changes."""
+        """Recompute `others`, the ascending indices of the rows that are no pivots; needed after `pivots` changes.
+
+        **Raises**
+
+        - `ValueError`: pivots that are not distinct rows, as a damaged file may have them.
+        """
         is_pivot = torch.zeros(self.out_features, dtype=torch.bool, device=self.pivots.device)
-        is_pivot[self.pivots] = True
+        is_pivot[self.pivots.clamp(0, self.out_features - 1)] = True
         self.others = (~is_pivot).nonzero().squeeze(1)
+        outside = bool(((self.pivots < 0) | (self.pivots >= self.out_features)).any())
+        distinct = not outside and len(self.others) == self.out_features - self.rank
+        rule = f"be {self.rank} distinct rows of {self.out_features}"
+        require(distinct, "pivots", rule, self.pivots.tolist()[:SHOWN])
 
     def _join(self, pivots: Tensor, others: Tensor) -> Tensor:
         """Put both parts of the outputs in their places, in one new tensor: cheaper than to concatenate and permute."""

@@ -85,7 +85,7 @@ def test_tied_weights_are_stored_once_and_are_one_again(family, folder) -> None:
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     assert head is embedding
     about = save_compressed(model, folder)
-    stored = load_file(folder / TENSORS)
+    stored = {name: tensor for name, tensor in load_file(folder / TENSORS).items() if tensor.numel()}  # no placeholders
     assert sum(t.shape == head.shape and torch.equal(t, head) for t in stored.values()) == 1
     assert set(about["tied"]) & set(stored) == set()
     assert set(about["tied"]) | set(stored) == set(model.state_dict())
