@@ -141,7 +141,13 @@ def _join(values: Any) -> str:
 def _show_loading(record: Mapping[str, Any]) -> str:
     base = record["base"] or {}
     dense = "" if base else ", architecture=dense"
-    lines = ["```python", "from lowrank import load_compressed", "", f'model = load_compressed("{PLACE}"{dense})', "```"]
+    lines = [
+        "```python",
+        "from lowrank import load_compressed",
+        "",
+        f'model = load_compressed("{PLACE}"{dense})',
+        "```",
+    ]
     if not base:
         lines += ["", "`dense` is the dense model; its weights do not matter."]
     elif "transformers" in base:

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from lowrank.io.checks import require
 from lowrank.io.hub import load_or_explain
 
+COMMIT = re.compile("[0-9a-f]{40}")
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WANTED = ("*.json", "*.safetensors")  # nothing that would be unpickled or run
 
@@ -33,11 +35,31 @@ def fetch_folder(folder: Path | str, revision: str | None = None) -> Path:
     if not on_hub:
         require(revision is None, "revision", f"be None for the local folder {str(folder)!r}", revision)
         return Path(folder)
+    return Path(load_or_explain("model", str(folder), lambda: _download(str(folder), revision)))
+
+
+def _download(name: str, revision: str | None) -> str:
     import huggingface_hub  # noqa: PLC0415
 
-    name = str(folder)
-    download = lambda: huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(WANTED))  # noqa: E731
-    return Path(load_or_explain("model", name, download))
+    fetch = partial(huggingface_hub.snapshot_download, name, revision=revision, allow_patterns=list(WANTED))
+    if revision is not None and COMMIT.fullmatch(revision):
+        try:
+            return fetch(local_files_only=True)
+        except FileNotFoundError:
+            _ask(name, revision)
+    return fetch()
+
+
+def _ask(name: str, revision: str) -> None:
+    """Fail at once if the Hub cannot be reached, where a download of a commit would try again and again."""
+    import huggingface_hub  # noqa: PLC0415
+
+    try:
+        huggingface_hub.HfApi().model_info(name, revision=revision)
+    except OSError:
+        raise
+    except Exception as error:  # of the transport, of any kind
+        raise ConnectionError(str(error)) from error
 
 
 def upload_files(
