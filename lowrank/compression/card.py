@@ -41,16 +41,14 @@ def collect_card(model: Any, former: Mapping[str, Any], given: Mapping[str, Any]
     require(not unknown, "card", f"have keys among {known}", unknown)
     check_schema(dict(given), CardRecord, "card", "the call")
     kept = {key: value for key, value in former.items() if key != "quality"}
-    return {key: value for key, value in {**_find_origin(model), **kept, **given}.items() if value}
+    return {key: value for key, value in {"base_model": _find_origin(model), **kept, **given}.items() if value}
 
 
-def _find_origin(model: Any) -> dict[str, Any]:
-    """Return the name of a model on the Hub, and its license, as far as it knows them itself."""
-    settings = getattr(model, "pretrained_cfg", None) or {}
-    name = settings.get("hf_hub_id") or getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not isinstance(name, str) or not NAME_ON_HUB.fullmatch(name) or Path(name).exists():
-        return {}  # no name, or a folder of this machine
-    return {"base_model": name, "license": settings.get("license")}
+def _find_origin(model: Any) -> str | None:
+    """Return the name on the Hub that transformers has loaded a model from; timm names models of random weights too."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    is_local = not isinstance(name, str) or not NAME_ON_HUB.fullmatch(name) or Path(name).exists()
+    return None if is_local else name
 
 
 def format_card(record: Mapping[str, Any]) -> str:

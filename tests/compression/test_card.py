@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 from families import bert, compressed, made, outputs, ranks_of
 from huggingface_hub import ModelCard
 
@@ -106,10 +105,10 @@ def test_the_base_model_is_read_from_the_model_and_kept(tmp_path: Path, monkeypa
     for place in ("a/folder", str(tmp_path / "gone")):  # of this machine
         model.config._name_or_path = place
         assert save_compressed(model, tmp_path / "local")["card"] == {}
-    vit = timm.create_model("test_vit", num_classes=3)
-    replace_layers(vit, {"blocks.0.mlp.fc1": 5}, "svd")
-    about = save_compressed(vit, tmp_path / "vit")["card"]
-    assert about["base_model"].startswith("timm/test_vit")
+    vit = compressed("created vit")[0]
+    assert (
+        save_compressed(vit, tmp_path / "vit")["card"] == {}
+    )  # timm does not say whether its weights are the published ones
 
 
 def test_without_a_card_there_is_none(tmp_path: Path) -> None:
