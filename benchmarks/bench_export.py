@@ -28,7 +28,7 @@ from lowrank.nn.profiling import time_in_turns
 
 row, table = recorder("export", "model", "form", "bytes", "size", "time", "spread")
 KEEP = 0.5
-REPEATS = 9
+REPEATS = 5
 
 
 class Outputs(nn.Module):
@@ -94,7 +94,7 @@ def test_forms_of_a_compressed_model(case: str, benchmark, tmp_path: Path) -> No
         with torch.no_grad():
             np.testing.assert_allclose(calls[key](), calls[name](), rtol=1e-3, atol=1e-4)
     with torch.no_grad():
-        seconds = time_in_turns(calls, repeats=REPEATS, warmup=2, clock=time.process_time)
+        seconds = time_in_turns(calls, repeats=REPEATS, warmup=1, clock=time.process_time)
     for name in calls:
         row(case, name, sizes[name], sizes[name] / sizes["dense"], *ratio(seconds[name], seconds["dense"]))
     benchmark.pedantic(lambda: None, rounds=1)

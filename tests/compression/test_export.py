@@ -60,9 +60,6 @@ def test_an_exported_model_takes_any_batch_and_length(family: str, storage: str)
     with torch.no_grad():
         for x in inputs:
             assert relative(program.module()(x), model(x)) < 1e-5
-    assert {name: t.shape for name, t in program.state_dict.items()} == {
-        name: t.shape for name, t in [*model.named_parameters(), *model.named_buffers()] if name in program.state_dict
-    }
     assert sum(t.numel() for t in program.state_dict.values()) <= sum(t.numel() for t in model.state_dict().values())
 
 
