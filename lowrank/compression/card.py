@@ -20,7 +20,9 @@ NAME_ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 COUNTS = ("rank", "parameters", "dense_parameters")
 
 
-def collect_card(model: Any, former: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def collect_card(
+    model: Any, former: Mapping[str, Any] | None, given: Mapping[str, Any] | bool
+) -> dict[str, Any] | None:
     """Collect what a card says beside the record: the base model, its license, calibration data and quality.
 
     **Arguments**
@@ -28,19 +30,22 @@ def collect_card(model: Any, former: Mapping[str, Any], given: Mapping[str, Any]
     - `model`: the compressed model. Its configuration may tell which model of the Hub it was.
     - `former`: what the card said of the folder that the model was loaded from. Its quality is left out: the model may have
       changed.
-    - `given`: what the caller says; it counts first.
+    - `given`: what the caller says; it counts first. True for nothing, False for no card.
 
-    **Returns** the fields of `CardRecord` that are known.
+    **Returns** the fields of `CardRecord` that are known; None for no card.
 
     **Raises**
 
     - `ValueError`: an unknown field, or one of another type.
     """
+    if given is False:
+        return None
+    given = {} if given is True else given
     known = list(CardRecord.model_fields)
     unknown = sorted(given.keys() - set(known))
     require(not unknown, "card", f"have keys among {known}", unknown)
     check_schema(dict(given), CardRecord, "card", "the call")
-    kept = {key: value for key, value in former.items() if key != "quality"}
+    kept = {key: value for key, value in (former or {}).items() if key != "quality"}
     return {key: value for key, value in {"base_model": _find_origin(model), **kept, **given}.items() if value}
 
 
@@ -78,8 +83,8 @@ def _front_matter(record: Mapping[str, Any], about: Mapping[str, Any], rows: lis
     from huggingface_hub import ModelCardData  # noqa: PLC0415
 
     methods = sorted({str(row["method"]) for row in rows if "method" in row})
-    data = (about.get("calibration") or {}).get("data")
-    on_hub = isinstance(data, str) and "/" in data and NAME_ON_HUB.fullmatch(data)
+    data = str((about.get("calibration") or {}).get("data"))
+    on_hub = "/" in data and NAME_ON_HUB.fullmatch(data)
     return ModelCardData(
         base_model=about.get("base_model"),
         datasets=[data] if on_hub else None,

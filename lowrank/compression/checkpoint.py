@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Size, nn
+from torch import Size, Tensor, nn
 
 from lowrank.compression.architecture import insert_layers
 from lowrank.compression.bases import check_wrappers, describe_base, save_config
@@ -98,38 +98,48 @@ def save_compressed(
     tensors, tied = distinct_tensors(model)
     record: dict[str, Any] = getattr(model, RECORD, {})
     described = describe_base(model) if base is None else _as_json(base)
-    about = None if card is False else collect_card(model, record.get("card") or {}, {} if card is True else card)
     with writing(folder) as partial:
         partial.mkdir()
         files = _save_processor(processor, partial)
         save_config(model, partial)
         plan = plan_build(model, described, record.get("layers", {}), partial, base is not None)
         stored = tensors | plan.buffers
-        why = None if plan.base else plan.why or UNKNOWN
-        replaced = write_pretrained_config(model, partial, plan.layers, why)
+        replaced = write_pretrained_config(model, partial, plan.layers, None if plan.base else plan.why or UNKNOWN)
         metadata = {
             "format": FORMAT,
             "base": plan.base,
             "why": plan.why,
             "model": record.get("model"),
             "layers": plan.layers,
-            "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
-            "indices": sum(t.numel() for name, t in tensors.items() if name.endswith(".pivots")),
-            "bytes": sum(t.nbytes for t in stored.values()),
+            **_count(tensors, stored),
             "tensors": hash_tensors(stored),
             "tied": tied,
             "buffers": list(plan.buffers),
             "files": files,
             "extra": extra,
             "probe": plan.probe,
-            "card": about,
+            "card": collect_card(model, record.get("card"), card),
         }
-        written = add_placeholders(stored, plan.layers) if replaced else stored
-        save_file(written, partial / TENSORS, metadata={"format": "pt"})
-        (partial / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf8")
-        if about is not None:
-            (partial / CARD).write_text(format_card(metadata), encoding="utf8")
+        stored = add_placeholders(stored, plan.layers) if replaced else stored
+        save_file(stored, partial / TENSORS, metadata={"format": "pt"})
+        _write_record(metadata, partial)
     return metadata
+
+
+def _count(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, int]:
+    """Count the elements of a state, and the bytes of all that is stored."""
+    return {
+        "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
+        "indices": sum(t.numel() for name, t in tensors.items() if name.endswith(".pivots")),
+        "bytes": sum(t.nbytes for t in stored.values()),
+    }
+
+
+def _write_record(metadata: Mapping[str, Any], folder: Path) -> None:
+    """Write the record, and the card, if there is one."""
+    (folder / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf8")
+    if metadata["card"] is not None:
+        (folder / CARD).write_text(format_card(metadata), encoding="utf8")
 
 
 def _save_processor(processor: Any, folder: Path) -> list[str]:
@@ -203,8 +213,7 @@ def load_compressed(
     absent = sorted(set(metadata.get("buffers", [])) - tensors.keys())
     require(not absent, "folder", f"have the buffers of {METADATA} in {TENSORS}", absent)
     buffers = {name: tensors.pop(name) for name in metadata.get("buffers", [])}
-    state = _untie(tensors, metadata["tied"]) | metadata.get("extra", {})
-    model.load_state_dict(state, strict=True, assign=True)
+    model.load_state_dict(_untie(tensors, metadata["tied"]) | metadata.get("extra", {}), strict=True, assign=True)
     put_buffers(model, buffers)
     for name, stored in metadata["tied"].items():
         _tie_parameter(model, name, stored)
