@@ -12,6 +12,8 @@
 - `result`: `CompressionResult`, what a compression did, and `parameter_counts`.
 - `checks`: what can be wrong, found before a model is changed.
 - `checkpoint`: `save_compressed` and `load_compressed`, a folder with safetensors and a JSON record.
+- `card`: `format_card`, the record of a compressed model as a model card.
+- `push`: `push_compressed`, a folder to the Hub.
 - `rebuild`: `plan_build`, how a model is built again, verified by shapes and outputs.
 - `bases`: how the dense architecture is described and built again without its weights.
 - `architecture`: the layers that differ from the dense ones, described and put in.

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Size, nn
+from torch import Size, Tensor, nn
 
 from lowrank.compression.architecture import insert_layers
 from lowrank.compression.bases import check_wrappers, describe_base, save_config
+from lowrank.compression.card import CARD, collect_card, format_card
 from lowrank.compression.pretrained import (
     RECORD,
     add_placeholders,
@@ -35,18 +36,23 @@ from lowrank.io.checks import require
 from lowrank.io.files import open_safetensors, writing
 from lowrank.io.hashing import hash_tensors
 from lowrank.io.records import read_record
+from lowrank.io.snapshots import fetch_folder
 from lowrank.io.weights import distinct_tensors
 from lowrank.nn.low_rank import move_pivot_bias
 
 FORMAT = "lowrank.compressed/1"
 TENSORS, METADATA = "model.safetensors", "lowrank.json"
 UNKNOWN = "it is of neither transformers nor timm"
-FILES = {TENSORS, METADATA, "config.json", "generation_config.json"}
+FILES = {TENSORS, METADATA, CARD, "config.json", "generation_config.json"}
 
 
 @check_arguments
 def save_compressed(
-    model: nn.Module, folder: Path | str, base: Mapping[str, Any] | None = None, processor: Any = None
+    model: nn.Module,
+    folder: Path | str,
+    base: Mapping[str, Any] | None = None,
+    processor: Any = None,
+    card: bool | Mapping[str, Any] = True,
 ) -> dict[str, Any]:
     """Write a compressed model to a folder, whole or not at all.
 
@@ -61,6 +67,8 @@ def save_compressed(
       were changed by hand, pass the dense architecture to `load_compressed`.
     - `processor`: a tokenizer, image processor or other object with `save_pretrained`, to be saved beside the model. Default:
       None.
+    - `card`: write a README.md that says how the model was compressed, how large it is and how it is loaded. A mapping adds what
+      only you know: `base_model`, `license`, `calibration`, `quality`, see `CardRecord`. Default True.
 
     **Returns** the content of `lowrank.json`:
 
@@ -68,19 +76,20 @@ def save_compressed(
     - `base`: the description of the base architecture, or None; `why`: the reason, if it could not be verified.
     - `model`: the hash of the dense weights, or None for a model that `compress` has not changed.
     - `layers`: layer -> its row in the table of `compress`, with its kind and sizes.
-    - `parameters`, `indices`: numbers of stored elements.
+    - `parameters`, `indices`: numbers of stored elements; `bytes`: of all stored tensors.
     - `tensors`: the hash of the stored tensors.
     - `tied`: name -> the name that its tensor is stored under, for tied weights.
     - `buffers`: names of stored buffers that are no part of the model's state.
     - `files`: names of the processor's files.
     - `extra`: name -> extra state that is no tensor.
     - `probe`: a fixed input and some of its outputs, which `load_compressed` compares; None if no input could be found.
+    - `card`: what the model card says beside this, None without one.
 
     **Raises**
 
-    - `ValueError`: a folder with other content; a given base that builds another model; a model inside a wrapper or with
-      adapters; a tensor that is sparse, quantised or not in memory; extra state that is not JSON; a processor that cannot be
-      saved beside a model. The folder stays as it was.
+    - `ValueError`: a folder with other content; an unknown field of the card; a given base that builds another model; a model
+      inside a wrapper or with adapters; a tensor that is sparse, quantised or not in memory; extra state that is not JSON; a
+      processor that cannot be saved beside a model. The folder stays as it was.
     """
     folder = Path(folder)
     _check_content(folder)
@@ -95,27 +104,42 @@ def save_compressed(
         save_config(model, partial)
         plan = plan_build(model, described, record.get("layers", {}), partial, base is not None)
         stored = tensors | plan.buffers
-        why = None if plan.base else plan.why or UNKNOWN
-        replaced = write_pretrained_config(model, partial, plan.layers, why)
+        replaced = write_pretrained_config(model, partial, plan.layers, None if plan.base else plan.why or UNKNOWN)
         metadata = {
             "format": FORMAT,
             "base": plan.base,
             "why": plan.why,
             "model": record.get("model"),
             "layers": plan.layers,
-            "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
-            "indices": sum(t.numel() for name, t in tensors.items() if name.endswith(".pivots")),
+            **_count(tensors, stored),
             "tensors": hash_tensors(stored),
             "tied": tied,
             "buffers": list(plan.buffers),
             "files": files,
             "extra": extra,
             "probe": plan.probe,
+            "card": collect_card(model, record.get("card"), card),
         }
-        written = add_placeholders(stored, plan.layers) if replaced else stored
-        save_file(written, partial / TENSORS, metadata={"format": "pt"})
-        (partial / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf8")
+        stored = add_placeholders(stored, plan.layers) if replaced else stored
+        save_file(stored, partial / TENSORS, metadata={"format": "pt"})
+        _write_record(metadata, partial)
     return metadata
+
+
+def _count(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, int]:
+    """Count the elements of a state, and the bytes of all that is stored."""
+    return {
+        "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
+        "indices": sum(t.numel() for name, t in tensors.items() if name.endswith(".pivots")),
+        "bytes": sum(t.nbytes for t in stored.values()),
+    }
+
+
+def _write_record(metadata: Mapping[str, Any], folder: Path) -> None:
+    """Write the record, and the card, if there is one."""
+    (folder / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf8")
+    if metadata["card"] is not None:
+        (folder / CARD).write_text(format_card(metadata), encoding="utf8")
 
 
 def _save_processor(processor: Any, folder: Path) -> list[str]:
@@ -147,25 +171,28 @@ def load_compressed(
     architecture: nn.Module | None = None,
     *,
     verify: bool = True,
+    revision: str | None = None,
 ) -> nn.Module:
     """Load a compressed model, in evaluation mode and in the dtypes it was saved in.
 
     **Arguments**
 
-    - `folder`: a folder that `save_compressed` wrote, or `save_pretrained` of a compressed transformers model.
+    - `folder`: a folder that `save_compressed` wrote, or `save_pretrained` of a compressed transformers model; or the name on the
+      Hub, "user/name", that it was pushed to.
     - `device`: where the tensors go; default: the CPU.
     - `architecture`: for a model whose folder does not say how to build it, the dense model. It is changed in place and
       returned; its weights do not matter.
     - `verify`: run the model once, and compare its outputs with those at saving. Default True.
+    - `revision`: of a model on the Hub, a commit, tag or branch. Pin a commit: others may change. Default: the newest commit.
 
     **Returns** the model.
 
     **Raises**
 
-    - `FileNotFoundError`: no such folder, or a missing file.
+    - `FileNotFoundError`: no such folder, or a missing file; the Hub has no such model or revision, or cannot be reached.
     - `ValueError`: a damaged file; another format; a tensor that is missing, left over, or of another shape; other outputs.
     """
-    folder = Path(folder)
+    folder = fetch_folder(folder, revision)
     if not (folder / METADATA).exists() and is_saved_by_transformers(folder) and architecture is None:
         return load_saved(folder, device)
     if missing := [name for name in (METADATA, TENSORS) if not (folder / name).exists()]:
@@ -186,13 +213,12 @@ def load_compressed(
     absent = sorted(set(metadata.get("buffers", [])) - tensors.keys())
     require(not absent, "folder", f"have the buffers of {METADATA} in {TENSORS}", absent)
     buffers = {name: tensors.pop(name) for name in metadata.get("buffers", [])}
-    state = _untie(tensors, metadata["tied"]) | metadata.get("extra", {})
-    model.load_state_dict(state, strict=True, assign=True)
+    model.load_state_dict(_untie(tensors, metadata["tied"]) | metadata.get("extra", {}), strict=True, assign=True)
     put_buffers(model, buffers)
     for name, stored in metadata["tied"].items():
         _tie_parameter(model, name, stored)
     layers = {name: row for name, row in metadata["layers"].items() if "method" in row}
-    set_record(model, {"model": metadata["model"], "layers": layers})
+    set_record(model, {"model": metadata["model"], "layers": layers, "card": metadata.get("card")})
     model.to(device).eval()
     difference = check_probe(model, metadata["probe"]) if verify and metadata.get("probe") else None
     rule = f"give the outputs that it gave when {str(folder)!r} was written; `verify=False` loads it all the same"
@@ -234,8 +260,9 @@ def _with_former_bias(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -
 def _check_content(folder: Path) -> None:
     """Refuse to replace a folder that is not a compressed model."""
     require(folder.is_dir() or not folder.exists(), "folder", "be a folder", str(folder))
-    content = folder.iterdir() if folder.exists() else ()
-    known = FILES | _files_of_processor(folder)
+    content = list(folder.iterdir()) if folder.exists() else []
+    known = FILES if folder / METADATA in content else FILES - {CARD}  # a README alone may be of anything
+    known = known | _files_of_processor(folder)
     if other := {path.name for path in content if path.name not in known or path.is_dir()}:
         raise ValueError(
             f"`folder` must be new, empty or contain only a compressed model to replace, got {sorted(other)[0]!r} in "

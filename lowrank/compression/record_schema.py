@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
 
 from lowrank.compression.probes import ELSEWHERE
 from lowrank.io.schemas import Schema, one_of
@@ -69,13 +69,30 @@ class _ProbeRecord(Schema):
     versions: dict[str, str | None]
 
 
+class CardRecord(Schema):
+    """Hold what the model card says and nothing else of the record does; all of it may be unknown.
+
+    **Arguments**
+
+    - `base_model`: the name of the dense model on the Hub.
+    - `license`: as the Hub writes it, such as "apache-2.0".
+    - `calibration`: what the statistics were collected on, such as `{"data": "SetFit/sst2", "samples": 256}`.
+    - `quality`: metric -> value of the compressed model, or `{"dense": value, "compressed": value}`.
+    """
+
+    base_model: str | None = None
+    license: str | None = None
+    calibration: dict[str, str | int | float | bool | None] | None = None
+    quality: dict[str, FiniteFloat | int | dict[str, FiniteFloat | int]] | None = None
+
+
 class CompressedRecord(Schema):
     """Hold the fields of `lowrank.json` that a model is loaded with; `save_compressed` says what they are.
 
     **Arguments**
 
-    - `base`, `model`, `layers`, `tensors`, `tied`, `buffers`, `files`, `extra`, `probe`: the fields; old folders lack the last
-      four.
+    - `base`, `model`, `layers`, `tensors`, `tied`, `buffers`, `files`, `extra`, `probe`, `bytes`, `card`: the fields; old folders
+      lack the last six.
     """
 
     base: _BaseRecord | None
@@ -87,3 +104,5 @@ class CompressedRecord(Schema):
     files: list[str] = Field(default_factory=list)
     extra: dict[str, Any] = Field(default_factory=dict)
     probe: _ProbeRecord | None = None
+    bytes: NonNegativeInt | None = None
+    card: CardRecord | None = None

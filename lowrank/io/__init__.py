@@ -7,6 +7,7 @@
 - `tensor_places`: which tensors are one in memory, and which overlap.
 - `hub`: models, tokenizers and data sets by Hub name, with errors that name the remedy.
 - `network`: whether the Hub can be reached, and the cache alone if it cannot.
+- `snapshots`: a folder from the Hub at a pinned revision, and one to the Hub in a single commit.
 - `cache`: expensive results on disk, each under a hash of everything that determines it.
 - `hashing`: hashes of weights, tensors, files and options.
 - `dependencies`: the files of this package that a source file depends on, and a hash of their code.

@@ -60,6 +60,16 @@ class LazyWeight(Tensor):
         return func(*args, **kwargs)
 
 
+def make_lazy(like: Tensor, shape: tuple[int, ...], compute: Callable[[], Tensor]) -> Tensor:
+    """Return a tensor that is computed when it is used; for a compiler, compute it: it drops what is unused.
+
+    **Arguments**
+
+    - `like`, `shape`, `compute`: see `LazyWeight`, which a compiler cannot trace.
+    """
+    return compute() if torch.compiler.is_compiling() else LazyWeight(like, shape, compute)
+
+
 def weight_of(layer: nn.Module) -> Tensor:
     """Return the weight of a layer, which a quantised layer keeps packed and returns from a method.
 

@@ -10,7 +10,7 @@ from lowrank.factorization.factorize import Factors, balance
 from lowrank.factorization.precision import with_float64
 from lowrank.factorization.storages import FACTORS, PIVOTED
 from lowrank.io.checks import require
-from lowrank.nn.lazy_weight import LazyWeight, weight_of
+from lowrank.nn.lazy_weight import make_lazy, weight_of
 from lowrank.nn.pivots import find_pivot_rows
 
 SHOWN = 8  # pivots in a message
@@ -76,7 +76,7 @@ class LowRankLinear(nn.Module):
     def weight(self) -> Float[Tensor, "out in"]:
         """Return W' = B A, `(out, in)`, in the dtype of the layer; each use multiplies again, see `LazyWeight`."""
         shape = (self.out_features, self.in_features)
-        return LazyWeight(weight_of(self.left), shape, lambda: weight_of(self.left) @ weight_of(self.right))
+        return make_lazy(weight_of(self.left), shape, lambda: weight_of(self.left) @ weight_of(self.right))
 
     def dense(self) -> Float[Tensor, "out in"]:
         """Compute W' = B A, `(out, in)`, in float64, without gradients."""
@@ -176,7 +176,7 @@ class PivotedLinear(nn.Module):
     def weight(self) -> Float[Tensor, "out in"]:
         """Return W', `(out, in)`, in the dtype of the layer; each use multiplies again, see `LazyWeight`."""
         shape = (self.out_features, self.in_features)
-        return LazyWeight(weight_of(self.right), shape, lambda: self._complete(weight_of(self.right)))
+        return make_lazy(weight_of(self.right), shape, lambda: self._complete(weight_of(self.right)))
 
     @torch.no_grad()
     def dense(self) -> Float[Tensor, "out in"]:

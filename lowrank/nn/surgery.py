@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowrank.factorization.precision import with_float64
 from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
-from lowrank.nn.lazy_weight import LazyWeight, weight_of
+from lowrank.nn.lazy_weight import make_lazy, weight_of
 from lowrank.nn.offloaded import check_not_offloaded
 from lowrank.nn.targets import find_linears, find_shared_weights, is_conv1d
 
@@ -43,7 +43,7 @@ class PackedLinear(nn.Module):
         """Return the packed weight, `(out, in)`, for models that read it; each use joins the parts again."""
         parts = [weight_of(part) for part in self.children()]
         shape = (sum(map(len, parts)), parts[0].shape[1])
-        return LazyWeight(parts[0], shape, lambda: torch.cat([weight_of(part) for part in self.children()]))
+        return make_lazy(parts[0], shape, lambda: torch.cat([weight_of(part) for part in self.children()]))
 
     @property
     def bias(self) -> Tensor | None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank.factorization.precision import with_float64
-from lowrank.nn.lazy_weight import LazyWeight
+from lowrank.nn.lazy_weight import make_lazy
 
 
 class USV(NamedTuple):
@@ -82,9 +82,9 @@ class _Bases(nn.Module):
         """Compute U S V^T, `(out, flat)`, with gradients for S; each call multiplies again."""
         return self.u @ self.s @ self.vh
 
-    def lazy_weight(self, *shape: int) -> LazyWeight:
+    def lazy_weight(self, *shape: int) -> Tensor:
         """Return U S V^T in a shape and in the dtype of the dense layer, with gradients for S; each use multiplies again."""
-        return LazyWeight(self.like, shape, lambda: self.flat_weight().to(self.like.dtype).view(shape))
+        return make_lazy(self.like, shape, lambda: self.flat_weight().to(self.like.dtype).view(shape))
 
     def dense(self) -> Float[Tensor, "out flat"]:
         """Compute U S V^T, `(out, flat)`, in float64, without gradients."""

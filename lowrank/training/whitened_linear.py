@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowrank.factorization.moments import LayerStatistics, read_gram, second_moment_eigh
 from lowrank.factorization.precision import with_float64
-from lowrank.nn.lazy_weight import LazyWeight
+from lowrank.nn.lazy_weight import make_lazy
 from lowrank.nn.surgery import replace_module
 
 
@@ -57,7 +57,7 @@ class WhitenedLinear(nn.Module):
     def weight(self) -> Float[Tensor, "out in"]:
         """Return W, `(out, in)`, in the dtype of the layer; each use computes it again, see `LazyWeight`."""
         fixed = self.linear.weight
-        return LazyWeight(fixed, tuple(fixed.shape), self._compute_weight)
+        return make_lazy(fixed, tuple(fixed.shape), self._compute_weight)
 
     def _compute_weight(self) -> Tensor:
         fixed = self.linear.weight

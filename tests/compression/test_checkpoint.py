@@ -15,6 +15,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from lowrank.calibration.collect import collect_statistics
+from lowrank.compression.card import CARD
 from lowrank.compression.checkpoint import FORMAT, METADATA, RECORD, TENSORS, load_compressed, save_compressed
 from lowrank.compression.configuration import Configuration
 from lowrank.compression.replace import fold, replace_layers
@@ -227,7 +228,7 @@ def test_the_file_holds_what_the_tables_say(family, storage, folder) -> None:
 def test_nothing_else_is_needed(family, folder, tmp_path) -> None:
     model, batches = compressed(family)
     save_compressed(model, folder, BASES[family])
-    allowed = {TENSORS, METADATA, "config.json", "generation_config.json"}
+    allowed = {TENSORS, METADATA, CARD, "config.json", "generation_config.json"}
     assert {TENSORS, METADATA} <= contents(folder).keys() <= allowed
     expected = outputs(model, batches)
     del model
