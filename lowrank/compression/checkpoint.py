@@ -16,10 +16,11 @@ from torch import Size, nn
 
 from lowrank.compression.architecture import insert_layers
 from lowrank.compression.bases import check_wrappers, describe_base, save_config
+from lowrank.compression.nested import ANY, cut_layers
 from lowrank.compression.probes import check_probe
 from lowrank.compression.rebuild import build_model, compare_shapes, plan_build, shapes_of
 from lowrank.compression.record_schema import CompressedRecord
-from lowrank.compression.stored_state import EXTRA, check_state, put_buffers
+from lowrank.compression.stored_state import EXTRA, RECORD, check_state, put_buffers
 from lowrank.factorization.storages import PIVOTED
 from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
@@ -28,9 +29,10 @@ from lowrank.io.hashing import hash_tensors
 from lowrank.io.records import read_record
 from lowrank.io.weights import distinct_tensors
 from lowrank.nn.low_rank import move_pivot_bias
+from lowrank.nn.nested import NestedLinear
+from lowrank.nn.quantized import QuantizedLinear
 
 FORMAT = "lowrank.compressed/1"
-RECORD = "lowrank_record"  # attribute of a compressed model: the hash of its dense weights, and the table of its layers
 TENSORS, METADATA = "model.safetensors", "lowrank.json"
 FILES = {TENSORS, METADATA, "config.json", "generation_config.json"}
 
@@ -53,7 +55,8 @@ def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any
     - `base`: the description of the base architecture, or None; `why`: the reason, if it could not be verified.
     - `model`: the hash of the dense weights, or None for a model that `compress` has not changed.
     - `layers`: layer -> its row in the table of `compress`, with its kind and sizes.
-    - `parameters`, `indices`: numbers of stored elements.
+    - `parameters`, `indices`: numbers of stored elements; a quantised weight counts as if it were not.
+    - `bytes`: of all stored tensors.
     - `tensors`: the hash of the stored tensors.
     - `tied`: name -> the name that its tensor is stored under, for tied weights.
     - `buffers`: names of stored buffers that are no part of the model's state.
@@ -83,8 +86,9 @@ def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any
             "why": plan.why,
             "model": record.get("model"),
             "layers": plan.layers,
-            "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
+            "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()) + _count_quantised(model),
             "indices": sum(t.numel() for name, t in tensors.items() if name.endswith(".pivots")),
+            "bytes": sum(t.nbytes for t in stored.values()),
             "tensors": hash_tensors(stored),
             "tied": tied,
             "buffers": list(plan.buffers),
@@ -94,6 +98,12 @@ def save_compressed(model: nn.Module, folder: Path | str, base: Mapping[str, Any
         save_file(stored, partial / TENSORS, metadata={"format": "pt"})
         (partial / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf8")
     return metadata
+
+
+def _count_quantised(model: nn.Module) -> int:
+    """Count the elements of quantised weights, less those of their scales."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return sum(layer.out_features * layer.in_features - layer.scale.numel() for layer in layers)
 
 
 def _as_json(base: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,6 +122,7 @@ def load_compressed(
     architecture: nn.Module | None = None,
     *,
     verify: bool = True,
+    keep: float | int | None = None,
 ) -> nn.Module:
     """Load a compressed model, in evaluation mode and in the dtypes it was saved in.
 
@@ -122,13 +133,16 @@ def load_compressed(
     - `architecture`: for a model whose folder does not say how to build it, the dense model. It is changed in place and
       returned; its weights do not matter.
     - `verify`: run the model once, and compare its outputs with those at saving. Default True.
+    - `keep`: for a folder of `compress(..., keep="any")`: the share of the targeted parameters to cut it to, in (0, 1]. Default
+      None: as it was saved.
 
     **Returns** the model.
 
     **Raises**
 
     - `FileNotFoundError`: no such folder, or a missing file.
-    - `ValueError`: a damaged file; another format; a tensor that is missing, left over, or of another shape; other outputs.
+    - `ValueError`: a damaged file; another format; a tensor that is missing, left over, or of another shape; other outputs; a
+      `keep` for factors that are not at full rank, or too small.
     """
     folder = Path(folder)
     if missing := [name for name in (METADATA, TENSORS) if not (folder / name).exists()]:
@@ -136,6 +150,11 @@ def load_compressed(
             f"`folder` must contain a model written by save_compressed, got {str(folder)!r} without {missing}."
         )
     metadata = read_record(folder / METADATA, FORMAT, CompressedRecord, "save_compressed", "folder")
+    nested = any(layer.get("kind") == NestedLinear.storage for layer in metadata["layers"].values())
+    rule = (
+        f"be None for {str(folder)!r}, which does not hold factors at full rank, as `compress(..., keep={ANY!r})` does"
+    )
+    require(keep is None or nested, "keep", rule, keep)
     model = _build(metadata, folder, architecture)
     with open_safetensors(folder / TENSORS, "folder") as file:  # copies: a tensor as read stays mapped to the file
         tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -159,6 +178,8 @@ def load_compressed(
     difference = check_probe(model, metadata["probe"]) if verify and metadata.get("probe") else None
     rule = f"give the outputs that it gave when {str(folder)!r} was written; `verify=False` loads it all the same"
     require(difference is None, "model", rule, difference)
+    if keep is not None:
+        cut_layers(model, keep)
     return model
 
 
