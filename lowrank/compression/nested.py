@@ -141,7 +141,7 @@ def cut_layers(model: nn.Module, keep: float | int) -> list[dict[str, Any]]:
     known.shapes = {name: (layer.out_features, layer.in_features) for name, layer in nested.items()}
     key = configuration.method, configuration.centre
     known._spectra[key] = {name: layer.spectrum for name, layer in nested.items()}
-    ranks = choose_ranks(known, configuration, keep)
+    ranks = choose_ranks(known, configuration, float(keep))
     for name, layer in nested.items():
         module, rows[name] = _cut(layer, rows[name], ranks[name], configuration.storage)
         replace_module(model, name, module)
@@ -166,7 +166,7 @@ def _cut(layer: NestedLinear, row: Mapping[str, Any], rank: int, storage: str) -
     parameters, dense = kept_parameters(shape, rank, storage), shape[0] * shape[1]
     whole = parameters == dense
     kept = Factors(layer.left.weight[:, :rank], layer.right.weight[:rank], layer.spectrum)
-    about = {key: value for key, value in row.items() if key != "cut"}
+    about = {key: value for key, value in row.items() if key not in ("cut", "kind", "bias")}  # as a folder has it
     return layer.cut(rank, "dense" if whole else storage), about | {
         "rank": layer.rank if whole else rank,
         "storage": "dense" if whole else storage,
