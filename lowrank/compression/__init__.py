@@ -5,6 +5,8 @@
 - `replace`: the strict steps: `decompose`, `replace_layers` at given ranks, `fold` back to dense layers.
 - `allocation`: `choose_ranks`, the rules that choose ranks within a budget, and `RULES`, their names.
 - `allocator`: `Allocator`, what the rules ask about a model, computed once.
+- `nested`: `nest_layers`, factors at full rank, and `cut_layers`, which cuts them to any size later.
+- `quantize`: `quantize`, weights of 8 or 4 bits.
 - `depth`: how much the errors of a block count by its place in the model.
 - `retarget`: `retarget_layers`, each layer repairs what the compressed ones in front of it have changed.
 - `streams`: the hidden states of the dense and the compressed model, from block to block.

@@ -8,11 +8,17 @@ from torch import nn
 
 from lowrank.io.checks import require
 from lowrank.nn.low_rank import FACTORED_LAYERS
+from lowrank.nn.nested import NestedLinear
+from lowrank.nn.quantized import QuantizedLinear
 from lowrank.nn.surgery import PackedLinear, replace_module
 from lowrank.nn.usv import USV_LAYERS, USVConv2d, USVLinear
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
-LAYER_KINDS: dict[str, type[Any]] = {**FACTORED_LAYERS, USVLinear.storage: USVLinear}
+LAYER_KINDS: dict[str, type[Any]] = {
+    **FACTORED_LAYERS,
+    NestedLinear.storage: NestedLinear,
+    USVLinear.storage: USVLinear,
+}
 CONVOLUTION = "usv_conv2d"  # takes stride, padding and dilation from the convolution of the base
 
 
@@ -29,7 +35,7 @@ def describe_layers(
 
     **Returns** layer -> its row, if it has one, with `kind`, `in`, `out`, `rank` and `bias`, or `kind` and `parts` for a packed
     projection. Packed projections come before their parts. Layers that stayed as they are have no `kind`. A layer of `OIALR`
-    has the `dtype` of its dense weight too.
+    has the `dtype` of its dense weight too, a quantised one `bits` and `group`.
     """
     layers: dict[str, dict[str, Any]] = {}
     before = {} if skeleton is None else dict(skeleton.named_modules())
@@ -37,6 +43,10 @@ def describe_layers(
         if isinstance(module, tuple(LAYER_KINDS.values())):
             sizes = {"in": module.in_features, "out": module.out_features, "rank": module.rank}
             layers[name] = {**rows.get(name, {}), "kind": module.storage, **sizes, "bias": module.bias is not None}
+        elif isinstance(module, QuantizedLinear):
+            sizes = {key: getattr(module, key) for key in ("bits", "group")}
+            sizes |= {"in": module.in_features, "out": module.out_features, "bias": module.bias is not None}
+            layers[name] = {**rows.get(name, {}), "kind": module.kind, **sizes}
         elif isinstance(module, USVConv2d):
             layers[name] = {**rows.get(name, {}), "kind": CONVOLUTION, "rank": module.rank}
         elif isinstance(module, PackedLinear):
@@ -71,7 +81,7 @@ def insert_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> 
 
     - `ValueError`: an unknown kind; a layer that the base does not have, or has as another kind of layer.
     """
-    known = {*LAYER_KINDS, CONVOLUTION, "packed", "linear"}
+    known = {*LAYER_KINDS, CONVOLUTION, QuantizedLinear.kind, "packed", "linear"}
     for name, layer in layers.items():
         if (kind := layer.get("kind")) is None:
             continue
@@ -115,4 +125,6 @@ def _build_layer(layer: Mapping[str, Any]) -> nn.Module:
         return PackedLinear([nn.Linear(1, 1) for _ in layer["parts"]], layer["parts"])
     if layer["kind"] == "linear":
         return nn.Linear(layer["in"], layer["out"], bias=layer["bias"])
+    if layer["kind"] == QuantizedLinear.kind:
+        return QuantizedLinear(layer["in"], layer["out"], layer["bits"], layer["group"], bias=layer["bias"])
     return LAYER_KINDS[layer["kind"]](layer["in"], layer["out"], layer["rank"], bias=layer["bias"])

@@ -17,8 +17,8 @@ from torch import Size, Tensor, nn
 from lowrank.compression.architecture import insert_layers
 from lowrank.compression.bases import check_wrappers, describe_base, save_config
 from lowrank.compression.card import CARD, collect_card, format_card
+from lowrank.compression.nested import ANY, cut_layers
 from lowrank.compression.pretrained import (
-    RECORD,
     add_placeholders,
     drop_placeholders,
     is_saved_by_transformers,
@@ -29,7 +29,7 @@ from lowrank.compression.pretrained import (
 from lowrank.compression.probes import check_probe
 from lowrank.compression.rebuild import build_model, compare_shapes, plan_build, shapes_of
 from lowrank.compression.record_schema import CompressedRecord
-from lowrank.compression.stored_state import EXTRA, check_state, put_buffers
+from lowrank.compression.stored_state import EXTRA, RECORD, check_state, put_buffers
 from lowrank.factorization.storages import PIVOTED
 from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
@@ -39,6 +39,8 @@ from lowrank.io.records import read_record
 from lowrank.io.snapshots import fetch_folder
 from lowrank.io.weights import distinct_tensors
 from lowrank.nn.low_rank import move_pivot_bias
+from lowrank.nn.nested import NestedLinear
+from lowrank.nn.quantized import QuantizedLinear
 
 FORMAT = "lowrank.compressed/1"
 TENSORS, METADATA = "model.safetensors", "lowrank.json"
@@ -76,7 +78,8 @@ def save_compressed(
     - `base`: the description of the base architecture, or None; `why`: the reason, if it could not be verified.
     - `model`: the hash of the dense weights, or None for a model that `compress` has not changed.
     - `layers`: layer -> its row in the table of `compress`, with its kind and sizes.
-    - `parameters`, `indices`: numbers of stored elements; `bytes`: of all stored tensors.
+    - `parameters`, `indices`: numbers of stored elements; a quantised weight counts as if it were not.
+    - `bytes`: of all stored tensors.
     - `tensors`: the hash of the stored tensors.
     - `tied`: name -> the name that its tensor is stored under, for tied weights.
     - `buffers`: names of stored buffers that are no part of the model's state.
@@ -111,7 +114,7 @@ def save_compressed(
             "why": plan.why,
             "model": record.get("model"),
             "layers": plan.layers,
-            **_count(tensors, stored),
+            **_count(model, tensors, stored),
             "tensors": hash_tensors(stored),
             "tied": tied,
             "buffers": list(plan.buffers),
@@ -126,10 +129,10 @@ def save_compressed(
     return metadata
 
 
-def _count(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, int]:
+def _count(model: nn.Module, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, int]:
     """Count the elements of a state, and the bytes of all that is stored."""
     return {
-        "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
+        "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()) + _count_quantised(model),
         "indices": sum(t.numel() for name, t in tensors.items() if name.endswith(".pivots")),
         "bytes": sum(t.nbytes for t in stored.values()),
     }
@@ -155,6 +158,12 @@ def _save_processor(processor: Any, folder: Path) -> list[str]:
     return files
 
 
+def _count_quantised(model: nn.Module) -> int:
+    """Count the elements of quantised weights, less those of their scales."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return sum(layer.out_features * layer.in_features - layer.scale.numel() for layer in layers)
+
+
 def _as_json(base: Mapping[str, Any]) -> dict[str, Any]:
     """Return a base as the folder will have it."""
     try:
@@ -172,6 +181,7 @@ def load_compressed(
     *,
     verify: bool = True,
     revision: str | None = None,
+    keep: float | int | None = None,
 ) -> nn.Module:
     """Load a compressed model, in evaluation mode and in the dtypes it was saved in.
 
@@ -184,13 +194,16 @@ def load_compressed(
       returned; its weights do not matter.
     - `verify`: run the model once, and compare its outputs with those at saving. Default True.
     - `revision`: of a model on the Hub, a commit, tag or branch. Pin a commit: others may change. Default: the newest commit.
+    - `keep`: for a folder of `compress(..., keep="any")`: the share of the targeted parameters to cut it to, in (0, 1]. Default
+      None: as it was saved.
 
     **Returns** the model.
 
     **Raises**
 
     - `FileNotFoundError`: no such folder, or a missing file; the Hub has no such model or revision, or cannot be reached.
-    - `ValueError`: a damaged file; another format; a tensor that is missing, left over, or of another shape; other outputs.
+    - `ValueError`: a damaged file; another format; a tensor that is missing, left over, or of another shape; other outputs; a
+      `keep` for factors that are not at full rank, or too small.
     """
     folder = fetch_folder(folder, revision)
     if not (folder / METADATA).exists() and is_saved_by_transformers(folder) and architecture is None:
@@ -200,6 +213,11 @@ def load_compressed(
             f"`folder` must contain a model written by save_compressed, got {str(folder)!r} without {missing}."
         )
     metadata = read_record(folder / METADATA, FORMAT, CompressedRecord, "save_compressed", "folder")
+    nested = any(layer.get("kind") == NestedLinear.storage for layer in metadata["layers"].values())
+    rule = (
+        f"be None for {str(folder)!r}, which does not hold factors at full rank, as `compress(..., keep={ANY!r})` does"
+    )
+    require(keep is None or nested, "keep", rule, keep)
     model = _build(metadata, folder, architecture)
     with open_safetensors(folder / TENSORS, "folder") as file:  # copies: a tensor as read stays mapped to the file
         tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -223,6 +241,8 @@ def load_compressed(
     difference = check_probe(model, metadata["probe"]) if verify and metadata.get("probe") else None
     rule = f"give the outputs that it gave when {str(folder)!r} was written; `verify=False` loads it all the same"
     require(difference is None, "model", rule, difference)
+    if keep is not None:
+        cut_layers(model, keep)
     return model
 
 

@@ -15,6 +15,7 @@ from lowrank.factorization.storages import STORAGES
 from lowrank.io.checks import require
 from lowrank.io.hashing import check_in_memory
 from lowrank.nn.plain import find_obstacle
+from lowrank.nn.quantized import QuantizedLinear
 from lowrank.nn.targets import find_shared_weights, is_conv1d, refuse_root
 
 Statistics = Mapping[str, LayerStatistics]
@@ -41,7 +42,7 @@ def find_layers(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, nn.Line
                 f"`ranks` must name nn.Linear layers, got {name!r}, a Conv1D: call lowrank.unify_linears(model) first."
             )
         rule = "name nn.Linear layers of the model, not patterns or others"
-        require(isinstance(modules.get(name), nn.Linear), "ranks", rule, name)
+        require(isinstance(modules.get(name), nn.Linear | QuantizedLinear), "ranks", rule, name)
         if reason := find_obstacle(modules[name], modules[name.rpartition(".")[0]]):
             raise ValueError(f"`ranks` must name plain linear layers: of {name!r}, {reason}.")
     return {name: module for name, module in modules.items() if name in ranks and isinstance(module, nn.Linear)}

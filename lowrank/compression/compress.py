@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import fields
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -14,6 +14,7 @@ from lowrank.compression.allocation import RULES, choose_ranks, hold_out
 from lowrank.compression.allocator import AllocationConfig, Allocator
 from lowrank.compression.checks import Statistics, check_layers, check_statistics
 from lowrank.compression.configuration import Configuration
+from lowrank.compression.nested import ANY, check_nestable, nest_layers
 from lowrank.compression.replace import replace_layers
 from lowrank.compression.result import CompressionResult, measure_model
 from lowrank.compression.retarget import read_batches, retarget_layers
@@ -30,7 +31,7 @@ from lowrank.nn.targets import BLOCKS, find_left_out, find_linears, find_stacks
 def compress(
     model: nn.Module,
     batches: Iterable[Batch] | None = None,
-    keep: float | int | None = None,
+    keep: float | int | Literal["any"] | None = None,
     *,
     ranks: Mapping[str, int] | None = None,
     statistics: Statistics | None = None,
@@ -60,7 +61,9 @@ def compress(
     - `batches`: calibration data: mappings as transformers models take them, (inputs, labels), or inputs; see
       `lowrank.nn.batches`. At least 5 tokens per input of the widest layer are advised. Not needed for `svd`, nor with
       `statistics`, unless the rule for ranks measures.
-    - `keep`: share of the targeted weights' parameters to keep, in (0, 1]; or pass `ranks`.
+    - `keep`: share of the targeted weights' parameters to keep, in (0, 1]; or pass `ranks`. "any" stores the factors at full
+      rank, more than the dense weights, and `load_compressed(folder, keep=0.4)` cuts them later, to the model that `keep=0.4`
+      gives here. Ranks are then by 'uniform', 'first_dense', or for `two_sided` 'spectrum', and layers are not retargeted.
     - `ranks`: layer name -> int, instead of `keep`.
     - `statistics`: layer name -> `LayerStatistics` from `collect_statistics`, instead of `batches`.
     - `layers`: names or patterns of the targeted layers, by default all linear layers inside numbered blocks.
@@ -86,6 +89,8 @@ def compress(
     names = list(ranks) if ranks is not None else layers if isinstance(layers, str) else list(layers)
     targeted, left_out, stacks = _find_targets(model, names, ranks is None)
     configuration = _choose(targeted, choices, batches, statistics)
+    if keep == ANY:
+        check_nestable(configuration)
     check_layers(model, targeted, dict.fromkeys(targeted, 1) if ranks is None else ranks)
     chosen_by_pattern = ranks is None
     batches = batches if configuration.retarget is None else read_batches(batches)
@@ -98,13 +103,16 @@ def compress(
         bar = iter(tqdm(batches, "statistics", unit="batch", leave=False, disable=not progress))
         statistics = _collect(model, bar, targeted, {configuration.method, *rule.methods}, loss or predictive_loss())
     check_statistics(targeted, configuration.method, configuration.storage, statistics, configuration.centre)
-    if ranks is None:
+    if ranks is None and keep != ANY:
         ranks, trials = _choose_ranks(model, targeted, statistics, probes, configuration, keep or 0, progress)
     before = measure_model(model, sum(layer.weight.numel() for layer in targeted.values()))
     if chosen_by_pattern:
         warn_of_stacks(stacks, before.targeted / before.model)
+    names = list(targeted)
     targeted.clear()  # each dense weight is freed as soon as its factors exist
-    if configuration.retarget is None:
+    if ranks is None:
+        rows = nest_layers(model, names, configuration, statistics, progress=progress)
+    elif configuration.retarget is None:
         rows = replace_layers(model, ranks, configuration, statistics, progress=progress)
     else:
         rows = retarget_layers(model, ranks, configuration, statistics, batches or (), progress=progress)

@@ -16,16 +16,27 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.compression.architecture import LAYER_KINDS, describe_layers
+from lowrank.compression.stored_state import RECORD
 from lowrank.io.checks import require
 from lowrank.io.hub import NO_CODE, find_model_class, load_or_explain, read_config
+from lowrank.nn.quantized import QuantizedLinear
 from lowrank.nn.surgery import PackedLinear
 from lowrank.nn.usv import USV_LAYERS
 
 METHOD, PRETRAINED_FORMAT = "lowrank", "lowrank.pretrained/1"
 CONFIG = "config.json"
-RECORD = "lowrank_record"  # attribute of a compressed model: the hash of its dense weights, and the table of its layers
-KEYS = ("kind", "in", "out", "rank", "bias", "parts", "dtype")  # of a description: what is needed to build the layer
-OWN_LAYERS = (*LAYER_KINDS.values(), *USV_LAYERS.values(), PackedLinear)
+KEYS = (
+    "kind",
+    "in",
+    "out",
+    "rank",
+    "bias",
+    "parts",
+    "dtype",
+    "bits",
+    "group",
+)  # of a description: what is needed to build the layer
+OWN_LAYERS = (*LAYER_KINDS.values(), *USV_LAYERS.values(), PackedLinear, QuantizedLinear)
 T = TypeVar("T")
 
 

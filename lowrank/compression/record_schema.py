@@ -1,13 +1,18 @@
 """The fields of `lowrank.json` and of `quantization_config`, the records of a compressed model."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, model_validator
 
 from lowrank.compression.probes import ELSEWHERE
 from lowrank.io.schemas import Schema, one_of
 
-NEEDED = {"packed": {"parts"}, "linear": {"in", "out", "bias"}, "usv_conv2d": {"rank"}}  # others: sizes, rank and bias
+NEEDED = {  # by other kinds: sizes, rank and bias
+    "packed": {"parts"},
+    "linear": {"in", "out", "bias"},
+    "quantized": {"in", "out", "bias", "bits", "group"},
+    "usv_conv2d": {"rank"},
+}
 
 
 class _LayerRecord(Schema):
@@ -18,6 +23,8 @@ class _LayerRecord(Schema):
     out: PositiveInt | None = None
     rank: PositiveInt | None = None
     bias: bool | None = None
+    bits: Literal[4, 8] | None = None
+    group: PositiveInt | None = None
     parts: list[str] | None = None
     dtype: str | None = None
 

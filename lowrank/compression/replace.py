@@ -11,7 +11,9 @@ from lowrank.calibration.storage import hash_statistics
 from lowrank.compression.architecture import LAYER_KINDS
 from lowrank.compression.checks import Statistics, check_factors, check_layers, check_statistics, find_layers
 from lowrank.compression.configuration import Configuration
-from lowrank.compression.pretrained import RECORD, set_record
+from lowrank.compression.pretrained import set_record
+from lowrank.compression.result import dense_row
+from lowrank.compression.stored_state import RECORD
 from lowrank.factorization.factorize import (
     Factors,
     factorize,
@@ -31,12 +33,13 @@ from lowrank.io.checks import require
 from lowrank.io.hashing import hash_model
 from lowrank.nn.low_rank import FACTORED_LAYERS
 from lowrank.nn.offloaded import check_not_offloaded
+from lowrank.nn.quantized import QuantizedLinear
 from lowrank.nn.surgery import PackedLinear, as_linear, copy_mode, replace_module
 from lowrank.nn.targets import BLOCKS, find_linears, refuse_root
 from lowrank.nn.usv import USV_LAYERS
 
 _MERGED = tuple(USV_LAYERS.values())  # which have a way back of their own
-_FOLDED = (*LAYER_KINDS.values(), *_MERGED, PackedLinear)
+_FOLDED = (*LAYER_KINDS.values(), *_MERGED, PackedLinear, QuantizedLinear)
 
 
 @check_arguments
@@ -203,7 +206,7 @@ def build_replacement(
 
     - `ValueError`: statistics that the method refuses.
     """
-    row = _dense_row(name, layer, configuration.method)
+    row = dense_row(name, layer, configuration.method)
     parameters = kept_parameters((row["out"], row["in"]), rank, configuration.storage)
     if parameters == row["parameters"]:
         return layer, row
@@ -242,13 +245,6 @@ def _measure(weight: Tensor, factors: Factors, replacement: Any, weighting: Weig
     return {"measured_error": error / (factors.norm or 1.0), "measured_on": measured_on}
 
 
-def _dense_row(name: str, layer: nn.Linear, method: str) -> dict[str, Any]:
-    out, inputs = layer.weight.shape
-    sizes = {"layer": name, "out": out, "in": inputs, "rank": min(out, inputs), "storage": "dense", "method": method}
-    counts = {"centre": False, "parameters": out * inputs, "indices": 0, "dense_parameters": out * inputs, "keep": 1.0}
-    return sizes | counts | {"predicted_error": 0.0, "measured_error": 0.0, "measured_on": None, "statistics": None}
-
-
 def _moments(layer: nn.Linear, name: str, statistics: Statistics | None, centre: bool) -> LayerStatistics | None:
     if statistics is None:
         return None
@@ -265,7 +261,7 @@ def _weigh(layer: nn.Linear, name: str, method: str, moments: LayerStatistics | 
 @torch.inference_mode(False)
 @check_arguments
 def fold(model: nn.Module) -> nn.Module:
-    """Multiply every factored layer out to a dense one and join the parts of packed ones, in place.
+    """Multiply every factored layer out to a dense one, and quantised weights too, and join the parts of packed ones, in place.
 
     **Arguments**
 
@@ -289,11 +285,12 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def _multiply_out(module: Any) -> nn.Linear:
-    """Build the dense layer of a factored or packed one: dtypes and flags are those of its weights and of its biases."""
+    """Build the dense layer of a factored, packed or quantised one: dtypes and flags are those of its weights and biases."""
     parameters = dict(module.named_parameters())
     biases = [parameter for name, parameter in parameters.items() if name.endswith("bias")]
     weights = [parameter for name, parameter in parameters.items() if not name.endswith("bias")]
-    layer = as_linear(module.dense().to(weights[0].dtype).to(weights[0].device), module.bias)
+    like = (*weights, module.weight)[0]  # quantised weights are no parameters
+    layer = as_linear(module.dense().to(like.dtype).to(like.device), module.bias)
     layer.weight.requires_grad_(any(parameter.requires_grad for parameter in weights))
     if layer.bias is not None:
         layer.bias.requires_grad_(any(parameter.requires_grad for parameter in biases))

@@ -9,8 +9,8 @@ from torch import nn
 from lowrank.compression.configuration import Configuration
 from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
-from lowrank.io.tensor_places import count_elements
 from lowrank.nn.profiling import weight_bytes
+from lowrank.nn.quantized import count_parameters
 from lowrank.nn.targets import find_linears
 
 COLUMNS = {"layer": "", "out": "d", "in": "d", "rank": "d", "storage": "", "keep": ".3f"}
@@ -43,7 +43,22 @@ def measure_model(model: nn.Module, targeted: int) -> ModelSize:
 
     **Returns** `ModelSize`.
     """
-    return ModelSize(targeted, count_elements(model.parameters()), weight_bytes(model))
+    return ModelSize(targeted, count_parameters(model), weight_bytes(model))
+
+
+def dense_row(name: str, layer: nn.Linear, method: str) -> dict[str, Any]:
+    """Return the row of a layer that is dense.
+
+    **Arguments**
+
+    - `name`: of the layer.
+    - `layer`: the layer.
+    - `method`: a key of `METHODS`.
+    """
+    out, inputs = layer.weight.shape
+    sizes = {"layer": name, "out": out, "in": inputs, "rank": min(out, inputs), "storage": "dense", "method": method}
+    counts = {"centre": False, "parameters": out * inputs, "indices": 0, "dense_parameters": out * inputs, "keep": 1.0}
+    return sizes | counts | {"predicted_error": 0.0, "measured_error": 0.0, "measured_on": None, "statistics": None}
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,29 +148,37 @@ def _change(before: int, after: int) -> str:
 
 
 @check_arguments
-def parameter_counts(model: nn.Module, dense: nn.Module, layers: Iterable[str]) -> dict[str, int | float]:
-    """Compare the parameters of a compressed model with those of its dense form.
+def parameter_counts(
+    model: nn.Module, dense: nn.Module, layers: Iterable[str], *, with_bytes: bool = False
+) -> dict[str, int | float]:
+    """Compare the parameters of a compressed model with those of its dense form. A quantised weight counts as if it were not.
 
     **Arguments**
 
     - `model`: the compressed model.
     - `dense`: the dense model.
     - `layers`: names or patterns of the targeted layers, as the dense model has them.
+    - `with_bytes`: also count the bytes of all parameters and buffers, which quantised weights make fewer. Default False.
 
     **Returns** `targeted_parameters`, stored for the targeted weights without biases; `keep_targeted`, their share of the dense
-    ones; `model_parameters`, all parameters; `keep_model`, their share.
+    ones; `model_parameters`, all parameters; `keep_model`, their share; with bytes also `model_bytes` and their share
+    `keep_bytes`.
     """
     names = list(find_linears(dense, layers))
     have = {name for name, _ in model.named_modules()}
     lacking = [name for name in names if name not in have]
     require(not lacking, "model", "have the layers of `dense`", lacking)
     replaced = [model.get_submodule(name) for name in names]
-    targeted = sum(p.numel() for module in replaced for key, p in module.named_parameters() if not key.endswith("bias"))
+    biases = sum(p.numel() for module in replaced for key, p in module.named_parameters() if key.endswith("bias"))
+    targeted = sum(map(count_parameters, replaced)) - biases
     before = sum(layer.weight.numel() for layer in find_linears(dense, names).values())
-    whole, whole_before = (count_elements(side.parameters()) for side in (model, dense))
-    return {
+    whole, whole_before = count_parameters(model), count_parameters(dense)
+    counts = {
         "targeted_parameters": targeted,
         "keep_targeted": targeted / before,
         "model_parameters": whole,
         "keep_model": whole / whole_before,
     }
+    if not with_bytes:
+        return counts
+    return counts | {"model_bytes": weight_bytes(model), "keep_bytes": weight_bytes(model) / weight_bytes(dense)}

@@ -21,8 +21,9 @@ from lowrank.calibration.padding import Padding
 from lowrank.compression.block_folder import BlockFolder, identify
 from lowrank.compression.checks import Statistics, check_layers, check_statistics, find_layers
 from lowrank.compression.configuration import Configuration, Retargeting
-from lowrank.compression.pretrained import RECORD, set_record
+from lowrank.compression.pretrained import set_record
 from lowrank.compression.replace import Target, build_replacement
+from lowrank.compression.stored_state import RECORD
 from lowrank.compression.streams import Streams
 from lowrank.factorization.precision import float64_device, with_float64
 from lowrank.factorization.transfer import (

@@ -11,6 +11,7 @@ from lowrank.compression.architecture import LAYER_KINDS
 from lowrank.io.hashing import check_in_memory
 from lowrank.nn.usv import USV_LAYERS
 
+RECORD = "lowrank_record"  # attribute of a compressed model: the hash of its dense weights, and the table of its layers
 EXTRA = "_extra_state"  # the last part of the names that torch gives to what `get_extra_state` returns
 
 

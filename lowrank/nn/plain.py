@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lowrank.nn.quantized import QuantizedLinear
+
 PLAIN: tuple[type[Any], ...] = (nn.Linear, nn.Conv2d)  # whose forward passes the library can stand in for
 
 
@@ -18,11 +20,13 @@ def find_obstacle(module: nn.Module, parent: nn.Module | None = None) -> str | N
 
     **Arguments**
 
-    - `module`: an `nn.Linear` or `nn.Conv2d`, or a subclass; it is not changed.
+    - `module`: an `nn.Linear` or `nn.Conv2d`, or a subclass, or a `QuantizedLinear`; it is not changed.
     - `parent`: the module that holds it. Default None, unknown.
 
     **Returns** the reason, to follow the name of the layer; None for a plain layer.
     """
+    if isinstance(module, QuantizedLinear):
+        return "its weight is quantised: quantise last, or `fold` first"
     name = type(module).__name__
     obstacles = {
         "nn.MultiheadAttention reads its weight itself": isinstance(parent, nn.MultiheadAttention),

@@ -15,6 +15,7 @@ from lowrank.io.patterns import matches
 from lowrank.io.tensor_places import byte_range
 from lowrank.io.weights import check_weight, match_stacks
 from lowrank.nn.plain import find_obstacle
+from lowrank.nn.quantized import QuantizedLinear
 
 # Every linear layer inside a numbered block: `encoder.layer.0.…`, `model.layers.0.…`, `blocks.0.…`. Embeddings, poolers,
 # classifiers and `lm_head` stand outside the blocks, so one pattern serves BERT, Llama, OPT, ViT and their relatives.
@@ -70,7 +71,7 @@ def _sort_out(model: nn.Module, layers: Iterable[str]) -> tuple[dict[str, nn.Lin
     layers = _list_entries("layers", layers)
     refuse_root(model, nn.Linear)
     modules = dict(model.named_modules())
-    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | QuantizedLinear)}
     transposed = [name for name, module in modules.items() if is_conv1d(module)]
     reasons = {name: find_obstacle(module, modules[name.rpartition(".")[0]]) for name, module in linears.items()}
     odd = {name: reason for name, reason in reasons.items() if reason}
@@ -96,7 +97,11 @@ def _sort_out(model: nn.Module, layers: Iterable[str]) -> tuple[dict[str, nn.Lin
             name = next(name for name in odd if name in matched)
             raise ValueError(f"`layers` must match plain linear layers, got {entry!r}: of {name!r}, {odd[name]}.")
         selected |= matched
-    plain = {name: module for name, module in linears.items() if name in selected - odd.keys()}
+    plain = {
+        name: module
+        for name, module in linears.items()
+        if isinstance(module, nn.Linear) and name in selected - odd.keys()
+    }
     for name, layer in plain.items():
         check_weight(layer.weight, name, "model")
     return plain, {name: reason for name, reason in odd.items() if name in selected}
@@ -180,7 +185,7 @@ def find_weights(model: nn.Module, include: Iterable[str] = (".*",), exclude: It
     """
     weights: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | QuantizedLinear):
             weights[name] = module.weight
         elif isinstance(module, nn.MultiheadAttention):
             for part in ("in_proj", "q_proj", "k_proj", "v_proj"):

@@ -18,6 +18,7 @@ from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.nn.batches import IGNORED, Batch, compute_logits, get_labels, has_labels, is_empty
 from lowrank.nn.low_rank import FACTORED_LAYERS
+from lowrank.nn.quantized import QuantizedLinear
 from lowrank.training.loop import Recipe, fit
 
 ORDERS = {"left-right": ("left", "right"), "right-left": ("right", "left")}
@@ -89,7 +90,7 @@ def factor_names(model: nn.Module, factor: str) -> list[str]:
 
     **Raises**
 
-    - `ValueError`: the model has no factored layer.
+    - `ValueError`: the model has no factored layer, or one with quantised factors.
     """
     kinds = tuple(FACTORED_LAYERS.values())
     names = [f"{name}.{factor}" for name, module in model.named_modules() if isinstance(module, kinds)]
@@ -97,6 +98,8 @@ def factor_names(model: nn.Module, factor: str) -> list[str]:
         raise ValueError(
             "`model` must have factored layers, as lowrank.compression.compress.compress makes them, got none."
         )
+    quantised = next((name for name in names if isinstance(model.get_submodule(name), QuantizedLinear)), None)
+    require(quantised is None, "model", "have factors in floating point: train first, then quantise", quantised)
     return names
 
 
