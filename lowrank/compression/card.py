@@ -12,7 +12,6 @@ from lowrank.factorization.methods import METHODS
 from lowrank.io.checks import require
 from lowrank.io.schemas import check_schema
 
-CARD = "README.md"
 PLACE = "path/to/this/folder"  # what a card loads, until it is pushed
 TITLE = "lowrank: a reproducible report and library on low-rank compression of transformers"
 PIFA = "Zhao et al., PIFA, arXiv:2501.19090, section 3"

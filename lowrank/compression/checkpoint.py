@@ -16,7 +16,8 @@ from torch import Size, Tensor, nn
 
 from lowrank.compression.architecture import insert_layers
 from lowrank.compression.bases import check_wrappers, describe_base, save_config
-from lowrank.compression.card import CARD, collect_card, format_card
+from lowrank.compression.card import collect_card, format_card
+from lowrank.compression.model_folder import CARD, FORMAT, METADATA, TENSORS, check_content, save_processor
 from lowrank.compression.nested import ANY, cut_layers
 from lowrank.compression.pretrained import (
     add_placeholders,
@@ -42,10 +43,7 @@ from lowrank.nn.low_rank import move_pivot_bias
 from lowrank.nn.nested import NestedLinear
 from lowrank.nn.quantized import QuantizedLinear
 
-FORMAT = "lowrank.compressed/1"
-TENSORS, METADATA = "model.safetensors", "lowrank.json"
 UNKNOWN = "it is of neither transformers nor timm"
-FILES = {TENSORS, METADATA, CARD, "config.json", "generation_config.json"}
 
 
 @check_arguments
@@ -95,7 +93,7 @@ def save_compressed(
       processor that cannot be saved beside a model. The folder stays as it was.
     """
     folder = Path(folder)
-    _check_content(folder)
+    check_content(folder)
     check_wrappers(model)
     extra = check_state(model)
     tensors, tied = distinct_tensors(model)
@@ -103,7 +101,7 @@ def save_compressed(
     described = describe_base(model) if base is None else _as_json(base)
     with writing(folder) as partial:
         partial.mkdir()
-        files = _save_processor(processor, partial)
+        files = save_processor(processor, partial)
         save_config(model, partial)
         plan = plan_build(model, described, record.get("layers", {}), partial, base is not None)
         stored = tensors | plan.buffers
@@ -143,19 +141,6 @@ def _write_record(metadata: Mapping[str, Any], folder: Path) -> None:
     (folder / METADATA).write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf8")
     if metadata["card"] is not None:
         (folder / CARD).write_text(format_card(metadata), encoding="utf8")
-
-
-def _save_processor(processor: Any, folder: Path) -> list[str]:
-    """Save a processor to an empty folder, and return the names of its files."""
-    if processor is None:
-        return []
-    has_method = hasattr(processor, "save_pretrained")
-    require(has_method, "processor", "have the method save_pretrained", type(processor).__name__)
-    processor.save_pretrained(folder)
-    files = sorted(path.name for path in folder.iterdir())
-    own = sorted(FILES & set(files))
-    require(not own, "processor", "be a tokenizer or image processor, which writes none of the model's files", own)
-    return files
 
 
 def _count_quantised(model: nn.Module) -> int:
@@ -275,28 +260,6 @@ def _with_former_bias(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -
     """Return the pivoted layers whose pivots have their bias inside `right`, as folders had it once."""
     pivoted = (name for name, row in metadata["layers"].items() if row.get("kind") == PIVOTED.name)
     return [name for name in pivoted if f"{name}.right.bias" in tensors]
-
-
-def _check_content(folder: Path) -> None:
-    """Refuse to replace a folder that is not a compressed model."""
-    require(folder.is_dir() or not folder.exists(), "folder", "be a folder", str(folder))
-    content = list(folder.iterdir()) if folder.exists() else []
-    known = FILES if folder / METADATA in content else FILES - {CARD}  # a README alone may be of anything
-    known = known | _files_of_processor(folder)
-    if other := {path.name for path in content if path.name not in known or path.is_dir()}:
-        raise ValueError(
-            f"`folder` must be new, empty or contain only a compressed model to replace, got {sorted(other)[0]!r} in "
-            f"{str(folder)!r}."
-        )
-
-
-def _files_of_processor(folder: Path) -> set[str]:
-    """Return the names that the record of a folder has for the files of a processor; none if it is missing or damaged."""
-    try:
-        files = json.loads((folder / METADATA).read_text(encoding="utf8")).get("files", [])
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return set()
-    return {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
 
 
 def _tie_parameter(model: nn.Module, name: str, stored: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowrank.compression.checkpoint import FORMAT, METADATA
+from lowrank.compression.model_folder import FORMAT, METADATA
 from lowrank.compression.record_schema import CompressedRecord
 from lowrank.io.arguments import check_arguments
 from lowrank.io.records import read_record

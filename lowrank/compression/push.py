@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from lowrank.compression.card import CARD, PLACE, format_card
-from lowrank.compression.checkpoint import FORMAT, METADATA, TENSORS
+from lowrank.compression.card import PLACE, format_card
+from lowrank.compression.model_folder import CARD, FORMAT, METADATA, TENSORS
 from lowrank.compression.pretrained import drop_placeholders
 from lowrank.compression.record_schema import CompressedRecord
 from lowrank.io.arguments import check_arguments

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.compression.checkpoint import METADATA, load_compressed
+from lowrank.compression.checkpoint import load_compressed
+from lowrank.compression.model_folder import METADATA
 from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.hub import NO_CODE, find_model_class, load_or_explain, load_pretrained, load_tokenizer

@@ -10,9 +10,10 @@ import timm
 from families import bert, compressed, made, outputs, ranks_of
 from huggingface_hub import ModelCard
 
-from lowrank.compression.card import CARD, TITLE, format_card
-from lowrank.compression.checkpoint import METADATA, TENSORS, load_compressed, save_compressed
+from lowrank.compression.card import TITLE, format_card
+from lowrank.compression.checkpoint import load_compressed, save_compressed
 from lowrank.compression.configuration import Configuration
+from lowrank.compression.model_folder import CARD, METADATA, TENSORS
 from lowrank.compression.replace import replace_layers
 from lowrank.io.dependencies import ROOT
 

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from lowrank.calibration.collect import collect_statistics
-from lowrank.compression.card import CARD
 from lowrank.compression.checkpoint import FORMAT, METADATA, RECORD, TENSORS, load_compressed, save_compressed
 from lowrank.compression.configuration import Configuration
+from lowrank.compression.model_folder import CARD
 from lowrank.compression.replace import fold, replace_layers
 from lowrank.factorization.storages import STORAGES
 from lowrank.io.hashing import hash_model, hash_tensors

@@ -14,8 +14,9 @@ from families import compressed, outputs
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from lowrank.compression.card import CARD, PLACE
-from lowrank.compression.checkpoint import METADATA, TENSORS, load_compressed, save_compressed
+from lowrank.compression.card import PLACE
+from lowrank.compression.checkpoint import load_compressed, save_compressed
+from lowrank.compression.model_folder import CARD, METADATA, TENSORS
 from lowrank.compression.push import push_compressed
 
 REPO = "someone/small"
