@@ -172,7 +172,7 @@ def _update_one(model: Any) -> None:
         if isinstance(quantizer, LowRankQuantizer):
             quantizer.remove_quantization_config(model)
     elif quantizer is None:
-        model.hf_quantizer = LowRankQuantizer(LowRankConfig({}))
+        model.hf_quantizer = LowRankQuantizer(LowRankConfig({}))  # pyright: ignore[reportArgumentType]
         if is_ours(getattr(model.config, "quantization_config", None)):  # as a file has it, not as an object
             model.config.quantization_config = model.hf_quantizer.quantization_config
 

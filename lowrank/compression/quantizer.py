@@ -117,15 +117,15 @@ class LowRankQuantizer(HfQuantizer):
         if not layers:
             self.remove_quantization_config(model)
             return None, {}
-        self.quantization_config = model.config.quantization_config = LowRankConfig(layers)
+        self.quantization_config = model.config.quantization_config = LowRankConfig(layers)  # pyright: ignore[reportArgumentType]
         return add_placeholders(model.state_dict(), layers), {}
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return True: `save_pretrained` writes what `from_pretrained` reads."""
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return True: factors are ordinary parameters."""
         return True
 
