@@ -89,6 +89,11 @@ def _read_file(path: Path, reader: str, split: str | None) -> Any:
 def find_text_columns(rows: Any, source: DataSource) -> list[str]:
     """Return the columns of text to read: those that are named, or a usual one, or the only one that holds text.
 
+    **Arguments**
+
+    - `rows`: from `read_rows`.
+    - `source`: the names.
+
     **Raises**
 
     - `ValueError`: none or several; the message lists the columns.
@@ -106,6 +111,11 @@ def find_text_columns(rows: Any, source: DataSource) -> list[str]:
 def find_image_column(rows: Any, source: DataSource) -> str:
     """Return the column of images: the one that is named, or a usual one, or the only one that holds images.
 
+    **Arguments**
+
+    - `rows`: from `read_rows`.
+    - `source`: the names.
+
     **Raises**
 
     - `ValueError`: none or several; the message lists the columns.
@@ -120,6 +130,11 @@ def find_image_column(rows: Any, source: DataSource) -> str:
 
 def find_label_column(rows: Any, source: DataSource) -> str:
     """Return the column of labels.
+
+    **Arguments**
+
+    - `rows`: from `read_rows`.
+    - `source`: the names.
 
     **Raises**
 
