@@ -21,8 +21,9 @@ from lowrank.io.files import writing
 from lowrank.io.hashing import hash_options
 from lowrank.io.provenance import environment, peak_memory_mb
 from lowrank.report.claims import NOISE, VERDICTS, judge
-from lowrank.report.folders import outputs_folder
-from lowrank.report.parameters import notebook_path, read_defaults
+from lowrank.report.folders import close_results, open_results, outputs_folder
+from lowrank.report.injected import name_results, read_namespace
+from lowrank.report.parameters import notebook_path
 
 SIGNIFICANT_DIGITS = 6
 TOLERANCE = 1e-3  # relative; tables that no training in a notebook goes into agree between machines to this
@@ -31,20 +32,28 @@ THEME: dict[str, Any] = {"context": "notebook", "style": "whitegrid", "palette":
 
 
 class Report:
-    """Record one run of one notebook. Results of a former run are deleted.
+    """Record one run of one notebook. Results of a former run are replaced by `finish`.
+
+    Parameters that are those of the set write to SET/NOTEBOOK, every other combination of parameters to a folder of its own,
+    see `lowrank.report.injected.name_results`.
 
     **Arguments**
 
     - `notebook`: stem of the notebook.
-    - `namespace`: `globals()` of the notebook; the parameters are read from it.
+    - `namespace`: `globals()` of the notebook; the parameters are read from it, and checked against the parameters cell.
+
+    **Raises**
+
+    - `ParameterError`: a parameter that does not exist, whoever set it, or that has another type than its default.
     """
 
     def __init__(self, notebook: str, namespace: Mapping[str, Any]) -> None:
-        self.parameters = {name: namespace[name] for name in read_defaults(notebook)}
-        self.folder = outputs_folder(draft=True) / self.parameters["set_name"] / notebook
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.iterdir():
-            stale.unlink()
+        self.parameters = read_namespace(notebook, namespace)
+        self.set = name_results(notebook, self.parameters)
+        self.final = outputs_folder(draft=True) / self.set / notebook
+        self.folder = open_results(self.final)
+        if self.set != self.parameters["set_name"]:
+            print(f"These parameters are not those of {self.parameters['set_name']!r}: results go to {self.final}")
         self.notebook = notebook
         self.tables: dict[str, dict[str, Any]] = {}
         self.claims: list[dict[str, str]] = []
@@ -181,10 +190,10 @@ class Report:
         print(f"{verdict}: {text}")
 
     def finish(self) -> pd.DataFrame:
-        """Write run.json, and return the claims to be shown."""
+        """Write run.json, put the results in the place of former ones, and return the claims to be shown."""
         verdicts = [claim["verdict"] for claim in self.claims]
         run = {
-            "set": self.parameters["set_name"],
+            "set": self.set,
             "notebook": self.notebook,
             "parameters": self.parameters,
             "inputs": self.inputs,
@@ -200,6 +209,9 @@ class Report:
         }
         with writing(self.folder / "run.json") as partial:
             partial.write_text(json.dumps(run, indent=1) + "\n", encoding="utf8")
+        if self.folder != self.final:  # else the last cell is run again
+            close_results(self.folder, self.final)
+            self.folder = self.final
         return pd.DataFrame(self.claims, columns=["claim", "verdict", "number"])
 
 

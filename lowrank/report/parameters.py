@@ -8,6 +8,8 @@ name.
 import ast
 import math
 import re
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +107,10 @@ def read_set(name: str) -> dict[str, dict[str, Any]]:
     return content
 
 
-def _read_value(text: str, default: Any) -> Any:
+def read_variant_value(text: str, default: Any) -> Any:
     """Read a value of a variant as the type of the default; text that does not fit is returned as it is."""
     if isinstance(default, list):
-        return [_read_value(item, default[0] if default else None) for item in text.split(",")]
+        return [read_variant_value(item, default[0] if default else None) for item in text.split(",")]
     if isinstance(default, str):
         return text
     try:
@@ -124,6 +126,38 @@ def _fits(value: Any, default: Any) -> bool:
     if isinstance(default, list) and isinstance(value, list):
         return not default or all(_fits(item, default[0]) for item in value)
     return type(value) is type(default)
+
+
+def check_parameters(
+    notebook: str, values: Mapping[str, Any], place: str, explain: Callable[[Any, Any], str] = lambda value, default: ""
+) -> None:
+    """Check names and types of parameters against the parameters cell of a notebook.
+
+    **Arguments**
+
+    - `notebook`: stem of the notebook.
+    - `values`: parameter name -> value.
+    - `place`: what follows the value in an error, such as " in set 'a'".
+    - `explain`: (value, default) -> what follows an error about the type. Default: nothing.
+
+    **Raises**
+
+    - `ParameterError`: a parameter does not exist (the message lists those that do, and the nearest one) or has another type
+      than its default.
+    """
+    defaults = read_defaults(notebook)
+    if unknown := sorted(set(values) - set(defaults)):
+        near = [name for wrong in unknown for name in get_close_matches(wrong, defaults, 1)]
+        question = f": did you mean {', '.join(map(repr, near))}?" if near else "."
+        raise ParameterError(
+            f"parameters of {notebook!r} must be among {sorted(defaults)}, got {unknown}{place}{question}"
+        )
+    for name, value in values.items():
+        if not _fits(value, default := defaults[name]):
+            raise ParameterError(
+                f"parameter `{name}` of {notebook!r} must be of type {type(default).__name__} (as {default!r}), "
+                f"got {value!r}{place}{explain(value, default)}."
+            )
 
 
 def read_parameters(set_name: str, notebook: str) -> dict[str, Any]:
@@ -150,19 +184,12 @@ def read_parameters(set_name: str, notebook: str) -> dict[str, Any]:
         raise ParameterError(f"`notebook` must be one of {notebooks} in set {set_name!r}, got {notebook!r}.")
     common, specific, changes = sections.get(COMMON, {}), sections[notebook], split_variant(set_name)[1]
     anywhere = {name for other in notebook_names() for name in read_defaults(other)}
-    if unknown := sorted((set(specific) | set(changes)) - set(default_values) | (set(common) - anywhere)):
-        raise ParameterError(
-            f"parameters of {notebook!r} must be among {sorted(default_values)}, got {unknown} in set {set_name!r}."
-        )
+    place = f" in set {set_name!r}"
+    check_parameters(notebook, dict.fromkeys(set(common) - anywhere | set(changes) - set(default_values)), place)
     values = {name: value for name, value in common.items() if name in default_values} | specific
-    values |= {name: _read_value(text, default_values[name]) for name, text in changes.items()}
+    values |= {name: read_variant_value(text, default_values[name]) for name, text in changes.items()}
     values |= {"set_name": set_name}
-    for name, value in values.items():
-        if not _fits(value, default := default_values[name]):
-            raise ParameterError(
-                f"parameter `{name}` of {notebook!r} must be of type {type(default).__name__} (as {default!r}), "
-                f"got {value!r} in set {set_name!r}."
-            )
+    check_parameters(notebook, values, place)
     return default_values | values
 
 
