@@ -10,6 +10,7 @@
 - `notebook`: `Report`, which a notebook uses to write its figures, tables, claims and run.json.
 - `claims`: judge a comparison: it holds, fails, or is too close to call.
 - `run`: execute one notebook with one set.
+- `progress`: a line per section of a running notebook, where there is no terminal.
 - `pair`: execute notebooks with their defaults and store them beside their sources.
 - `portable`: remove what ties an executed notebook to one machine.
 - `compare`: compare the results of a run with published ones.

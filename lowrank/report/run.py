@@ -18,6 +18,7 @@ from lowrank.report.errors import NotebookError
 from lowrank.report.folders import outputs_folder
 from lowrank.report.parameters import notebook_path, read_parameters
 from lowrank.report.portable import make_portable
+from lowrank.report.progress import showing_sections
 
 
 def read_notebook(name: str) -> Any:
@@ -68,9 +69,10 @@ def execute(name: str, growing: Path, outputs: Path, values: dict[str, Any] | No
     title = f"{values['set_name']}/{name}" if values else name
     bar: Any = {"desc": title, "disable": None, "position": int(os.environ.get("LOWRANK_BAR", "0"))}
     try:
-        with _outputs_at(outputs):
+        source = read_notebook(name)
+        with _outputs_at(outputs), showing_sections(title, source, values is not None):
             notebook = papermill.execute_notebook(
-                read_notebook(name), str(growing), values, kernel_name="python3", progress_bar=bar, log_output=True
+                source, str(growing), values, kernel_name="python3", progress_bar=bar, log_output=True
             )
         make_portable(notebook, f"notebooks/{name}.py", f"{title}/{name}.ipynb")
         nbformat.write(notebook, growing)
@@ -78,6 +80,14 @@ def execute(name: str, growing: Path, outputs: Path, values: dict[str, Any] | No
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
         raise NotebookError(f"{title} failed: {reason} (see {growing})") from error
     return notebook
+
+
+def _find_result(staging: Path, notebook: str) -> Path:
+    """Return the folder that a notebook has written: it is named for another set if the set was edited meanwhile."""
+    written = sorted(staging.glob(f"*/{notebook}"))
+    if len(written) != 1:
+        raise NotebookError(f"{notebook} must write one folder of results, got {len(written)}.")
+    return written[0]
 
 
 def run_notebook(set_name: str, notebook: str) -> Path:
@@ -107,9 +117,10 @@ def run_notebook(set_name: str, notebook: str) -> Path:
         handler = logging.FileHandler(logs / f"{notebook}.log", mode="w", encoding="utf8")
         logging.basicConfig(level=logging.INFO, handlers=[handler], format="%(asctime)s %(message)s", force=True)
         growing = logs / f"{notebook}.ipynb"
-        result, final = staging / set_name / notebook, results / set_name / notebook
+        final = results / set_name / notebook
         try:
             execute(notebook, growing, staging, values)
+            result = _find_result(staging, notebook)
         except NotebookError:
             shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
             raise
