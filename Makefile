@@ -57,7 +57,7 @@ lint: $(VENV)/.ok  ## ruff, pyright, and the import contract
 	lint-imports --no-logo
 
 lab: $(VENV)/.ok  ## JupyterLab; .py and .ipynb of a pair both open as a notebook
-	jupyter lab --notebook-dir $(CURDIR)
+	jupyter lab --notebook-dir $(CURDIR) $(if $(filter 0,$(shell id -u)),--allow-root)
 
 bench: $(VENV)/.ok  ## ratios of time and memory, measured in one run
 	python -m pytest -q -o addopts= benchmarks/bench_*.py --benchmark-only --benchmark-columns=median,rounds
@@ -83,6 +83,8 @@ LAB_SETTINGS := {"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {
 
 # uv comes from the lock too: its pin is read from there.
 $(VENV)/.ok: requirements.lock pyproject.toml
+	@test ! -L $(VENV) || { echo "error: $(VENV) must be a folder of this checkout, got a link to $$(readlink -f $(VENV)):" \
+		"an install there would take the package away from its own checkout; remove the link, and make sets up a new one" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(sed -n 's/^\(uv==[^ ]*\).*/\1/p' requirements.lock)"
 	$(BIN)/uv pip sync -q --python $(BIN)/python --require-hashes requirements.lock
