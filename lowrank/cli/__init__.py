@@ -8,5 +8,9 @@ help. Commands import what they need when they run, so that help comes at once.
 - `output`: results as tables or as JSON.
 - `compress`: compress a model, and write it to a folder.
 - `evaluate`: measure a model on a data set or by lm-evaluation-harness.
+- `files`: the file that a command writes.
 - `info`: say what a folder with a compressed model holds.
+- `ranks`: LoRA ranks from two checkpoints.
+- `score`: score layers by their spectra; `assign`: give them to devices with budgets.
+- `params`: the parameters of a notebook as a flat file; `run`: execute it.
 """

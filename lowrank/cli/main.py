@@ -18,6 +18,11 @@ COMMANDS = {
     "compress": "lowrank.cli.compress",
     "evaluate": "lowrank.cli.evaluate",
     "info": "lowrank.cli.info",
+    "ranks": "lowrank.cli.ranks",
+    "score": "lowrank.cli.score",
+    "assign": "lowrank.cli.assign",
+    "params": "lowrank.cli.params",
+    "run": "lowrank.cli.run",
 }
 
 
@@ -31,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
         summary, _, rest = _clean(inspect.getdoc(module) or "").partition("\n\n")
         command = commands.add_parser(
             name,
-            help=summary,
+            help=summary.replace("%", "%%"),
             description=summary,
             epilog=rest,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -42,8 +47,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _clean(docstring: str) -> str:
-    """Return a docstring without marks of code, and ready for argparse, to which % means a value."""
-    return docstring.replace("`", "").replace("%", "%%")
+    """Return a docstring without marks of code."""
+    return docstring.replace("`", "")
 
 
 def main(arguments: list[str] | None = None) -> int:

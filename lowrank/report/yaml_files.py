@@ -108,3 +108,15 @@ def _check_keys(node: yaml.MappingNode) -> None:
 
 def _line(node: yaml.Node) -> str:
     return f"line {node.start_mark.line + 1}"
+
+
+def write_yaml(values: dict[str, Any]) -> str:
+    """Write plain values by name as YAML, in their order, so that `read_yaml` and papermill read the same values.
+
+    **Arguments**
+
+    - `values`: name -> text, number, boolean, or lists and mappings of them.
+
+    **Returns** the text, a line per name where the value is no mapping.
+    """
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=math.inf, allow_unicode=True)

@@ -9,6 +9,7 @@ entries `norm_1`, `norm_2`, `norm_inf`. The published key of the score of a laye
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,8 +22,10 @@ from lowrank.io.schemas import Schema
 from lowrank.io.weights import Source
 from lowrank.nn.targets import BLOCKS
 from lowrank.selection.layer_sizes import layer_sizes
+from lowrank.selection.pruning_ratios import pruning_ratios
 
 _FORMAT = "lowrank.scores/1"
+_RATIO_KEYS = ("prunable", "epsilon", "mapping_type", "exact", "missing")  # settings that `pruning_ratios` needs
 
 
 class _ScoredLayer(Schema):
@@ -76,6 +79,33 @@ class Scores:
     def ratios(self) -> dict[str, float]:
         """Return layer -> share to prune, for `lowrank.compression.pruning.prune`."""
         return {row["name"]: row["pruning_ratio"] for row in self.layers}
+
+    def ratios_at(self, sparsity: float | int) -> dict[str, float]:
+        """Compute the share of each layer to prune for another total, by the rule that made these scores.
+
+        **Arguments**
+
+        - `sparsity`: share of all weights to prune, in [0, 1).
+
+        **Returns** layer -> share.
+
+        **Raises**
+
+        - `ValueError`: a share out of its range; scores whose settings do not say how they were made.
+        """
+        missing = [key for key in _RATIO_KEYS if key not in self.settings]
+        require(not missing, "settings", "say how the scores were made", f"none for {missing}")
+        sign = 1 if self.settings["prunable"] == "larger" else -1
+        blocks = {row["name"]: row["block"] for row in self.layers}
+        return pruning_ratios(
+            {row["name"]: nan if row["raw_metric"] is None else sign * row["raw_metric"] for row in self.layers},
+            dict(zip(self.names, self.costs, strict=True)),
+            sparsity,
+            self.settings["epsilon"],
+            blocks if self.settings["mapping_type"] == "block_wise" else None,
+            self.settings["exact"],
+            self.settings["missing"],
+        )
 
     def save(self, path: Path | str) -> None:
         """Write the file, whole or not at all; the same scores give the same bytes.
