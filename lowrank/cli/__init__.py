@@ -8,9 +8,10 @@ help. Commands import what they need when they run, so that help comes at once.
 - `output`: results as tables or as JSON.
 - `compress`: compress a model, and write it to a folder.
 - `evaluate`: measure a model on a data set or by lm-evaluation-harness.
-- `files`: the file that a command writes.
 - `info`: say what a folder with a compressed model holds.
+- `files`: checks of the file or folder that a command writes.
 - `ranks`: LoRA ranks from two checkpoints.
 - `score`: score layers by their spectra; `assign`: give them to devices with budgets.
+- `prune`: set weights to zero, and write the model to a folder.
 - `params`: the parameters of a notebook as a flat file; `run`: execute it.
 """

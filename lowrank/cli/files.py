@@ -1,4 +1,4 @@
-"""The file that a command writes: its option, and a check before the work starts."""
+"""The file or folder that a command writes: checks before the work starts, and the option for a file."""
 
 import argparse
 import os
@@ -30,6 +30,26 @@ def check_file(path: Path) -> None:
     - `ValueError`: it is a folder, or its folder cannot be written or made.
     """
     require(not path.is_dir(), "--out", "be a file, not a folder", str(path))
+    _check_parent(path)
+
+
+def check_folder(path: Path) -> None:
+    """Check that a folder can be written, before the work starts.
+
+    **Arguments**
+
+    - `path`: the folder, new or empty.
+
+    **Raises**
+
+    - `ValueError`: it has files, is a file, or cannot be written or made.
+    """
+    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    require(empty, "--out", "be a new or empty folder", str(path))
+    _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     writable = folder.is_dir() and os.access(folder, os.W_OK)
     require(writable, "--out", "be in a folder that can be written", str(path))

@@ -21,6 +21,7 @@ COMMANDS = {
     "ranks": "lowrank.cli.ranks",
     "score": "lowrank.cli.score",
     "assign": "lowrank.cli.assign",
+    "prune": "lowrank.cli.prune",
     "params": "lowrank.cli.params",
     "run": "lowrank.cli.run",
 }

@@ -13,8 +13,8 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lowrank.cli.options import add_json, add_progress
 from lowrank.cli.files import add_file, check_file
+from lowrank.cli.options import add_json, add_progress
 
 if TYPE_CHECKING:
     from lowrank.lora.rank_config import RankConfig

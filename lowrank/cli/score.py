@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from lowrank.cli.options import add_json, add_progress
 from lowrank.cli.files import add_file, check_file
+from lowrank.cli.options import add_json, add_progress
 
 CONFIG = ("window", "smallest", "prunable", "mapping", "sparsity", "epsilon", "missing")  # fields of `ScoringConfig`
 

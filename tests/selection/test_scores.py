@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,22 @@ def test_refusals(tmp_path: Path) -> None:
         Scores.load(tmp_path / "torn.json")
     with pytest.raises(FileNotFoundError, match="which does not exist"):
         Scores.load(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    "config", [ScoringConfig(), ScoringConfig(mapping="layer_wise", exact=False, prunable="smaller", missing="median")]
+)
+def test_shares_at_another_sparsity_follow_the_same_rule(config: ScoringConfig, tmp_path: Path) -> None:
+    model = nn.ModuleList(nn.ModuleList([nn.Linear(16, 24), nn.Linear(24, 32)]) for _ in range(3))
+    scores, other = (
+        layer_scores(model, "stable_rank" if config.prunable else "alpha_peak", one, progress=False)
+        for one in (config, replace(config, sparsity=0.4))
+    )
+    scores.save(tmp_path / "scores.json")
+    read = Scores.load(tmp_path / "scores.json")
+    assert read.ratios_at(config.sparsity) == scores.ratios
+    assert read.ratios_at(0.4) == other.ratios
+    with pytest.raises(ValueError, match=r"`settings` must say how the scores were made, got \"none for \['prunable'"):
+        Scores(read.layers).ratios_at(0.4)
+    with pytest.raises(ValueError, match=r"`sparsity` must be in \[0, 1\), got 1"):
+        read.ratios_at(1)
