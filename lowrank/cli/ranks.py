@@ -11,13 +11,10 @@ Examples:
 
 import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lowrank.cli.files import add_file, check_file
 from lowrank.cli.options import add_json, add_progress
-
-if TYPE_CHECKING:
-    from lowrank.lora.rank_config import RankConfig
 
 RULE = ("threshold", "min_rank", "max_rank", "smoothing", "powers_of_two", "per", "parameters")  # fields of `RankRule`
 
@@ -74,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _rows_by_type(config: "RankConfig") -> list[Mapping[str, Any]]:
+def _rows_by_type(config: Any) -> list[Mapping[str, Any]]:
     """Return one row per type of layer: its modules, their ranks, and how much of their change the ranks keep."""
     from lowrank.lora.ranks import layer_type  # noqa: PLC0415
 

@@ -7,7 +7,7 @@
 - `checkpoint`: `load_pi3`, weights from a file, a folder or the Hub.
 - `loss`: the training loss, distillation from a teacher, and a loss for Fisher information.
 - `small`: the small π³ of the embedded report, and its training data.
-- `pretrain`: train it: `python -m lowrank.pi3.pretrain`.
+- `pretraining`: how it is trained; `pretrain`: train it: `python -m lowrank.pi3.pretrain`.
 - `frames`: images and videos as views in a size that the model takes.
 - `data`: `load_scenes` and `rendered_scenes`, sequences with depth and poses; `Scene`.
 - `layouts`: `LAYOUTS`, the published data sets on disk.

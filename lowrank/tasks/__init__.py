@@ -8,7 +8,7 @@
 - `training`: train a model on a task.
 - `baseline`: the trained dense model and the statistics of its layers, cached.
 - `shipped`: the dense models that come with this package.
-- `pretrain`: `MODELS`, the list of them; train them: `python -m lowrank.tasks.pretrain`.
+- `pretraining`: `MODELS`, the list of them; `pretrain`: train them: `python -m lowrank.tasks.pretrain`.
 - `sweep`: many compressed models of one dense model.
 - `digits`, `cifar10`, `imagenet`: image classification; `images` reads data sets of the Hub.
 - `docs_package`, `docs_language`: text from installed packages, see `docs`.

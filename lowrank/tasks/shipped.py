@@ -1,7 +1,7 @@
 """The dense models that come with this package: weights in half precision, each beside a JSON file that says how it was made.
 
 They are data: a training elsewhere ends with other weights, because it amplifies rounding, and every table would follow.
-`lowrank.tasks.pretrain` writes the files.
+`lowrank.tasks.pretraining` writes the files.
 """
 
 import copy
@@ -58,7 +58,7 @@ class Shipped:
 
     @property
     def name(self) -> str:
-        """Return its name among `lowrank.tasks.pretrain.MODELS`."""
+        """Return its name among `lowrank.tasks.pretraining.MODELS`."""
         return self.weights.stem
 
     @property
@@ -138,7 +138,7 @@ def write_shipped(name: str, model: nn.Module, metadata: Mapping[str, Any]) -> S
 
     **Arguments**
 
-    - `name`: a key of `lowrank.tasks.pretrain.MODELS`.
+    - `name`: a key of `lowrank.tasks.pretraining.MODELS`.
     - `model`: rounded already, so that what was measured on it holds for the file.
     - `metadata`: JSON, with the entries of `_ShippedRecord` but for `key` and `weights`.
     """

@@ -87,7 +87,7 @@ def test_batches_hold_new_scenes_in_every_step_and_are_the_same_again() -> None:
 
 
 def test_the_command_trains_and_what_it_wrote_is_read(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowrank.pi3.pretrain.SMALL_RECIPE", replace(SMALL_RECIPE, steps=2, batch_size=4))
+    monkeypatch.setattr("lowrank.pi3.small.SMALL_RECIPE", replace(SMALL_RECIPE, steps=2, batch_size=4))
     assert main(["--folder", str(tmp_path)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "run.json"]
     about = json.loads((tmp_path / "run.json").read_text())

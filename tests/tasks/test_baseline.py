@@ -14,7 +14,8 @@ from torch import nn
 
 from lowrank.io.hashing import hash_files, hash_model
 from lowrank.tasks.baseline import baseline_key, distance, load_baseline, train_baseline
-from lowrank.tasks.pretrain import DenseModel, main
+from lowrank.tasks.pretrain import main
+from lowrank.tasks.pretraining import DenseModel
 from lowrank.tasks.registry import load_task
 from lowrank.tasks.shipped import BLOCK, find_shipped, list_shipped, round_weights, write_shipped
 from lowrank.tasks.task import Task
@@ -35,7 +36,7 @@ def task() -> Task:
 def shelf(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of shipped models, in a temporary place, with none; `tiny` is the one model in the list."""
     monkeypatch.setattr("lowrank.tasks.shipped.PRETRAINED", tmp_path / "pretrained")
-    monkeypatch.setattr("lowrank.tasks.pretrain.MODELS", MODELS)
+    monkeypatch.setattr("lowrank.tasks.pretraining.MODELS", MODELS)
     return tmp_path / "pretrained"
 
 
@@ -46,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWRANK_CACHE", str(folder / "cache"))
         patch.setattr("lowrank.tasks.shipped.PRETRAINED", folder / "pretrained")
-        patch.setattr("lowrank.tasks.pretrain.MODELS", MODELS)
+        patch.setattr("lowrank.tasks.pretraining.MODELS", MODELS)
         assert main(["--ship"]) == 0
     return folder
 
