@@ -61,7 +61,7 @@ def test_a_model_is_pruned_as_by_the_library_and_anyone_loads_it(home, tmp_path,
     ]
     assert main([*words, "--sparsity", "0.5", "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "of 16,384 weights are zero (50.0%)" in said
+    assert "of 17,408 weights are zero (50.0%)" in said
     assert said.splitlines()[-1] == f"wrote {out}"
     again = transformers.AutoModelForCausalLM.from_pretrained(out).state_dict()
     expected = pruned(home, Scores.load(home / "scores.json").ratios_at(0.5), "wanda")
