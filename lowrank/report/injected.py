@@ -99,7 +99,7 @@ def _explain(value: Any, default: Any) -> str:
 
 
 def name_results(notebook: str, parameters: Mapping[str, Any]) -> str:
-    """Name the set or variant that has these parameters, so that each combination gets a folder of its own.
+    """Return the name of the set or variant with these parameters, so that each combination gets a folder of its own.
 
     **Arguments**
 

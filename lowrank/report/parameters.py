@@ -108,7 +108,15 @@ def read_set(name: str) -> dict[str, dict[str, Any]]:
 
 
 def read_variant_value(text: str, default: Any) -> Any:
-    """Read a value of a variant as the type of the default; text that does not fit is returned as it is."""
+    """Read a value of a variant as the type of the default.
+
+    **Arguments**
+
+    - `text`: the value, as the variant has it. Commas separate the items of a list.
+    - `default`: the default of the parameter.
+
+    **Returns** the value; text that does not fit is returned as it is.
+    """
     if isinstance(default, list):
         return [read_variant_value(item, default[0] if default else None) for item in text.split(",")]
     if isinstance(default, str):
