@@ -33,7 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--include", nargs="+", metavar="NAME", help="layers, names or patterns; default: all in blocks"
     )
-    add_data(parser, split="train", samples="256")
+    add_data(parser, splits=("train", "validation"), samples="256")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of samples; default: 0")
     add_progress(parser)
     add_json(parser)
