@@ -37,7 +37,6 @@ from lowrank.nn.skeletons import check_counts
 MOST_LAYERS = 10_000  # that a configuration may count before the files with the tensors are known
 
 
-@register_quantization_config(METHOD)
 class LowRankConfig(QuantizationConfigMixin):
     """Hold `quantization_config` of a `config.json`: the layers that are not as in the base architecture.
 
@@ -72,7 +71,6 @@ class LowRankConfig(QuantizationConfigMixin):
         vars(self).update(describe_config(layers))
 
 
-@register_quantizer(METHOD)
 class LowRankQuantizer(HfQuantizer):
     """Put recorded layers into a model of transformers before its weights are loaded, and record them when it is saved."""
 
@@ -117,15 +115,15 @@ class LowRankQuantizer(HfQuantizer):
         if not layers:
             self.remove_quantization_config(model)
             return None, {}
-        self.quantization_config = model.config.quantization_config = LowRankConfig(layers)  # pyright: ignore[reportArgumentType]
+        self.quantization_config = model.config.quantization_config = LowRankConfig(layers)
         return add_placeholders(model.state_dict(), layers), {}
 
-    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def is_serializable(self) -> Any:
         """Return True: `save_pretrained` writes what `from_pretrained` reads."""
         return True
 
     @property
-    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def is_trainable(self) -> Any:
         """Return True: factors are ordinary parameters."""
         return True
 
@@ -187,3 +185,8 @@ def _check_sizes(model: nn.Module, files: Iterable[str]) -> None:
 def _is_loaded(tensor: Any) -> bool:
     """Return True if transformers has read a tensor; it marks those, and draws random numbers for all others."""
     return getattr(tensor, "_is_hf_initialized", False)
+
+
+# Not as decorators, which would hide the types of both classes.
+register_quantization_config(METHOD)(LowRankConfig)
+register_quantizer(METHOD)(LowRankQuantizer)
