@@ -63,13 +63,14 @@ def run(options: argparse.Namespace) -> int:
         named = load_model(options)
         source = None if options.data is None else read_source(options)
         batches = None if source is None else _read_batches(options, named, source)
+        calibration = _describe_calibration(options, source, batches or [])
         result, seconds = _compress(named, batches, options, choices)
-        save(named, partial)
+        save(named, partial, {"calibration": calibration} if calibration else True)
     content = {
         "model": options.model,
         "revision": options.revision,
         "out": str(options.out),
-        "calibration": _describe_calibration(options, source, batches or []),
+        "calibration": calibration,
         "seconds": round(seconds, 1),
         "configuration": asdict(result.configuration),
         "before": asdict(result.before),
@@ -130,19 +131,19 @@ def _describe_calibration(options: argparse.Namespace, source: Any, batches: lis
     return {key: value for key, value in (known | counted).items() if value is not None}
 
 
-def save(named: Any, folder: Path) -> None:
+def save(named: Any, folder: Path, card: Any = True) -> None:
     """Write a compressed model and its tokenizer or image processor to a folder.
 
     **Arguments**
 
     - `named`: the `NamedModel`.
     - `folder`: a new or empty folder.
+    - `card`: what the model card says beside the record, see `save_compressed`.
     """
     from lowrank.compression.checkpoint import save_compressed  # noqa: PLC0415
 
-    save_compressed(named.model, folder)
-    if hasattr(named.processor, "save_pretrained"):
-        named.processor.save_pretrained(folder)
+    processor = named.processor if hasattr(named.processor, "save_pretrained") else None
+    save_compressed(named.model, folder, processor=processor, card=card)
 
 
 def _describe_run(content: dict[str, Any], named: Any) -> str:

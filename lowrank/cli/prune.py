@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lowrank.cli.compress import save
 from lowrank.cli.files import check_folder
 from lowrank.cli.options import add_data, add_json, add_model, add_progress, given, load_model, read_source
 from lowrank.io.checks import require
@@ -115,13 +116,13 @@ def _collect(options: argparse.Namespace, named: Any, chosen: dict[str, Any]) ->
 
 def _save(named: Any, folder: Path) -> None:
     """Write a dense model as its library does, any other as a compressed one, whole or not at all."""
-    from lowrank.compression.checkpoint import RECORD, save_compressed  # noqa: PLC0415
+    from lowrank.compression.stored_state import RECORD  # noqa: PLC0415
     from lowrank.io.files import writing  # noqa: PLC0415
 
     with writing(folder) as partial:
         if hasattr(named.model, "save_pretrained") and not hasattr(named.model, RECORD):
             named.model.save_pretrained(partial)
+            if hasattr(named.processor, "save_pretrained"):
+                named.processor.save_pretrained(partial)
         else:
-            save_compressed(named.model, partial)
-        if hasattr(named.processor, "save_pretrained"):
-            named.processor.save_pretrained(partial)
+            save(named, partial)
