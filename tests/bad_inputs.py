@@ -317,6 +317,11 @@ def library() -> dict[str, Spec]:
                 pattern=[5, (2, 4), "2:4", (4, 2)],
             ),
         ),
+        "quantize": Spec(
+            lowrank.quantize,
+            lambda: dict(model=net()),
+            dict(model=NO_MODEL, bits=[0, 3, 8.5, "8", None], layers=NO_LAYERS, group=[0, -1, 2.5, "x"]),
+        ),
         "fold": Spec(lowrank.fold, lambda: dict(model=factored()), dict(model=NO_MODEL)),
         "parameter_counts": Spec(
             lowrank.parameter_counts,
