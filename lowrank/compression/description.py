@@ -45,7 +45,7 @@ def describe_folder(folder: Path | str) -> dict[str, Any]:
     rows = {name: row for name, row in record["layers"].items() if {"in", "out", "rank"} <= row.keys()}
     made = {name: _parts(name, sizes) for name, row in rows.items() if row.get("kind")}
     inside = {part for parts in made.values() for part in parts}
-    after = {name: sum(made[name].values()) if name in made else row["in"] * row["out"] for name, row in rows.items()}
+    after = {name: row.get("parameters", _count(made.get(name), row)) for name, row in rows.items()}
     before = sum(row["in"] * row["out"] for row in rows.values())
     ranks = [row["rank"] for row in rows.values()]
     targeted, model = sum(after.values()), record["parameters"]
@@ -71,6 +71,11 @@ def _parts(layer: str, sizes: Mapping[str, int]) -> dict[str, int]:
     """Return the tensors of a layer that are parameters of its weight, name -> elements."""
     inside = {name: size for name, size in sizes.items() if name.startswith(f"{layer}.")}
     return {name: size for name, size in inside.items() if name.rpartition(".")[2] not in BESIDE}
+
+
+def _count(parts: Mapping[str, int] | None, row: Mapping[str, Any]) -> int:
+    """Return the parameters of a layer that has no row of `compress`: of its parts, if it is not stored as it was."""
+    return row["in"] * row["out"] if parts is None else sum(parts.values())
 
 
 def _name_base(base: Mapping[str, Any] | None) -> str | None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from lowrank import compress, parameter_counts, save_compressed
+from lowrank import compress, parameter_counts, quantize, save_compressed
 from lowrank.compression.description import describe_folder
 
 SIZES = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
@@ -36,3 +36,17 @@ def test_the_counts_are_those_of_the_models(storage, keep, tmp_path: Path) -> No
 def test_a_folder_of_another_kind_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="`folder` must be a file written by save_compressed"):
         describe_folder(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_model_counts_what_it_counted_before(bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, attention_bias=True))
+    compress(model, keep=0.4, method="svd", progress=False)
+    save_compressed(model, tmp_path / "floats")
+    quantize(model, bits)
+    save_compressed(model, tmp_path / "codes")
+    before, after = (describe_folder(tmp_path / name) for name in ("floats", "codes"))
+    counts = [name for name in before if name.endswith("parameters") or name.startswith("keep")]
+    assert [after[name] for name in counts] == [before[name] for name in counts]
+    assert after["bytes"] < before["bytes"]

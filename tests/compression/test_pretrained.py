@@ -13,12 +13,20 @@ import peft
 import pytest
 import torch
 import transformers
-from families import llama
+from families import ZOO, llama
 from safetensors.torch import load_file, save_file
 from torch import nn
-from zoo import ZOO
 
-from lowrank import fold, load_compressed, replace_layers, save_compressed, split_packed, unify_linears
+from lowrank import (
+    compress,
+    fold,
+    load_compressed,
+    quantize,
+    replace_layers,
+    save_compressed,
+    split_packed,
+    unify_linears,
+)
 from lowrank.compression.checkpoint import METADATA, TENSORS
 from lowrank.compression.configuration import Configuration
 from lowrank.compression.quantizer import LowRankConfig
@@ -218,6 +226,23 @@ def test_a_compressed_head_need_not_be_loaded(folder: Path) -> None:
     assert torch.equal(logits(loaded, batch), logits(model, batch))
     body: Any = transformers.AutoModel.from_pretrained(folder)
     assert torch.equal(body(**batch)[0], model.base_model(**batch)[0])
+
+
+@pytest.mark.parametrize("kind", ["nested", "factors in 8 bits", "dense in 4 bits"])
+def test_every_kind_of_layer_is_loaded_and_saved_again(kind: str, folder: Path, tmp_path: Path) -> None:
+    model: Any = llama().eval()
+    if kind == "nested":
+        compress(model, keep="any", method="svd", progress=False)
+    if kind == "factors in 8 bits":
+        compress(model, keep=0.5, method="svd", progress=False)
+    if kind != "nested":
+        quantize(model, 4 if "4" in kind else 8)
+    save_compressed(model, folder)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "again")
+    for place in (folder, tmp_path / "again"):
+        assert torch.equal(logits(load_compressed(place)), logits(model))
 
 
 def test_folded_models_are_saved_as_dense_ones(folder: Path) -> None:
