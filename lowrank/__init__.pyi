@@ -8,7 +8,6 @@ from .compression.compress import compress as compress
 from .compression.configuration import Configuration as Configuration
 from .compression.configuration import Retargeting as Retargeting
 from .compression.pruning import prune as prune
-from .compression.quantize import quantize as quantize
 from .compression.replace import decompose as decompose
 from .compression.replace import fold as fold
 from .compression.replace import replace_layers as replace_layers

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank.compression.configuration import Retargeting
+from lowrank.compression.quantize import quantize
 from lowrank.compression.retarget import retarget_layers
 from lowrank.io.hashing import hash_model
 from lowrank.selection.scores import Scores
@@ -318,7 +319,7 @@ def library() -> dict[str, Spec]:
             ),
         ),
         "quantize": Spec(
-            lowrank.quantize,
+            quantize,
             lambda: dict(model=net()),
             dict(model=NO_MODEL, bits=[0, 3, 8.5, "8", None], layers=NO_LAYERS, group=[0, -1, 2.5, "x"]),
         ),

@@ -15,6 +15,8 @@
 - `checks`: what can be wrong, found before a model is changed.
 - `checkpoint`: `save_compressed` and `load_compressed`, a folder with safetensors and a JSON record.
 - `model_folder`: the files of that folder.
+- `pretrained`: what `from_pretrained` of transformers finds in it.
+- `quantizer`: what transformers calls to load and save such models.
 - `card`: `format_card`, the record of a compressed model as a model card.
 - `push`: `push_compressed`, a folder to the Hub.
 - `rebuild`: `plan_build`, how a model is built again, verified by shapes and outputs.

@@ -204,22 +204,7 @@ def load_compressed(
     )
     require(keep is None or nested, "keep", rule, keep)
     model = _build(metadata, folder, architecture)
-    with open_safetensors(folder / TENSORS, "folder") as file:  # copies: a tensor as read stays mapped to the file
-        tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    tensors = drop_placeholders(tensors, metadata["layers"])
-    if hash_tensors(tensors) != metadata["tensors"]:
-        raise ValueError(
-            f"`folder` must contain the tensors that {METADATA} was written for, got others in {str(folder)!r}."
-        )
-    for name in _with_former_bias(metadata, tensors):
-        move_pivot_bias(tensors, name)
-    absent = sorted(set(metadata.get("buffers", [])) - tensors.keys())
-    require(not absent, "folder", f"have the buffers of {METADATA} in {TENSORS}", absent)
-    buffers = {name: tensors.pop(name) for name in metadata.get("buffers", [])}
-    model.load_state_dict(_untie(tensors, metadata["tied"]) | metadata.get("extra", {}), strict=True, assign=True)
-    put_buffers(model, buffers)
-    for name, stored in metadata["tied"].items():
-        _tie_parameter(model, name, stored)
+    _fill(model, metadata, _read_tensors(folder, metadata, device))
     layers = {name: row for name, row in metadata["layers"].items() if "method" in row}
     set_record(model, {"model": metadata["model"], "layers": layers, "card": metadata.get("card")})
     model.to(device).eval()
@@ -229,6 +214,31 @@ def load_compressed(
     if keep is not None:
         cut_layers(model, keep)
     return model
+
+
+def _read_tensors(folder: Path, metadata: Mapping[str, Any], device: torch.device | str) -> dict[str, Tensor]:
+    """Read the tensors that the record was written for."""
+    with open_safetensors(folder / TENSORS, "folder") as file:  # copies: a tensor as read stays mapped to the file
+        tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    tensors = drop_placeholders(tensors, metadata["layers"])
+    if hash_tensors(tensors) != metadata["tensors"]:
+        raise ValueError(
+            f"`folder` must contain the tensors that {METADATA} was written for, got others in {str(folder)!r}."
+        )
+    return tensors
+
+
+def _fill(model: nn.Module, metadata: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Put the tensors into the model; weights that were tied are tied again."""
+    for name in _with_former_bias(metadata, tensors):
+        move_pivot_bias(tensors, name)
+    absent = sorted(set(metadata.get("buffers", [])) - tensors.keys())
+    require(not absent, "folder", f"have the buffers of {METADATA} in {TENSORS}", absent)
+    buffers = {name: tensors.pop(name) for name in metadata.get("buffers", [])}
+    model.load_state_dict(_untie(tensors, metadata["tied"]) | metadata.get("extra", {}), strict=True, assign=True)
+    put_buffers(model, buffers)
+    for name, stored in metadata["tied"].items():
+        _tie_parameter(model, name, stored)
 
 
 def _build(metadata: Mapping[str, Any], folder: Path, architecture: nn.Module | None) -> nn.Module:

@@ -110,14 +110,26 @@ def compress(
         warn_of_stacks(stacks, before.targeted / before.model)
     names = list(targeted)
     targeted.clear()  # each dense weight is freed as soon as its factors exist
-    if ranks is None:
-        rows = nest_layers(model, names, configuration, statistics, progress=progress)
-    elif configuration.retarget is None:
-        rows = replace_layers(model, ranks, configuration, statistics, progress=progress)
-    else:
-        rows = retarget_layers(model, ranks, configuration, statistics, batches or (), progress=progress)
+    rows = _replace(model, names, ranks, configuration, statistics, batches, progress)
     after = measure_model(model, sum(row["parameters"] for row in rows))
     return CompressionResult(rows, configuration, before, after, trials, left_out)
+
+
+def _replace(
+    model: nn.Module,
+    names: list[str],
+    ranks: Mapping[str, int] | None,
+    configuration: Configuration,
+    statistics: Statistics | None,
+    batches: Iterable[Batch] | None,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """Replace the layers, at full rank if no ranks are given, and return their rows."""
+    if ranks is None:
+        return nest_layers(model, names, configuration, statistics, progress=progress)
+    if configuration.retarget is None:
+        return replace_layers(model, ranks, configuration, statistics, progress=progress)
+    return retarget_layers(model, ranks, configuration, statistics, batches or (), progress=progress)
 
 
 def _find_targets(

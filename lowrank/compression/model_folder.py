@@ -22,12 +22,16 @@ def save_processor(processor: Any, folder: Path) -> list[str]:
     **Raises**
 
     - `ValueError`: an object without `save_pretrained`, or one that writes a file of the model.
+    - `OSError`: a file that cannot be written.
     """
     if processor is None:
         return []
     has_method = hasattr(processor, "save_pretrained")
     require(has_method, "processor", "have the method save_pretrained", type(processor).__name__)
-    processor.save_pretrained(folder)
+    try:
+        processor.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises no OSError where a file cannot be written
+        raise OSError(f"`processor` could not be saved: {error}") from error
     files = sorted(path.name for path in folder.iterdir())
     own = sorted(FILES & set(files))
     require(not own, "processor", "be a tokenizer or image processor, which writes none of the model's files", own)
@@ -35,7 +39,7 @@ def save_processor(processor: Any, folder: Path) -> list[str]:
 
 
 def check_content(folder: Path) -> None:
-    """Refuse to replace a folder that is not a compressed model.
+    """Check that a folder holds nothing that a compressed model may not replace.
 
     **Arguments**
 

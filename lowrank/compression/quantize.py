@@ -18,7 +18,7 @@ from lowrank.nn.offloaded import check_not_offloaded
 from lowrank.nn.plain import find_obstacle
 from lowrank.nn.quantized import LARGEST, QuantizedLinear
 from lowrank.nn.surgery import replace_module
-from lowrank.nn.targets import BLOCKS, find_shared_weights, refuse_root
+from lowrank.nn.targets import BLOCKS, find_shared_weights, list_entries, refuse_root
 
 
 @torch.inference_mode(False)  # biases may be trained
@@ -49,7 +49,7 @@ def quantize(
     """
     require(bits in LARGEST, "bits", f"be one of {sorted(LARGEST)}", bits)
     require(group is None or group >= 1, "group", "be at least 1", group)
-    require(not isinstance(layers, str), "layers", "be a list of names or patterns", layers)
+    layers = list_entries("layers", layers)
     refuse_root(model, (nn.Linear, *FACTORED_LAYERS.values()))
     check_not_offloaded(model)
     linears: dict[str, nn.Linear] = {}

@@ -52,6 +52,12 @@ def _ask(address: str, seconds: float) -> bool:
     return True
 
 
+def _endpoint() -> str:
+    """Return the address of the Hub that the libraries use, which they read once, when they are imported."""
+    read = sys.modules.get("huggingface_hub.constants")
+    return read.ENDPOINT if read is not None else os.environ.get("HF_ENDPOINT") or HUB
+
+
 @contextmanager
 def cache_if_unreachable() -> Iterator[bool]:
     """Let the libraries that load from the Hub use their cache alone inside a `with` block, if the Hub does not answer.
@@ -61,7 +67,7 @@ def cache_if_unreachable() -> Iterator[bool]:
     **Returns** whether the Hub does not answer; False if the user has set HF_HUB_OFFLINE, and nobody has asked.
     """
     offline = is_offline()
-    if not offline and can_reach(os.environ.get("HF_ENDPOINT") or HUB):
+    if not offline and can_reach(_endpoint()):
         yield False
         return
     import huggingface_hub.constants  # noqa: PLC0415

@@ -68,7 +68,7 @@ def find_left_out(model: nn.Module, layers: Iterable[str] = BLOCKS) -> dict[str,
 
 def _sort_out(model: nn.Module, layers: Iterable[str]) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """Return the plain linear layers that entries match, and why others that they match are not plain."""
-    layers = _list_entries("layers", layers)
+    layers = list_entries("layers", layers)
     refuse_root(model, nn.Linear)
     modules = dict(model.named_modules())
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | QuantizedLinear)}
@@ -157,7 +157,7 @@ def select_names(names: Iterable[str], include: Iterable[str], exclude: Iterable
       `include` that matches no name.
     """
     names = list(names)
-    include, exclude = _list_entries("include", include), _list_entries("exclude", exclude, least=0)
+    include, exclude = list_entries("include", include), list_entries("exclude", exclude, least=0)
     found = {entry: {name for name in names if matches(name, entry, "include")} for entry in include}
     if (idle := next((entry for entry, matched in found.items() if not matched), None)) is not None:
         raise ValueError(f"`include` must match layers of the model, got {idle!r}; it has: {_first(names)} ...")
@@ -249,8 +249,19 @@ def _first(names: Iterable[str]) -> str:
     return ", ".join(list(names)[:6]) or "none at all"
 
 
-def _list_entries(argument: str, entries: Iterable[str], least: int = 1) -> list[str]:
-    """Return the entries as a list, and raise an error for a single string or too few of them."""
+def list_entries(argument: str, entries: Iterable[str], least: int = 1) -> list[str]:
+    """Return names or patterns as a list.
+
+    **Arguments**
+
+    - `argument`: its name, for the message.
+    - `entries`: names or patterns.
+    - `least`: int, how many there must be. Default 1.
+
+    **Raises**
+
+    - `ValueError`: a single string, or too few.
+    """
     if isinstance(entries, str):
         raise ValueError(f"`{argument}` must be a list of names or patterns, got the single string {entries!r}.")
     entries = list(entries)

@@ -5,7 +5,7 @@
 - `resources`: memory, time and processors that a notebook needs, for a cluster.
 - `yaml_files`: YAML files in which no key appears twice.
 - `folders`: the folder of published results, and that of your own runs.
-- `injected`: check the parameters that a notebook runs with, and name the folder of their results.
+- `namespace`: check the parameters that a notebook runs with, and name the folder of their results.
 - `errors`: errors that a command reports in one line.
 - `notebook`: `Report`, which a notebook uses to write its figures, tables, claims and run.json.
 - `claims`: judge a comparison: it holds, fails, or is too close to call.

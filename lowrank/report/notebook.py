@@ -22,7 +22,7 @@ from lowrank.io.hashing import hash_options
 from lowrank.io.provenance import environment, peak_memory_mb
 from lowrank.report.claims import NOISE, VERDICTS, judge
 from lowrank.report.folders import close_results, open_results, outputs_folder
-from lowrank.report.injected import name_results, read_namespace
+from lowrank.report.namespace import name_results, read_namespace
 from lowrank.report.parameters import notebook_path
 
 SIGNIFICANT_DIGITS = 6
@@ -35,7 +35,7 @@ class Report:
     """Record one run of one notebook. Results of a former run are replaced by `finish`.
 
     Parameters that are those of the set write to SET/NOTEBOOK, every other combination of parameters to a folder of its own,
-    see `lowrank.report.injected.name_results`.
+    see `lowrank.report.namespace.name_results`.
 
     **Arguments**
 

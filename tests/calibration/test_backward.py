@@ -152,7 +152,7 @@ def direct(
         for (name, x, _), g in zip(calls, gradients, strict=True):
             found.setdefault(name, []).append(torch.cat([x, g], dim=-1).flatten(0, -2))
             key = name, len(x)
-            g, x = (part.reshape(len(x), -1, part.shape[-1]) for part in (g, x))
+            g, x = (part.unsqueeze(1) if part.ndim == 2 else part.flatten(1, -2) for part in (g, x))
             product = g.mT @ x
             per_sample[key] = per_sample.get(key, torch.zeros((), dtype=torch.float64)) + product
         for (name, _), gradient in per_sample.items():

@@ -7,8 +7,9 @@ import pytest
 import torch
 import transformers
 
-from lowrank import compress, parameter_counts, quantize, save_compressed
+from lowrank import compress, parameter_counts, save_compressed
 from lowrank.compression.description import describe_folder
+from lowrank.compression.quantize import quantize
 
 SIZES = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 

@@ -21,7 +21,6 @@ from lowrank import (
     compress,
     fold,
     load_compressed,
-    quantize,
     replace_layers,
     save_compressed,
     split_packed,
@@ -29,6 +28,7 @@ from lowrank import (
 )
 from lowrank.compression.checkpoint import METADATA, TENSORS
 from lowrank.compression.configuration import Configuration
+from lowrank.compression.quantize import quantize
 from lowrank.compression.quantizer import LowRankConfig
 from lowrank.factorization.storages import STORAGES
 from lowrank.io.dependencies import ROOT

@@ -13,7 +13,7 @@ matplotlib.use("agg")
 
 from lowrank.report.errors import ParameterError
 from lowrank.report.folders import open_results
-from lowrank.report.injected import LONGEST_NAME, name_results, read_namespace
+from lowrank.report.namespace import LONGEST_NAME, name_results, read_namespace
 from lowrank.report.notebook import Report
 from lowrank.report.parameters import VARIANT, notebook_names, read_defaults, read_parameters, set_names, split_variant
 
