@@ -89,6 +89,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {self.path}")
         path = self.path.partition("?")[0]
         found = re.match(r"/(?:api/models/)?([^/]+/[^/]+?)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?$", path)
+        if path == "/":  # whether anybody is there
+            return self._answer(200, b"")
         assert found, path
         repo, what, revision, name = found.groups()
         if repo not in self.hub.commits:

@@ -69,12 +69,12 @@ def test_an_answer_is_kept_for_a_while(nobody: str, monkeypatch) -> None:
 
 def test_the_cache_is_used_inside_the_block_only(nobody: str, server: str, monkeypatch) -> None:
     before = huggingface_hub.constants.HF_HUB_OFFLINE
-    monkeypatch.setenv("HF_ENDPOINT", nobody)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nobody)
     with cache_if_unreachable() as unreachable:
         assert unreachable
         assert huggingface_hub.constants.HF_HUB_OFFLINE
     assert before == huggingface_hub.constants.HF_HUB_OFFLINE
-    monkeypatch.setenv("HF_ENDPOINT", server)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server)
     with cache_if_unreachable() as unreachable:
         assert not unreachable
         assert before == huggingface_hub.constants.HF_HUB_OFFLINE
