@@ -39,8 +39,12 @@ def notebook_path(name: str) -> Path:
 
     **Raises**
 
-    - `ParameterError`: no such notebook; the message lists all notebooks.
+    - `ParameterError`: no such notebook; the message lists all notebooks. Or an installation without notebooks.
     """
+    if not NOTEBOOKS.is_dir():
+        raise ParameterError(
+            f"`notebook` needs a clone of the project, which has the notebooks, got none at {str(ROOT)!r}."
+        )
     if name not in notebook_names():
         raise ParameterError(f"`notebook` must be one of {notebook_names()}, got {name!r}.")
     return NOTEBOOKS / f"{name}.py"

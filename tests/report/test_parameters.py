@@ -219,3 +219,9 @@ def test_a_variant_has_the_notebooks_that_have_what_it_changes() -> None:
     found = [notebook for _, notebook in jobs(["digits-vit@seeds=3"])]
     assert found
     assert found == [n for n in notebook_names() if "seeds" in read_defaults(n) and n in read_set("digits-vit")]
+
+
+def test_an_installation_without_notebooks_says_so(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "NOTEBOOKS", tmp_path / "notebooks")
+    with pytest.raises(ParameterError, match="`notebook` needs a clone of the project"):
+        read_defaults("01_whitening")
