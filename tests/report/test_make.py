@@ -13,7 +13,8 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 
 def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True, check=False)
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # as if not under make
+    return subprocess.run(["make", *words], cwd=folder, env=outside, capture_output=True, text=True, check=False)
 
 
 def test_the_environment_of_another_checkout_is_left_alone(tmp_path: Path) -> None:
