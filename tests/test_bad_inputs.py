@@ -21,6 +21,6 @@ def test_bad_inputs_are_refused_by_name() -> None:
     *bad, last = done.stdout.splitlines()
     counts = json.loads(last)
     refused = sum(counts.get(end, 0) for end in ("clear", "unclear", "wrong", "traceback"))
-    assert refused >= 1900
+    assert refused >= 2000
     assert counts.get("wrong", 0) == counts.get("traceback", 0) == 0, "\n".join(bad)
     assert counts["clear"] >= 0.95 * refused, "\n".join(bad)
