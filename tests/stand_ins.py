@@ -78,7 +78,6 @@ def make_data(folder: Path) -> dict[str, str]:
     return {
         "SetFit/sst2": str(folder / "sentences"),
         "Salesforce/wikitext:wikitext-2-v1": str(folder / "lines"),
-        "Salesforce/wikitext:wikitext-2-raw-v1": str(folder / "lines"),
         "uoft-cs/cifar10": str(folder / "images"),
     }
 

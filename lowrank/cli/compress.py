@@ -17,7 +17,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lowrank.cli.options import add_data, add_json, add_model, add_progress, given, load_model, read_source
+from lowrank.cli.files import check_folder
+from lowrank.cli.options import (
+    add_data,
+    add_json,
+    add_model,
+    add_progress,
+    draw_batches,
+    given,
+    load_model,
+    read_source,
+)
 from lowrank.cli.output import print_result, show_progress
 from lowrank.io.checks import require
 from lowrank.io.files import writing
@@ -53,8 +63,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Compress the model, write it, print a table, and return the exit status."""
-    empty = not options.out.exists() or (options.out.is_dir() and not any(options.out.iterdir()))
-    require(empty, "out", "be a new or empty folder", str(options.out))
+    check_folder(options.out)
     require(0 < options.keep <= 1, "keep", "be in (0, 1]", options.keep)
     require(options.data is not None or options.method == "svd", "data", "be given, unless the method is svd", None)
     choices = read_choices(options)
@@ -62,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
         partial.mkdir()
         named = load_model(options)
         source = None if options.data is None else read_source(options)
-        batches = None if source is None else _read_batches(options, named, source)
+        batches = None if source is None else draw_batches(options, named, source)
         calibration = _describe_calibration(options, source, batches or [])
         result, seconds = _compress(named, batches, options, choices)
         save(named, partial, {"calibration": calibration} if calibration else True)
@@ -112,12 +121,6 @@ def read_choices(options: argparse.Namespace) -> dict[str, Any]:
         barred = f"(?!(?:{'|'.join(options.exclude)})$)" if options.exclude else ""
         choices["layers"] = [f"{barred}(?:{name})" if barred else name for name in options.include or BLOCKS]
     return choices
-
-
-def _read_batches(options: argparse.Namespace, named: Any, source: Any) -> list[Any]:
-    from lowrank.tasks.calibration_data import calibration_batches  # noqa: PLC0415
-
-    return calibration_batches(named, source, **given(options, "samples", "length", "batch_size", "seed"))
 
 
 def _describe_calibration(options: argparse.Namespace, source: Any, batches: list[Any]) -> dict[str, Any]:

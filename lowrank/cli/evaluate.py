@@ -5,7 +5,7 @@ lowrank compress is a MODEL like any other.
 
 Example:
 
-    lowrank evaluate small-llama --data Salesforce/wikitext:wikitext-2-raw-v1
+    lowrank evaluate small-llama --data Salesforce/wikitext:wikitext-2-v1
     lowrank evaluate small-vit --data uoft-cs/cifar10 --samples 1000 --json
     lowrank evaluate small-llama --harness hellaswag,arc_easy --out results
     lowrank evaluate small-llama --harness my_task --include-path tasks --csv

@@ -82,6 +82,20 @@ def read_source(options: argparse.Namespace) -> Any:
     )
 
 
+def draw_batches(options: argparse.Namespace, named: Any, source: Any) -> list[Any]:
+    """Draw calibration batches for a model.
+
+    **Arguments**
+
+    - `options`: the options of a command, with those of `add_data` and `seed`.
+    - `named`: the `NamedModel`.
+    - `source`: the `DataSource`.
+    """
+    from lowrank.tasks.calibration_data import calibration_batches  # noqa: PLC0415
+
+    return calibration_batches(named, source, **given(options, "samples", "length", "batch_size", "seed"))
+
+
 def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Return the options that the user has given, name -> value; a flag counts as given if it is set.
 

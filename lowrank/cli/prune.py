@@ -16,7 +16,16 @@ from typing import Any
 
 from lowrank.cli.compress import save
 from lowrank.cli.files import check_folder
-from lowrank.cli.options import add_data, add_json, add_model, add_progress, given, load_model, read_source
+from lowrank.cli.options import (
+    add_data,
+    add_json,
+    add_model,
+    add_progress,
+    draw_batches,
+    given,
+    load_model,
+    read_source,
+)
 from lowrank.io.checks import require
 
 
@@ -107,10 +116,8 @@ def _read_ratios(options: argparse.Namespace, model: Any) -> dict[str, float]:
 def _collect(options: argparse.Namespace, named: Any, chosen: dict[str, Any]) -> Any:
     from lowrank.calibration.collect import collect_statistics  # noqa: PLC0415
     from lowrank.nn.targets import BLOCKS  # noqa: PLC0415
-    from lowrank.tasks.calibration_data import calibration_batches  # noqa: PLC0415
 
-    sizes = given(options, "samples", "length", "batch_size", "seed")
-    batches = calibration_batches(named, read_source(options), **sizes)
+    batches = draw_batches(options, named, read_source(options))
     return collect_statistics(named.model, batches, chosen.get("layers", BLOCKS))
 
 

@@ -102,7 +102,7 @@ WRONG = {
     f"compress {LLAMA} --data no/such --keep 0.5 --out small": "HF_HUB_OFFLINE is set",
     f"compress {LLAMA} --keep 0.5 --out small": "`data` must be given",
     f"compress {LLAMA} --data notes.txt --keep 1.5 --out small": "`keep` must be in (0, 1]",
-    f"compress {LLAMA} --data notes.txt --keep 0.5 --out tasks": "`out` must be a new or empty folder",
+    f"compress {LLAMA} --data notes.txt --keep 0.5 --out tasks": "`--out` must be a new or empty folder",
     f"compress {LLAMA} --data notes.txt --keep 0.5 --method best --out small": "`method` must be one of ['svd'",
     f"compress {LLAMA} --data notes.txt --keep 0.5 --dtype int8 --out small": "`dtype` must be 'auto' or",
     f"compress {LLAMA} --data notes.txt --keep 0.5 --device moon --out small": "`device` must be a device of this machine",
