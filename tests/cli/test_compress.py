@@ -130,6 +130,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(line, hub, here, capsys) -
     config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1])
     transformers.ResNetModel(config).save_pretrained(here / "no-linears")
     before = sorted(here.iterdir())
+    capsys.readouterr()  # the bars of transformers, from above
     assert main(words(line, hub)) == 2
     said = capsys.readouterr()
     assert said.out == ""
