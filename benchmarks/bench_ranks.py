@@ -12,7 +12,6 @@ from sets import load_set
 from shared import recorder
 
 from lowrank import Configuration
-from lowrank.compression.depth import block_positions
 from lowrank.tasks.baseline import load_calibration
 from lowrank.tasks.sweep import Sweep, SweepConfig
 
@@ -36,12 +35,6 @@ def sweeps(name: str, probes: int, draws: tuple[int, ...]):
         yield draw, Sweep(model, task, statistics, config)
 
 
-def first_share(sweep: Sweep) -> float:
-    sizes = {name: out * inputs for name, (out, inputs) in sweep.shapes.items()}
-    positions = block_positions(sizes)
-    return sum(size for name, size in sizes.items() if positions[name] == 0) / sum(sizes.values())
-
-
 @pytest.mark.parametrize("name", SETS)
 def test_rules(name: str, benchmark) -> None:
     keeps, probes = SETS[name]
@@ -50,7 +43,7 @@ def test_rules(name: str, benchmark) -> None:
         for rule in RULES:
             how = Configuration("two_sided", "pivoted", sweep.biased, rule)
             for keep in keeps:
-                if rule == "first_dense" and keep < first_share(sweep) + 0.05 * keep:
+                if not sweep.affords(how, keep):
                     continue
                 tried, start = len(sweep.allocator.trials), time.perf_counter()
                 ranks = sweep.ranks(how, keep)

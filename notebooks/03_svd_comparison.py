@@ -37,11 +37,13 @@ seed = 0
 retrain = False  # train the dense baseline anew instead of loading the shipped one
 calibration_samples = 640  # samples of the training split whose tokens give the moments
 fisher_samples = 512  # samples whose labels give FWSVD its row weights
+statistics_device = ""  # where moments are summed; by default where the model is
 calibration_seeds = [0, 1, 2]  # draws of calibration samples for the headline figure
 methods = ["svd", "asvd", "fwsvd", "whitened", "two_sided"]  # keys of lowrank.factorization.methods.METHODS
 keeps = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]  # kept share of the targeted parameters
 rank_fractions = [0.1, 0.3, 0.5, 0.7, 0.9]  # rank / min(out, in), the sweep of the PREHAB repository
 packed_layers = [r".*\.attn\.qkv"]  # layers that pack q, k and v
+policies = ["uniform", "first_dense", "linear", "relative", "spectrum", "measured", "depth"]  # for the ranks
 floor = 0.1  # every layer keeps this share of its uniform rank
 probe_samples = 128  # training samples on which the loss is measured, layer by layer
 probe_keep = 0.2  # kept share of the layer that is truncated alone then
@@ -120,15 +122,14 @@ two_sided = "two_sided" in methods
 
 def calibrated(model, draw):
     """Statistics of the layers over one draw of training samples, and all that is made from them."""
-    drawn = dict(batch_size=batch_size, seed=draw)
-    moments = load_calibration(
-        data, model, samples=calibration_samples, gradients="sampled" if two_sided else None, **drawn
-    )
-    labelled = (
-        load_calibration(data, model, samples=fisher_samples, gradients="labels", **drawn)
-        if "fwsvd" in methods
-        else None
-    )
+    drawn = dict(batch_size=batch_size, seed=draw, side="smaller", device=statistics_device or None)
+    read = sorted({*methods, "whitened"} - {"fwsvd"})
+    labels = "sampled" if two_sided else None
+    moments = load_calibration(data, model, samples=calibration_samples, gradients=labels, methods=read, **drawn)
+    labelled = None
+    if "fwsvd" in methods:
+        drawn |= dict(gradients="labels", methods=["fwsvd"])
+        labelled = load_calibration(data, model, samples=fisher_samples, **drawn)
     config = SweepConfig(
         calibration_samples, floor, probe_samples, probe_keep, batch_size, seed=draw, in_memory=in_memory, split="test"
     )
@@ -153,13 +154,14 @@ print(f"{len(sweep.shapes)} targeted layers, {targeted:,} of {total:,} parameter
 # The table `quality_by_keep` has one row per `way` of compressing and `keep`: `keep_targeted` and `keep_model` are the shares
 # stored, counted in the compressed model, biases apart; `loss` and the metric those of the test split; `added_loss` the loss
 # over the dense one; `seconds` those of choosing ranks, truncating and retargeting, after the statistics are there. The dense
-# model is the first row. The figure shows the five methods with factor storage and the same share
-# kept in every layer, and the combination that the next section takes apart.
+# model is the first row. The figure shows the methods with factor storage and the same share kept in every layer; whitening with
+# pivots, the fair rival of what follows; and the best combination without retargeting, which the next section takes apart.
 
 # %%
 parts = best_combination(sweep.biased) if two_sided else {"whitened": Configuration("whitened")}
 best = [part for part, one in parts.items() if one.retarget is None][-1]
 configurations = {method: Configuration(method) for method in methods}
+configurations |= {"whitened, pivots": Configuration("whitened", "pivoted")}
 configurations |= {part: one for part, one in parts.items() if one not in configurations.values()}
 retargeted = {name: one for name, one in configurations.items() if one.retarget is not None}
 plain = {name: one for name, one in configurations.items() if name not in retargeted}
@@ -172,8 +174,10 @@ report.table(table, "quality_by_keep", split="test", measured=["seconds"], toler
 
 # %%
 drawn, axes = plt.subplots(1, 2, figsize=(11, 4))
-shown = table[table.way.isin([*methods, best])].replace({best: "best combination"})
-colors = dict(zip(shown.way.unique(), [*sns.color_palette()[: len(methods)], "black"], strict=False))
+shown = table[table.way.isin([*methods, "whitened, pivots", best])].replace({best: "best combination"})
+colors = dict(
+    zip(shown.way.unique(), [*sns.color_palette()[: len(methods)], sns.color_palette()[9], "black"], strict=False)
+)
 for axis, column in zip(axes, ("loss", metric), strict=True):
     style = dict(x="keep", y=column, hue="way", style="way", markers=True, dashes=False, palette=colors)
     sns.lineplot(shown, ax=axis, legend=axis is axes[1], **style)
@@ -195,6 +199,8 @@ if {"svd", "asvd"} <= set(methods):
 if two_sided:
     text = "weighting outputs by their gradients beats whitening alone at every keep <= 0.5"
     report.claim(text, low.two_sided, "<", low.whitened)
+    text = "the best combination beats whitening with pivots at every keep <= 0.5"
+    report.claim(text, low[best], "<", low["whitened, pivots"])
 
 # %% [markdown]
 # ## Where the best combination gains
@@ -264,20 +270,22 @@ if two_sided:
 # %% [markdown]
 # ## Ranks: what is known of one layer does not tell where the loss is
 #
-# Policies for the ranks at the same budget: `uniform`, the same share everywhere; `relative`, each layer's one-sided energy as a
-# share of its own; `spectrum` and `measured` as above. `added_loss_by_policy`: one row per method, policy, `keep`.
-# All but uniform keep `floor` of the uniform rank in every layer. `ranks_by_layer` shows the share that each layer keeps.
+# Policies for the ranks at the same budget, `whitened` in factors, `two-sided` in pivots and centred where there are biases.
+# `uniform`: the same share everywhere. `first_dense`: the first block stays dense, where the budget allows it. `linear`: shares
+# on a line over the blocks; of five slopes, the one with the least divergence on held-out training samples. `relative`: each
+# layer's one-sided energy as a share of its own. `spectrum` and `measured` as above. `depth`: the spectrum, with the errors of
+# early blocks raised by one of ten laws, chosen as the slope is. The table `added_loss_by_policy` has one row per method, policy
+# and `keep`. Policies that go by errors keep `floor` of the uniform rank in every layer. `ranks_by_layer` shows the share that
+# each layer keeps.
 # `loss_by_layer_alone` has one row per layer, truncated alone to `probe_keep`: the divergence from the dense predictions per
 # target, `predicted` by half of the discarded two-sided energy and `measured` on training samples.
 
 # %%
-rivals = {"whitened, uniform": Configuration("whitened")}
+one_sided = [p for p in policies if p not in ("spectrum", "measured", "depth")]  # these read two-sided spectra
+rivals = {f"whitened, {p}": Configuration("whitened", allocation=p) for p in one_sided}
 if two_sided:
-    rivals |= {"whitened, relative": Configuration("whitened", allocation="relative")}
-    rivals |= {
-        f"two-sided, {p}": Configuration("two_sided", "pivoted", sweep.biased, p)
-        for p in ("uniform", "spectrum", "measured")
-    }
+    combined = Configuration("two_sided", "pivoted", sweep.biased)
+    rivals |= {f"two-sided, {p}": replace(combined, allocation=p) for p in policies if p != "relative"}
 with report.stage("policies"):
     fresh = sweep.run({name: one for name, one in rivals.items() if one not in named}, keeps)
 measured = [table[table.way == named[one]].assign(way=name) for name, one in rivals.items() if one in named]
@@ -304,7 +312,7 @@ drawn = sns.relplot(
 drawn.set(xlabel="kept share of the targeted parameters", ylabel="loss over dense").set_titles("{col_name}")
 for axis in drawn.axes.flat:
     axis.set_yscale("symlog", linthresh=0.01)
-    axis.set_ylim(bottom=-0.01)
+    axis.set_ylim(bottom=-2e-3)
 report.figure(drawn, "added_loss_by_policy")
 
 # %%
@@ -323,31 +331,26 @@ figure if two_sided else None
 
 # %%
 rows = [
-    (*depth_and_kind(name), label, kept_parameters(sweep.shapes[name], rank, configuration.storage) / (m * n))
+    (*depth_and_kind(name), *label.split(", "), kept_parameters((m, n), rank, configuration.storage) / (m * n))
     for label, configuration in rivals.items()
+    if sweep.affords(configuration, headline_keep)
     for name, rank in sweep.ranks(configuration, headline_keep).items()
     for m, n in [sweep.shapes[name]]
 ]
-by_layer = pd.DataFrame(rows, columns=["depth", "kind", "policy", "keep"])
+by_layer = pd.DataFrame(rows, columns=["depth", "kind", "method", "policy", "keep"])
 report.table(by_layer, "ranks_by_layer", split="train")
-wide = by_layer.pivot(index="kind", columns=["policy", "depth"], values="keep").loc[
-    by_layer.kind.unique(), list(rivals)
-]
-drawn, axes = plt.subplots(
-    1, len(rivals), figsize=(2.6 * len(rivals) + 1.5, 0.35 * len(wide) + 1.6), sharey=True, squeeze=False
-)
-for axis, policy in zip(axes.flat, rivals, strict=True):
-    last = axis is axes.flat[-1]
-    sns.heatmap(
-        wide[policy],
-        ax=axis,
-        vmin=0,
-        vmax=by_layer.keep.max(),
-        cmap="viridis",
-        cbar=last,
-        cbar_kws={"label": "kept share"},
-    )
-    axis.set(title=policy, xlabel="block", ylabel="")
+wide = by_layer.pivot(index="kind", columns=["method", "policy", "depth"], values="keep").loc[by_layer.kind.unique()]
+heat = dict(vmin=0, vmax=by_layer.keep.max(), cmap="viridis", cbar_kws={"label": "kept share"})
+groups = {method: by_layer.policy[by_layer.method == method].unique() for method in by_layer.method.unique()}
+columns = max(map(len, groups.values()))
+size = (2.2 * columns + 1.5, len(groups) * (0.3 * len(wide) + 1.2))
+drawn, axes = plt.subplots(len(groups), columns, figsize=size, sharey=True, squeeze=False)
+for line, (method, policies) in zip(axes, groups.items(), strict=True):
+    for axis, policy in zip(line, policies, strict=False):
+        sns.heatmap(wide[method, policy], ax=axis, cbar=policy == policies[-1], **heat)
+        axis.set(title=f"{method}, {policy}", xlabel="block", ylabel="")
+    for axis in line[len(policies) :]:
+        axis.set_axis_off()
 drawn.tight_layout()
 report.figure(drawn, "ranks_by_layer")
 
@@ -360,13 +363,17 @@ if two_sided:
     text = "the two-sided spectrum orders layers as their measured divergence does (rank correlation >= 0.9)"
     report.claim(text, order, ">=", 0.9)
     print(f"whitening adds more than 1 % to the loss at {len(middle)} of {len(policy)} budgets")
-    if len(middle):
-        text = f"relative one-sided allocation loses to uniform ranks {where}"
-        report.claim(text, middle["whitened, relative"], ">", middle["whitened, uniform"])
-        text = f"allocation by the two-sided spectrum beats uniform ranks {where}"
-        report.claim(text, middle["two-sided, spectrum"], "<", middle["two-sided, uniform"])
-        text = f"scaling the spectra to measured losses helps further {where}"
-        report.claim(text, middle["two-sided, measured"], "<", middle["two-sided, spectrum"])
+    compared = {
+        "relative one-sided allocation loses to uniform ranks": ("whitened, relative", ">", "whitened, uniform"),
+        "allocation by the two-sided spectrum beats uniform ranks": ("two-sided, spectrum", "<", "two-sided, uniform"),
+        "scaling the spectra to measured losses helps further": ("two-sided, measured", "<", "two-sided, spectrum"),
+        "the two-sided spectrum beats a dense first block": ("two-sided, spectrum", "<", "two-sided, first_dense"),
+        "the two-sided spectrum beats shares on a line": ("two-sided, spectrum", "<", "two-sided, linear"),
+    }
+    for text, (one, relation, other) in compared.items():
+        both = middle.reindex(columns=[one, other]).dropna()  # some budgets do not pay for a dense first block
+        if len(both):
+            report.claim(f"{text} {where}", both[one], relation, both[other])
 
 # %% [markdown]
 # ## A rank fraction is not a kept share

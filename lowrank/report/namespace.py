@@ -12,12 +12,14 @@ from typing import Any
 from lowrank.io.hashing import hash_options
 from lowrank.report.errors import ParameterError
 from lowrank.report.parameters import (
+    COMMON,
     VARIANT,
     check_parameters,
     read_defaults,
     read_parameters,
     read_set,
     read_variant_value,
+    section_name,
     set_names,
 )
 
@@ -46,6 +48,11 @@ def read_namespace(notebook: str, namespace: Mapping[str, Any]) -> dict[str, Any
         raise ParameterError(f"`namespace` must have all parameters of {notebook!r}, got none for {missing}.")
     values = {name: namespace[name] for name in defaults}
     names = _assigned_names(namespace.get("In", ()), set(defaults))
+    if {COMMON, section_name(notebook)} & set(names):
+        raise ParameterError(
+            f"parameters of {notebook!r} must be a flat file, got a whole set, which has a section for each notebook: write "
+            f"the file with `lowrank params SET {notebook} > FILE`."
+        )
     check_parameters(notebook, {name: namespace.get(name) for name in names} | values, "", _explain)
     if not PLAIN_NAME.fullmatch(values["set_name"]):
         raise ParameterError(

@@ -1,8 +1,8 @@
 """Read parameter sets, and give each notebook its parameters.
 
-A set is a file of params/. A variant `SET@NAME=VALUE` is the set with one parameter changed (`@NAME=VALUE` again for more), for
-the notebooks that have this parameter. Commas separate the items of a list. The results of a variant go to a folder with its
-name.
+A set is a file of params/, with a section for each notebook: its name without the number, as papermill makes Python names of
+the keys of a file. A variant `SET@NAME=VALUE` is the set with one parameter changed (`@NAME=VALUE` again for more), for the
+notebooks that have this parameter. Commas separate the items of a list. The results of a variant go to a folder with its name.
 """
 
 import ast
@@ -74,6 +74,11 @@ def read_defaults(notebook: str) -> dict[str, Any]:
     return values
 
 
+def section_name(notebook: str) -> str:
+    """Return the name that the section of a notebook has in a set file, for example 'whitening'."""
+    return notebook.partition("_")[2]
+
+
 def split_variant(name: str) -> tuple[str, dict[str, str]]:
     """Split the name of a set or variant into the name of the set and its changes, parameter name -> text.
 
@@ -104,11 +109,11 @@ def read_set(name: str) -> dict[str, dict[str, Any]]:
     path = SETS / f"{split_variant(name)[0]}.yaml"
     content = read_yaml(path)
     if not (isinstance(content, dict) and all(isinstance(section, dict) for section in content.values())):
-        raise ParameterError(f"set file {path} must map notebook names to parameters, got {type(content).__name__}.")
-    sections = [*notebook_names(), COMMON, RESOURCES]
-    if unknown := sorted(set(content) - set(sections), key=str):
-        raise ParameterError(f"sections of set file {path} must be among {sections}, got {unknown}.")
-    return content
+        raise ParameterError(f"set file {path} must map sections to parameters, got {type(content).__name__}.")
+    names = {section_name(notebook): notebook for notebook in notebook_names()} | {COMMON: COMMON, RESOURCES: RESOURCES}
+    if unknown := sorted(set(content) - set(names), key=str):
+        raise ParameterError(f"sections of set file {path} must be among {sorted(names)}, got {unknown}.")
+    return {names[section]: values for section, values in content.items()}
 
 
 def read_variant_value(text: str, default: Any) -> Any:

@@ -1,11 +1,11 @@
 """Read what a notebook needs of a machine, for the scheduler of a cluster.
 
-The section `resources` of a set overrides `DEFAULTS` for all notebooks of the set. Inside it, a section with the name of a
-notebook overrides both for this notebook: `resources: {gpus: 1, minutes: 120, 02_prehab: {minutes: 600}}`.
+The section `resources` of a set overrides `DEFAULTS` for all notebooks of the set. Inside it, the section of a notebook
+overrides both for this notebook: `resources: {gpus: 1, minutes: 120, prehab: {minutes: 600}}`.
 """
 
 from lowrank.report.errors import ParameterError
-from lowrank.report.parameters import COMMON, RESOURCES, read_set
+from lowrank.report.parameters import COMMON, RESOURCES, read_set, section_name
 
 DEFAULTS = {"memory_mb": 4000, "minutes": 60, "cpus": 1, "gpus": 0}
 
@@ -27,8 +27,8 @@ def read_resources(set_name: str, notebook: str) -> dict[str, int]:
     """
     sections = read_set(set_name)
     section = sections.get(RESOURCES, {})
-    notebooks = sorted(set(sections) - {COMMON, RESOURCES})
-    specific = section.get(notebook, {})
+    notebooks = sorted(section_name(other) for other in set(sections) - {COMMON, RESOURCES})
+    specific = section.get(section_name(notebook), {})
     if not isinstance(specific, dict):
         raise ParameterError(f"resources of {notebook!r} must be a mapping, got {specific!r} in set {set_name!r}.")
     amounts = DEFAULTS | {name: value for name, value in section.items() if name not in notebooks} | specific

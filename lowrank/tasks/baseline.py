@@ -7,6 +7,7 @@ processes build it together, each from its share of the data, and a later run of
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -160,7 +161,16 @@ def distance(model: nn.Module, other: nn.Module) -> float:
 
 
 def load_calibration(
-    task: Task, model: nn.Module, *, samples: int, batch_size: int, seed: int, gradients: str | None = None
+    task: Task,
+    model: nn.Module,
+    *,
+    samples: int,
+    batch_size: int,
+    seed: int,
+    gradients: str | None = None,
+    side: str = "inputs",
+    methods: Sequence[str] | None = None,
+    device: str | None = None,
 ) -> dict[str, LayerStatistics]:
     """Load the statistics of the task's targeted layers, and collect them first if they are not in the cache.
 
@@ -175,6 +185,7 @@ def load_calibration(
     - `seed`: selects the samples, and draws the targets of `gradients='sampled'`.
     - `gradients`: which targets give the moments of output gradients: 'sampled', from the model's own prediction (true Fisher
       information), or 'labels', those of the task. None, the default, collects no gradients.
+    - `side`, `methods`, `device`: as in `collect_statistics`: which moments, for which methods, and where they are summed.
 
     **Returns** layer name -> `LayerStatistics`.
 
@@ -191,13 +202,16 @@ def load_calibration(
         "samples": samples,
         "seed": seed,
         "gradients": gradients,
+        "side": side,
+        "methods": methods and sorted(methods),
         "format": FORMAT,
     }
 
     def build(folder: Path) -> None:
         batches = task.batches("train", batch_size, samples=samples, seed=seed)
         share = islice(batches, process_index(), None, process_count())
-        statistics = collect_statistics(model, share, task.layers, loss=losses[gradients], products=torch.float64)
+        wanted: dict[str, Any] = dict(side=side, methods=methods, device=device, products=torch.float64)
+        statistics = collect_statistics(model, share, task.layers, loss=losses[gradients], **wanted)
         if process_index() == 0:
             save_statistics(folder / "statistics.safetensors", statistics, model, hash_options(key))
 

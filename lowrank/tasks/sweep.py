@@ -13,6 +13,7 @@ from lowrank.compression.allocation import choose_ranks
 from lowrank.compression.allocator import AllocationConfig, Allocator
 from lowrank.compression.checks import Statistics
 from lowrank.compression.configuration import Configuration
+from lowrank.compression.depth import block_positions
 from lowrank.compression.result import parameter_counts
 from lowrank.factorization.factorize import Factors
 from lowrank.nn.batches import batches_on, compute_logits, count_samples, device_of, get_labels
@@ -151,6 +152,20 @@ class Sweep:
         """
         return self.allocator.spectra(method, centre)
 
+    def affords(self, configuration: Configuration, keep: float) -> bool:
+        """Return whether a budget suffices: 'first_dense' must leave a twentieth of it to the layers behind the first block.
+
+        **Arguments**
+
+        - `configuration`: its allocation names the rule.
+        - `keep`: share of the targeted parameters to keep, in (0, 1].
+        """
+        if configuration.allocation != "first_dense":
+            return True
+        sizes = {name: out * inputs for name, (out, inputs) in self.shapes.items()}
+        first = sum(sizes[name] for name, position in block_positions(sizes).items() if position == 0)
+        return 0.95 * keep * sum(sizes.values()) >= first
+
     def ranks(self, configuration: Configuration, keep: float) -> dict[str, int]:
         """Return layer name -> rank within a budget.
 
@@ -185,7 +200,7 @@ class Sweep:
         return counts | measured | {"added_loss": measured["loss"] - self.dense["loss"]}
 
     def run(self, configurations: Mapping[str, Configuration], keeps: Sequence[float]) -> list[dict[str, Any]]:
-        """Compress and measure every configuration at every budget.
+        """Compress and measure every configuration at every budget that it affords.
 
         **Arguments**
 
@@ -201,7 +216,7 @@ class Sweep:
         """
         rows = []
         for name, configuration in configurations.items():
-            for keep in keeps:
+            for keep in (keep for keep in keeps if self.affords(configuration, keep)):
                 start = time.perf_counter()
                 smaller = self.compressed(configuration, self.ranks(configuration, keep))
                 row = {"seconds": time.perf_counter() - start} | self.quality(smaller)

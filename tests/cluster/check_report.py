@@ -15,10 +15,10 @@ from lowrank.report.compare import compare_folders
 
 SETS = "small small@seed=1"
 RESOURCES = {"01_whitening": ("cpu=1,gres/gpu=0,mem=1500M", 5), "06_layer_selection": ("cpu=1,gres/gpu=1,mem=2000M", 7)}
-SET = """resources: {memory_mb: 1500, minutes: 5, 06_layer_selection: {memory_mb: 2000, gpus: 1, minutes: 7}}
+SET = """resources: {memory_mb: 1500, minutes: 5, layer_selection: {memory_mb: 2000, gpus: 1, minutes: 7}}
 common: {task: digits, task_options: {width: 16, depth: 2}, steps: 120, batch_size: 32, learning_rate: 0.004}
-01_whitening: {calibration_samples: 256, theorem_samples: 64, held_out_tokens: 512}
-06_layer_selection: {more_seeds: [], calibration_samples: 128, cases: 10, judged_cases: 3, evaluation_samples: 100}
+whitening: {calibration_samples: 256, theorem_samples: 64, held_out_tokens: 512}
+layer_selection: {more_seeds: [], calibration_samples: 128, cases: 10, judged_cases: 3, evaluation_samples: 100}
 """
 
 

@@ -14,7 +14,7 @@ from processes import copy_project, start_report
 from lowrank.report.compare import Comparison, compare_folders
 
 SET = """common: {task: digits, task_options: {width: 16, depth: 2}, steps: 240, batch_size: 32, learning_rate: 0.004}
-01_whitening: {calibration_samples: 256, theorem_samples: 64, held_out_tokens: 512}
+whitening: {calibration_samples: 256, theorem_samples: 64, held_out_tokens: 512}
 """
 
 

@@ -42,9 +42,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, house / "notebooks" / "01_whitening.ipynb")
     for name, task in SETS.items():
-        (house / "params" / f"{name}.yaml").write_text(
-            f"common: {{task: {task}}}\n01_whitening: {{}}\n", encoding="utf8"
-        )
+        (house / "params" / f"{name}.yaml").write_text(f"common: {{task: {task}}}\nwhitening: {{}}\n", encoding="utf8")
     (house / "bin").mkdir()
     (command := house / "bin" / "lowrank").write_text(f'#!/bin/sh\nexec {sys.executable} -m lowrank "$@"\n')
     command.chmod(0o755)
@@ -88,4 +86,14 @@ def test_a_wrong_name_ends_it_before_anything_is_written(house: Path, tmp_path: 
     done = call(script, house, tmp_path)
     assert done.returncode != 0
     assert "got ['setps']: did you mean 'steps'?" in done.stderr
+    assert not outputs.exists()
+
+
+def test_a_whole_set_is_no_file_of_parameters(house: Path, tmp_path: Path) -> None:
+    """papermill reads it, as its sections are names, and the notebook says what to do instead."""
+    outputs = tmp_path / "tried"
+    line = "papermill ~/lowrank/notebooks/01_whitening.ipynb out.ipynb -f ~/lowrank/params/digits-vit.yaml"
+    done = call(f"export LOWRANK_OUTPUTS={outputs}\n{line}", house, tmp_path)
+    assert done.returncode != 0
+    assert "`lowrank params SET 01_whitening > FILE`" in done.stderr
     assert not outputs.exists()

@@ -77,7 +77,7 @@ def write(house: Path, content: object) -> None:
 
 
 def test_defaults_then_common_then_own(house: Path) -> None:
-    write(house, {"common": {"width": 5, "rate": 1}, "01_small": {"width": 7}})
+    write(house, {"common": {"width": 5, "rate": 1}, "small": {"width": 7}})
     expected = {"set_name": "a", "width": 7, "rate": 1, "fast": True, "sizes": [1, 2], "more": {}}
     assert read_parameters("a", "01_small") == expected
 
@@ -86,29 +86,29 @@ def test_defaults_then_common_then_own(house: Path) -> None:
     ("content", "words"),
     [
         (
-            {"01_small": {"widht": 4}},
+            {"small": {"widht": 4}},
             r"must be among \['fast', 'more', 'rate', 'set_name', 'sizes', 'width'\], got \['widht'\]",
         ),
-        ({"common": {"depth": 4}, "01_small": {}}, r"got \['depth'\]"),
-        ({"01_small": {"width": "4"}}, r"`width` of '01_small' must be of type int \(as 3\), got '4' in set 'a'"),
-        ({"01_small": {"width": 4.0}}, "must be of type int"),
-        ({"01_small": {"width": True}}, "must be of type int"),
-        ({"01_small": {"rate": True}}, "must be of type float"),
-        ({"01_small": {"fast": 1}}, "must be of type bool"),
-        ({"01_small": {"sizes": [1, "2"]}}, "must be of type list"),
-        ({"01_small": {"more": [1]}}, "must be of type dict"),
-        ({"01_small": None}, "must map notebook names to parameters"),
+        ({"common": {"depth": 4}, "small": {}}, r"got \['depth'\]"),
+        ({"small": {"width": "4"}}, r"`width` of '01_small' must be of type int \(as 3\), got '4' in set 'a'"),
+        ({"small": {"width": 4.0}}, "must be of type int"),
+        ({"small": {"width": True}}, "must be of type int"),
+        ({"small": {"rate": True}}, "must be of type float"),
+        ({"small": {"fast": 1}}, "must be of type bool"),
+        ({"small": {"sizes": [1, "2"]}}, "must be of type list"),
+        ({"small": {"more": [1]}}, "must be of type dict"),
+        ({"small": None}, "must map sections to parameters"),
         ({"common": {}}, r"`notebook` must be one of \[\] in set 'a', got '01_small'"),
-        ({"01_small": {}, "resource": {"gpus": 1}}, r"must be among .*, 'resources'\], got \['resource'\]"),
-        ("just words", "must map notebook names to parameters, got str"),
-        ("", "must map notebook names to parameters, got NoneType"),
+        ({"small": {}, "resource": {"gpus": 1}}, r"must be among .*'resources'.*\], got \['resource'\]"),
+        ("just words", "must map sections to parameters, got str"),
+        ("", "must map sections to parameters, got NoneType"),
         ("a: [1, 2", "must be YAML: while parsing a flow sequence"),
         (
-            "01_small: {width: 4}\n01_small: {}",
-            "set file .*a.yaml must have each key once, got '01_small' twice, again in line 2",
+            "small: {width: 4}\nsmall: {}",
+            "set file .*a.yaml must have each key once, got 'small' twice, again in line 2",
         ),
-        ("01_small:\n  width: 4\n  rate: 1\n  width: 5", "must have each key once, got 'width' twice, again in line 4"),
-        ("01_small: {more: {deep: [{a: 1, a: 2}]}}", "must have each key once, got 'a' twice, again in line 1"),
+        ("small:\n  width: 4\n  rate: 1\n  width: 5", "must have each key once, got 'width' twice, again in line 4"),
+        ("small: {more: {deep: [{a: 1, a: 2}]}}", "must have each key once, got 'a' twice, again in line 1"),
         ("a: !!python/object/apply:os.system ['true']", "must hold plain values, got '.*os.system' in line 1"),
         ("a: !!binary aGk=", "must hold plain values"),
         ("a: 2001-01-01", "must hold plain values"),
@@ -148,20 +148,18 @@ def test_aliases_do_not_multiply_a_small_file(house: Path, first: str, more: str
 
 
 def test_what_quotes_and_aliases_say_is_read(house: Path) -> None:
-    write(
-        house, "01_small: {more: &m {a: '1:30', b: \"yes\", c: !!str 'x', d: True, e: ~, f: -1, g: 3.0e-4}, rate: 1}\n"
-    )
+    write(house, "small: {more: &m {a: '1:30', b: \"yes\", c: !!str 'x', d: True, e: ~, f: -1, g: 3.0e-4}, rate: 1}\n")
     expected = {"a": "1:30", "b": "yes", "c": "x", "d": True, "e": None, "f": -1, "g": 3e-4}
     assert read_parameters("a", "01_small")["more"] == expected
 
 
 def test_a_merged_mapping_may_be_overridden(house: Path) -> None:
-    write(house, "common: &all {width: 5, rate: 1}\n01_small: {<<: *all, width: 7}")
+    write(house, "common: &all {width: 5, rate: 1}\nsmall: {<<: *all, width: 7}")
     assert read_parameters("a", "01_small") == read_defaults("01_small") | {"width": 7, "rate": 1}
 
 
 def test_unknown_sets_and_notebooks_are_named(house: Path) -> None:
-    write(house, {"01_small": {}})
+    write(house, {"small": {}})
     with pytest.raises(ParameterError, match=r"`set` must be one of \['a'\], got 'b'"):
         read_parameters("b", "01_small")
     with pytest.raises(ParameterError, match=r"`notebook` must be one of \['01_small'\], got '02_none'"):
@@ -182,7 +180,7 @@ def test_a_parameters_cell_holds_literals_only(house: Path) -> None:
 
 
 def test_a_variant_is_the_set_with_one_parameter_changed(house: Path) -> None:
-    write(house, {"common": {"rate": 0.25}, "01_small": {"width": 7}})
+    write(house, {"common": {"rate": 0.25}, "small": {"width": 7}})
     for change, expected in {
         "width=9": {"width": 9},
         "rate=1e-3": {"rate": 1e-3},
@@ -210,7 +208,7 @@ def test_a_variant_is_the_set_with_one_parameter_changed(house: Path) -> None:
     ],
 )
 def test_bad_variants_are_named(house: Path, name: str, words: str) -> None:
-    write(house, {"01_small": {}})
+    write(house, {"small": {}})
     with pytest.raises(ParameterError, match=words):
         [read_parameters(*job) for job in jobs([name])]
 

@@ -54,7 +54,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.rmtree(folder / name)
         (folder / name).mkdir()
     (folder / "notebooks/01_small.py").write_text(NOTEBOOK, encoding="utf8")
-    (folder / "params/quick.yaml").write_text("01_small: {}\n", encoding="utf8")
+    (folder / "params/quick.yaml").write_text("small: {}\n", encoding="utf8")
     snakemake(folder)
     assert (folder / "outputs/quick/01_small/run.json").exists()
     return folder

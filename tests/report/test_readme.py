@@ -9,12 +9,13 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from lowrank.cli.main import make_parser
-from lowrank.factorization import methods
+from lowrank.factorization.methods import METHODS
 from lowrank.io.dependencies import ROOT
 from lowrank.report.readme import PAGES, fill_blocks
 
@@ -37,10 +38,9 @@ def test_every_example_has_its_output() -> None:
 @pytest.mark.parametrize(("example", "shown"), EXAMPLES)
 def test_the_examples_print_what_they_show(example: str, shown: str, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))  # an example adds to them, for itself only
     torch.manual_seed(0)  # an example that is to be short does not set it
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), mock.patch.dict(METHODS):  # an example adds to them, for itself only
         exec(compile(example, "an example", "exec"), {})
     assert printed.getvalue() == shown
 

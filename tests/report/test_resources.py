@@ -42,11 +42,11 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(house: Path, asked: object) -> None:
-    (house / "a.yaml").write_text(yaml.safe_dump({"01_small": {}, "02_large": {}, "resources": asked}))
+    (house / "a.yaml").write_text(yaml.safe_dump({"small": {}, "large": {}, "resources": asked}))
 
 
 def test_defaults_then_those_of_the_set_then_own(house: Path) -> None:
-    write(house, {"gpus": 1, "minutes": 5, "02_large": {"minutes": 600}})
+    write(house, {"gpus": 1, "minutes": 5, "large": {"minutes": 600}})
     assert read_resources("a", "01_small") == DEFAULTS | {"gpus": 1, "minutes": 5}
     assert read_resources("a", "02_large") == DEFAULTS | {"gpus": 1, "minutes": 600}
     assert read_resources("a@seed=3", "02_large") == read_resources("a", "02_large")
@@ -59,16 +59,16 @@ def test_defaults_then_those_of_the_set_then_own(house: Path) -> None:
     [
         (
             {"memory": 4000},
-            r"among \['memory_mb', 'minutes', 'cpus', 'gpus', '01_small', '02_large'\], got \['memory'\]",
+            r"among \['memory_mb', 'minutes', 'cpus', 'gpus', 'large', 'small'\], got \['memory'\]",
         ),
-        ({"03_none": {"gpus": 1}}, r"got \['03_none'\] in set 'a'"),
-        ({"01_small": {"time": 3}}, r"got \['time'\]"),
-        ({"01_small": 3}, "resources of '01_small' must be a mapping, got 3 in set 'a'"),
+        ({"none": {"gpus": 1}}, r"got \['none'\] in set 'a'"),
+        ({"small": {"time": 3}}, r"got \['time'\]"),
+        ({"small": 3}, "resources of '01_small' must be a mapping, got 3 in set 'a'"),
         ({"minutes": 0}, "resource `minutes` must be a whole number >= 1, got 0 in set 'a'"),
         ({"gpus": -1}, "resource `gpus` must be a whole number >= 0, got -1"),
         ({"memory_mb": "4 GB"}, "must be a whole number >= 1, got '4 GB'"),
         ({"cpus": True}, "must be a whole number >= 1, got True"),
-        ([1], "must map notebook names to parameters"),
+        ([1], "must map sections to parameters"),
     ],
 )
 def test_bad_resources_are_named(house: Path, asked: object, words: str) -> None:

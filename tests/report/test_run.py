@@ -44,7 +44,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outputs: Path) -> Pat
     monkeypatch.setattr(module, "NOTEBOOKS", tmp_path)
     monkeypatch.setattr(module, "SETS", tmp_path)
     (tmp_path / "01_small.py").write_text(NOTEBOOK)
-    (tmp_path / "quick.yaml").write_text("01_small: {}\n")
+    (tmp_path / "quick.yaml").write_text("small: {}\n")
     return tmp_path
 
 
@@ -67,7 +67,7 @@ def test_results_take_their_place_whole_and_failures_leave_them(house, outputs, 
     assert notebook.metadata.papermill.output_path == "quick/01_small/01_small.ipynb"
     assert str(house) not in (outputs / "quick/01_small/01_small.ipynb").read_text()
 
-    (house / "quick.yaml").write_text("01_small: {number: 13}\n")
+    (house / "quick.yaml").write_text("small: {number: 13}\n")
     assert main(["run", "quick", "01_small"]) == 1
     error = capsys.readouterr().err
     assert "error: quick/01_small failed: AssertionError: unlucky (see " in error
@@ -76,7 +76,7 @@ def test_results_take_their_place_whole_and_failures_leave_them(house, outputs, 
     assert "unlucky" in failed.read_text()  # the traceback
     assert (outputs / "quick/01_small/run.json").read_text() == "3"  # the former result, whole
 
-    (house / "quick.yaml").write_text("01_small: {number: 4}\n")
+    (house / "quick.yaml").write_text("small: {number: 4}\n")
     assert main(["run", "quick", "01_small"]) == 0
     assert (outputs / "quick/01_small/run.json").read_text() == "4"
     assert files(outputs) == results
@@ -87,13 +87,13 @@ def test_results_take_their_place_whole_and_failures_leave_them(house, outputs, 
     [
         (["none", "01_small"], None, r"error: `set` must be one of ['quick'], got 'none'."),
         (["quick", "02_none"], None, r"error: `notebook` must be one of ['01_small'], got '02_none'."),
-        (["quick", "01_small"], "01_small: {nubmer: 1}", "must be among ['number', 'set_name'], got ['nubmer']"),
+        (["quick", "01_small"], "small: {nubmer: 1}", "must be among ['number', 'set_name'], got ['nubmer']"),
         (
             ["quick", "01_small"],
-            "01_small: {number: '1'}",
+            "small: {number: '1'}",
             "`number` of '01_small' must be of type int (as 3), got '1'",
         ),
-        (["quick", "01_small"], "01_small: [", "must be YAML"),
+        (["quick", "01_small"], "small: [", "must be YAML"),
     ],
 )
 def test_bad_input_is_named_and_writes_nothing(house, outputs, capsys, arguments, set_file, words) -> None:
@@ -191,9 +191,9 @@ def test_a_run_leaves_the_working_tree_clean(house, outputs, monkeypatch) -> Non
     git("add", ".")
     git("commit", "--quiet", "--message", "all")
     assert main(["run", "quick", "01_small"]) == 0
-    (house / "quick.yaml").write_text("01_small: {number: 13}\n")
+    (house / "quick.yaml").write_text("small: {number: 13}\n")
     assert main(["run", "quick", "01_small"]) == 1  # its log and notebook stay behind
-    (house / "quick.yaml").write_text("01_small: {}\n")
+    (house / "quick.yaml").write_text("small: {}\n")
     assert (house / "outputs/run/quick/01_small/run.json").read_text() == "3"
     assert published.read_text() == "published"
     assert git("status", "--porcelain") == ""
@@ -248,7 +248,7 @@ LARGE = 'number == 3 or (folder / "large.csv").write_text("0" * 400_000)'
 @pytest.mark.parametrize("left", [350, 0])  # kB: not enough for what a cell writes, or for anything
 def test_a_full_disk_is_named_and_leaves_the_former_result(tmp_path: Path, left: int) -> None:
     (tmp_path / "01_small.py").write_text(NOTEBOOK + LARGE)
-    (tmp_path / "quick.yaml").write_text("01_small: {}\n")
+    (tmp_path / "quick.yaml").write_text("small: {}\n")
     (script := tmp_path / "command.py").write_text(COMMAND)
     (folder := tmp_path / "disk").mkdir()
     result = f"{folder}/outputs/quick/01_small"
@@ -256,7 +256,7 @@ def test_a_full_disk_is_named_and_leaves_the_former_result(tmp_path: Path, left:
         mount -t tmpfs -o size=400k tmpfs {folder}
         python {script} {tmp_path}
         md5sum {result}/* > {tmp_path}/before
-        echo '01_small: {{number: 4}}' > {tmp_path}/quick.yaml
+        echo 'small: {{number: 4}}' > {tmp_path}/quick.yaml
         dd if=/dev/zero of={folder}/other bs=1k count=$(($(df --output=avail {folder} | tail -1) - {left})) status=none
         python {script} {tmp_path} || echo "status $?"
         md5sum --check --quiet {tmp_path}/before

@@ -40,6 +40,13 @@ def test_a_run_has_a_row_for_each_configuration_and_budget_and_stays_within_it(s
     assert all(row["added_loss"] == pytest.approx(row["loss"] - sweep.dense["loss"]) for row in rows)
 
 
+def test_a_budget_below_the_first_block_has_no_row_for_the_rule_that_keeps_it_dense(sweep: Sweep) -> None:
+    rule = Configuration(allocation="first_dense")
+    (row,) = sweep.run({"first": rule}, [0.6, 0.5])  # one block of two
+    assert row["keep"] == 0.6
+    assert all(rank == min(sweep.shapes[name]) for name, rank in sweep.ranks(rule, 0.6).items() if "blocks.0" in name)
+
+
 def test_the_dense_model_is_not_touched_and_full_rank_gives_its_quality(sweep: Sweep) -> None:
     whole = sweep.compressed(Configuration("two_sided"), sweep.ranks(Configuration("two_sided"), 1.0))
     assert sweep.quality(whole) == sweep.quality(sweep.model)
