@@ -7,7 +7,6 @@ processes build it together, each from its share of the data, and a later run of
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -168,9 +167,7 @@ def load_calibration(
     batch_size: int,
     seed: int,
     gradients: str | None = None,
-    side: str = "inputs",
-    methods: Sequence[str] | None = None,
-    device: str | None = None,
+    **options: Any,
 ) -> dict[str, LayerStatistics]:
     """Load the statistics of the task's targeted layers, and collect them first if they are not in the cache.
 
@@ -185,7 +182,7 @@ def load_calibration(
     - `seed`: selects the samples, and draws the targets of `gradients='sampled'`.
     - `gradients`: which targets give the moments of output gradients: 'sampled', from the model's own prediction (true Fisher
       information), or 'labels', those of the task. None, the default, collects no gradients.
-    - `side`, `methods`, `device`: as in `collect_statistics`: which moments, for which methods, and where they are summed.
+    - `options`: `side`, `methods` and `device` of `collect_statistics`: which moments, for what, and where they are summed.
 
     **Returns** layer name -> `LayerStatistics`.
 
@@ -202,16 +199,16 @@ def load_calibration(
         "samples": samples,
         "seed": seed,
         "gradients": gradients,
-        "side": side,
-        "methods": methods and sorted(methods),
+        "side": options.get("side", "inputs"),
+        "methods": sorted(options.get("methods") or ()),
         "format": FORMAT,
     }
 
     def build(folder: Path) -> None:
         batches = task.batches("train", batch_size, samples=samples, seed=seed)
         share = islice(batches, process_index(), None, process_count())
-        wanted: dict[str, Any] = dict(side=side, methods=methods, device=device, products=torch.float64)
-        statistics = collect_statistics(model, share, task.layers, loss=losses[gradients], **wanted)
+        exact: dict[str, Any] = options | {"loss": losses[gradients], "products": torch.float64}
+        statistics = collect_statistics(model, share, task.layers, **exact)
         if process_index() == 0:
             save_statistics(folder / "statistics.safetensors", statistics, model, hash_options(key))
 
