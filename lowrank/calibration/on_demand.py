@@ -53,7 +53,7 @@ class OnDemand(Mapping[str, LayerStatistics]):
         return self.in_memory[name]
 
     def release(self, name: str) -> None:
-        """Remove the statistics of a layer that was replaced. Layers that share a matrix with it keep it.
+        """Forget the statistics of a layer that was replaced. Layers that share a matrix with it keep it.
 
         **Arguments**
 
