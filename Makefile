@@ -2,7 +2,7 @@
 VENV   := .venv
 BIN    := $(CURDIR)/$(VENV)/bin
 PYTHON ?= python3
-SETS   ?= digits-vit docs-bert docs-llama scenes-pi3
+SETS   ?= digits-vit docs-llama scenes-pi3
 CORES  ?= 2
 # Where the jobs of `make report` run: a folder of profiles/, empty for this machine. Elsewhere their errors are not seen here, and
 # Snakemake tells them only where it tells all about the jobs.

@@ -13,7 +13,7 @@ TEXT_SIZE, FORMULA_SIZE = 16, 17.5  # the letters of formulas are smaller at the
 ziamath.config.svg2, ziamath.config.precision = False, 2  # each picture whole in itself, and small
 
 project = html_title = "lowrank"
-extensions = ["myst_nb"]
+extensions = ["myst_nb", "sphinx_copybutton"]
 exclude_patterns = ["README.md"]  # included in part
 
 html_theme = "furo"

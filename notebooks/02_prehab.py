@@ -68,6 +68,7 @@ from lowrank.factorization.spectra import effective_rank, stable_rank, tail_ener
 from lowrank.io.hashing import hash_model
 from lowrank.nn.targets import depth_and_kind
 from lowrank.report.notebook import Report
+from lowrank.report.style import colors_of, write_plain_logs
 from lowrank.tasks.baseline import load_baseline, load_calibration
 from lowrank.tasks.evaluation import evaluate
 from lowrank.tasks.sweep import Sweep, SweepConfig
@@ -75,6 +76,18 @@ from lowrank.training.penalties import PENALTIES
 from lowrank.training.refine import tune_factors
 
 report = Report("02_prehab", globals())
+
+# %% [markdown]
+# ## First, four spectra by hand
+#
+# Each penalty is a number between 0 and the rank that says how far a spectrum is from low rank. Training pushes it down; the
+# energy beyond the target rank is what truncation will cost.
+
+# %% tags=["nbval-check-output"]
+for label, values in {"flat": [1, 1, 1, 1], "falling": [4, 2, 1, 0.5], "rank 1": [4, 0, 0, 0]}.items():
+    sigma = torch.tensor(values, dtype=torch.float64)
+    ranks = f"stable rank {stable_rank(sigma):.2f}, entropy rank {effective_rank(sigma):.2f}"
+    print(f"{label}: {ranks}, energy beyond rank 1: {tail_energy(sigma, 1):.2f}")
 
 # %% [markdown]
 # ## One training for every penalty, one without
@@ -112,7 +125,7 @@ report.record(task=data.identity, rows=data.rows, metric=metric, model=untouched
 
 # %%
 variants = ["no training", "lambda = 0", *strengths]
-colors = dict(zip(variants, ["0.6", "black", *sns.color_palette()], strict=False))
+colors = colors_of(variants)
 
 
 def prepared(variant, draw, statistics):
@@ -214,8 +227,12 @@ report.table(log, "log_by_step", split="train", unstable=unstable, tolerance=0.1
 long = log.melt(["variant", "seed", "step"], ["task_loss", "penalty", "gradient_ratio", "tail_energy"])
 style = dict(x="step", y="value", hue="variant", errorbar="sd", palette=colors)
 grid = sns.relplot(long, kind="line", col="variable", height=2.9, aspect=1.05, facet_kws={"sharey": False}, **style)
-grid.set_titles("{col_name}").set(xlabel="step", ylabel="")
+titles = {"task_loss": "task loss", "penalty": "penalty / its start", "gradient_ratio": "gradient of penalty / of task"}
+for column, axis in grid.axes_dict.items():
+    axis.set_title(titles.get(column, "energy beyond the target rank"))
+grid.set(xlabel="step", ylabel="")
 grid.axes_dict["gradient_ratio"].set_yscale("log")
+write_plain_logs(grid.axes_dict["gradient_ratio"])
 report.figure(grid, "log_by_step")
 
 # %% [markdown]
@@ -223,66 +240,16 @@ report.figure(grid, "log_by_step")
 #
 # The table `quality_by_keep` has one row per `variant`, `seed`, `keep` and `split` for the `whole` model before truncation and
 # after `whitened` truncation; only where the claims are made it has rows of validation too. `quality_by_keep_raw` has the same
-# for `raw` truncation, which swings with the last digits of the training. Bands are one standard deviation over seeds; the
-# dashed line is the dense model before any of this.
+# for `raw` truncation, which swings with the last digits of the training. Validation picks the penalty; test compares it.
 
 # %%
 quality = pd.DataFrame(qualities)
 raw = quality.method == "raw"
 report.table(quality[raw], "quality_by_keep_raw", split=None, unstable=list(coarse))
 report.table(quality[~raw], "quality_by_keep", split=None, tolerance=coarse)
-tested = quality[quality.split == "test"]
-style = dict(x="keep", y=metric, hue="variant", errorbar="sd", marker="o", palette=colors)
-grid = sns.relplot(tested[tested.method != "whole"], kind="line", col="method", height=3.8, aspect=1.15, **style)
-for axis in grid.axes.flat:
-    axis.axhline(dense[metric], ls="--", color="0.3")
-    axis.set_yscale("linear" if data.headline.bounds else "log")
-grid.set(xlabel="kept share of the targeted parameters", ylabel=f"test {metric}").set_titles("{col_name}")
-report.figure(grid, "quality_by_keep")
-
-# %% [markdown]
-# The table `score_by_variant`: means and standard deviations over seeds where the claims are made, after whitened truncation to
-# `target_keep`; more is better. `picked` is the penalty with the best mean on validation. Claims compare two variants on test,
-# seed by seed.
-
 
 # %%
-def scores_of(table):
-    """Scores by split and seed, one column per variant; more is better."""
-    by_metric = data.headline.bounds is not None
-    score = table[metric] * data.headline.sign if by_metric else -table.loss
-    scores = table.assign(score=score).pivot(index=["split", "seed"], columns="variant", values="score")
-    return scores[table.variant.unique()]
-
-
-def pick(scores):
-    """The penalty with the best mean on validation, the first of those that are equal."""
-    return scores.loc["validation", list(strengths)].mean().round(9).idxmax()
-
-
-def summary(scores):
-    """Mean and standard deviation over seeds, by split and variant."""
-    table = scores.melt(ignore_index=False, value_name="score").groupby(["variant", "split"], sort=False).score
-    table = table.agg(["mean", "std"]).reset_index()
-    return table.assign(picked=table.variant == pick(scores))[["variant", "mean", "std", "picked", "split"]]
-
-
-at_target = quality[(quality.method == "whitened") & np.isclose(quality.keep, target_keep)]
-scores = scores_of(at_target)
-options = dict(unstable=["std", "picked"], tolerance={"mean": 0.05})
-report.table(summary(scores), "score_by_variant", split=None, **options)
-
-# %% tags=["nbval-check-output"]
-on_test = scores.loc["test"]
-for name in strengths:
-    text = f"{name}: prepared and truncated it beats the same training without penalty"
-    report.claim(text, on_test[name], ">", on_test["lambda = 0"], over="mean")
-text = "the penalty picked on validation also beats truncation of the untrained model"
-report.claim(text, on_test[pick(scores)], ">", on_test["no training"], over="mean")
-lower = sorted(keeps)[: (len(keeps) + 1) // 2]
-low = tested[tested.keep.isin(lower)].set_index(["variant", "seed", "keep"]).groupby("method").loss
-text = "whitened truncation beats raw truncation at most of the lower keeps, over all variants and seeds"
-report.claim(text, low.get_group("whitened"), "<", low.get_group("raw"), over="most")
+report.reading("quality_by_keep")
 
 # %% [markdown]
 # ## Spectra before and after, and what Eckart and Young forbid
@@ -307,7 +274,9 @@ spectrum = spectrum.groupby(["variant", "index_share"], sort=False).sigma_share.
 report.table(spectrum, "spectrum_by_index", split="train", tolerance=0.3)
 drawn, axis = plt.subplots(figsize=(7, 3.8))
 sns.lineplot(spectrum, x="index_share", y="sigma_share", hue="variant", palette=colors, ax=axis)
-axis.set(yscale="log", ylim=(1e-4, 1.2), xlabel="index of the singular value / their number", ylabel="sigma / sigma_1")
+axis.set(yscale="log", ylim=(1e-4, 1.2), xlabel="index of the singular value / their number")
+axis.set(ylabel=r"$\sigma_i/\sigma_1$ of WS", title=f"mean over layers and {len(seeds)} seeds")
+write_plain_logs(axis)
 axis.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
 report.figure(drawn, "spectrum_by_index")
 
@@ -315,11 +284,9 @@ report.figure(drawn, "spectrum_by_index")
 same = by_layer.pivot(index=["layer", "seed"], columns="variant", values="distance_to_original")
 assert (same[variants].min(axis=1) >= same["no training"] * (1 - 1e-3)).all()
 print("no prepared layer is closer to the original weight than its own truncation")
-tails = by_layer.groupby(["variant", "seed"]).tail_energy.mean()
-for name in strengths:
-    report.claim(
-        f"{name}: it lowers the energy beyond the target rank", tails[name], "<", tails["lambda = 0"], over="mean"
-    )
+
+# %% tags=["nbval-check-output", "after-training"]
+report.reading("ranks_by_layer")
 
 # %% [markdown]
 # ## Statistics grow stale
@@ -330,50 +297,37 @@ for name in strengths:
 
 # %%
 columns = ["variant", "seed", "keep", "statistics", "loss", metric]
-fresh = at_target[at_target.split == "test"]
+fresh = quality[(quality.method == "whitened") & np.isclose(quality.keep, target_keep) & (quality.split == "test")]
 stale = pd.concat([fresh.assign(statistics="fresh"), pd.DataFrame(stales).assign(statistics="stale")])[columns]
 report.table(stale, "quality_by_statistics", split="test", tolerance=coarse)
-drawn, axis = plt.subplots(figsize=(7, 3.4))
-sns.pointplot(stale, x="loss", y="variant", hue="statistics", errorbar="sd", dodge=0.3, linestyle="none", ax=axis)
-axis.set(xlabel=f"test loss at keep {target_keep}", ylabel="")
-axis.legend(title="statistics", bbox_to_anchor=(1.02, 1), loc="upper left")
-report.figure(drawn, "quality_by_statistics")
 
-# %% tags=["nbval-check-output"]
-loss = stale[stale.variant != "no training"].groupby(["statistics", "seed"]).loss.mean()
-text = "fresh statistics beat stale ones after training, mean over the trainings"
-report.claim(text, loss["fresh"], "<", loss["stale"], over="mean")
+# %%
+report.reading("quality_by_statistics")
 
 # %% [markdown]
 # ## Does it pay, when the steps could be spent after truncation?
 #
 # The table `quality_by_refinement`: whitened models at `target_keep` whose factors were trained for `steps_after` more steps.
-# `all steps after` spends the whole budget of a prepared model on the factors of the untrained one. The table
-# `score_after_refinement` has their means, and the penalty that is then the best on validation.
+# `all steps after` spends the whole budget of a prepared model on the factors of the untrained one. Grey: truncated only.
 
 # %%
 refinement = pd.DataFrame(refinements)
 late = (refinement.variant == "no training") & (refinement.steps_after > refine_steps)
 refinement.loc[late, "variant"] = "all steps after"
 report.table(refinement, "quality_by_refinement", split=None, tolerance=coarse)
-refined_scores = scores_of(refinement)
-report.table(summary(refined_scores), "score_after_refinement", split=None, **options)
-drawn, axis = plt.subplots(figsize=(7, 3.4))
-style = dict(y="variant", errorbar="sd", linestyle="none", ax=axis)
-sns.pointplot(fresh, x=metric, color="0.6", label="truncated", **style)
-sns.pointplot(refinement[refinement.split == "test"], x=metric, label="and refined", **style)
+drawn, axis = plt.subplots(figsize=(7.5, 3.8))
+order = [*variants, "all steps after"]
+for table, color, label in ((fresh, "0.65", "truncated"), (refinement[refinement.split == "test"], "black", "refined")):
+    style = dict(x=metric, y="variant", order=order, ax=axis)
+    sns.stripplot(table, color=color, size=5, jitter=False, **style)
+    sns.pointplot(table, color=color, errorbar=None, linestyle="none", marker="|", markersize=16, label=label, **style)
 axis.axvline(dense[metric], ls="--", color="0.3", label="dense")
-axis.set(xlabel=f"test {metric} at keep {target_keep}", ylabel="")
+axis.set(xlabel=f"test {metric} at keep {target_keep} (dots: {len(seeds)} seeds, bars: means)", ylabel="")
 axis.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
 report.figure(drawn, "quality_by_refinement")
 
-# %% tags=["nbval-check-output"]
-on_test = refined_scores.loc["test"]
-for name in strengths:
-    text = f"{name}: still better than without penalty once both are refined"
-    report.claim(text, on_test[name], ">", on_test["lambda = 0"], over="mean")
-text = "preparing with the penalty picked on validation beats spending all steps after truncation"
-report.claim(text, on_test[pick(refined_scores)], ">", on_test["all steps after"], over="mean")
+# %%
+report.reading("quality_by_refinement")
 
 # %% [markdown]
 # ## What this shows
@@ -384,5 +338,5 @@ report.claim(text, on_test[pick(refined_scores)], ">", on_test["all steps after"
 # them, or the ratio to the largest, pays for more than it needs. The price is the task loss of the whole model, which rises with
 # the strength: a prepared model is made for one budget. Notebook 03 compares what can be done without any training.
 
-# %%
+# %% tags=["nbval-check-output"]
 report.finish()

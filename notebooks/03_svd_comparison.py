@@ -19,7 +19,8 @@
 #
 # **Method.** Every truncation minimises $\|H(W-W')S\|_F$ at a rank; the methods differ in $H$ (what outputs count for) and $S$
 # (what inputs count for). Factors store $r(m+n)$ parameters, pivot rows $r(m+n)-r^2$ for the same $W'$. Wang et al., SVD-LLM,
-# arXiv:2403.07378; Yuan et al., ASVD, arXiv:2312.05821; Hsu et al., FWSVD, arXiv:2207.00112; Zhao et al., PIFA, arXiv:2501.19090.
+# arXiv:2403.07378; Yuan et al., ASVD, arXiv:2312.05821; Hsu et al., FWSVD, arXiv:2207.00112; Zhao et al., PIFA, arXiv:2501.19090;
+# Martens and Grosse, KFAC, arXiv:1503.05671.
 #
 # **Expected.** Plain SVD loses most, then ASVD, then whitening; weighting outputs by their gradients makes errors of different
 # layers comparable, so that ranks can go where the loss needs them. `keep` is always the share kept.
@@ -91,12 +92,15 @@ from lowrank import (
     split_packed,
 )
 from lowrank.compression.result import parameter_counts
+from lowrank.factorization.factorize import factorize, weighted_norm
 from lowrank.factorization.rank_allocation import kept_parameters
+from lowrank.factorization.weighting import Weighting
 from lowrank.io.hashing import hash_model
 from lowrank.nn.batches import compute_logits, device_of, move_batch
 from lowrank.nn.profiling import count_flops, generate_in_turns, peak_bytes, time_in_turns, weight_bytes
 from lowrank.nn.targets import depth_and_kind
 from lowrank.report.notebook import Report
+from lowrank.report.style import colors_of, mark_data, write_plain_logs
 from lowrank.tasks.baseline import load_baseline, load_calibration
 from lowrank.tasks.metrics import METRICS
 from lowrank.tasks.sweep import Sweep, SweepConfig, best_combination
@@ -104,6 +108,22 @@ from lowrank.tasks.training import train
 from lowrank.training.refine import LoraOptions, tune_factors
 
 report = Report("03_svd_comparison", globals())
+
+# %% [markdown]
+# ## First, one weight by hand
+#
+# A weight whose second output matters ten times as much to the loss as its first. Whitening looks at inputs alone, and keeps the
+# larger output; weighing outputs by their gradients keeps the one that the loss sees.
+
+# %% tags=["nbval-check-output"]
+toy = torch.tensor([[2.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+seen = Weighting(
+    outputs=torch.tensor([1.0, 100.0], dtype=torch.float64)
+)  # mean squares of the gradients at the outputs
+for label, weighting in {"whitened": Weighting(), "two-sided": seen}.items():
+    kept = factorize(toy, 1, weighting).dense().round(decimals=6) + 0.0
+    cost = weighted_norm(toy - kept, seen) ** 2 / 2
+    print(f"{label}: keeps {kept.tolist()}, added loss about {cost:.1f}")
 
 # %% [markdown]
 # ## The dense model is measured in the same way
@@ -149,6 +169,8 @@ targeted, total = sum(m * n for m, n in sweep.shapes.values()), sum(p.numel() fo
 print(f"{len(sweep.shapes)} targeted layers, {targeted:,} of {total:,} parameters; with bias: {sweep.biased}")
 
 # %% [markdown]
+# # A. Which norm and which ranks
+#
 # ## Quality against the share kept
 #
 # The table `quality_by_keep` has one row per `way` of compressing and `keep`: `keep_targeted` and `keep_model` are the shares
@@ -175,32 +197,20 @@ report.table(table, "quality_by_keep", split="test", measured=["seconds"], toler
 # %%
 drawn, axes = plt.subplots(1, 2, figsize=(11, 4))
 shown = table[table.way.isin([*methods, "whitened, pivots", best])].replace({best: "best combination"})
-colors = dict(
-    zip(shown.way.unique(), [*sns.color_palette()[: len(methods)], sns.color_palette()[9], "black"], strict=False)
-)
 for axis, column in zip(axes, ("loss", metric), strict=True):
-    style = dict(x="keep", y=column, hue="way", style="way", markers=True, dashes=False, palette=colors)
+    style = dict(x="keep_model", y=column, hue="way", marker="o", palette=colors_of(shown.way))
     sns.lineplot(shown, ax=axis, legend=axis is axes[1], **style)
     axis.axhline(dense[column], ls="--", color="0.3", label="dense")
-    axis.set(xlabel="kept share of the targeted parameters", ylabel=f"test {column}")
+    axis.set(xlabel="kept share of the model", ylabel=f"test {column}")
     axis.set_yscale("linear" if METRICS[column].bounds else "log")
+    write_plain_logs(axis)
 axes[1].legend(bbox_to_anchor=(1.02, 1), loc="upper left")
 drawn.tight_layout()
 report.figure(drawn, "quality_by_keep")
 
 # %% tags=["nbval-check-output"]
-by_keep = table[table.way != "dense"].pivot(index="keep", columns="way", values=["loss", "added_loss"])
-added, low = by_keep.added_loss, by_keep.loss[by_keep.index <= 0.5]
 print(f"{len(configurations)} configurations, {len(table) - 1} models; every one stores at most its budget")
-if {"svd", "asvd"} <= set(methods):
-    worse, better = (pd.concat([low[one], low[other]]) for one, other in (("svd", "asvd"), ("asvd", "whitened")))
-    text = "loss falls from svd to asvd to whitened at every keep <= 0.5"
-    report.claim(text, worse.to_numpy(), ">", better.to_numpy())
-if two_sided:
-    text = "weighting outputs by their gradients beats whitening alone at every keep <= 0.5"
-    report.claim(text, low.two_sided, "<", low.whitened)
-    text = "the best combination beats whitening with pivots at every keep <= 0.5"
-    report.claim(text, low[best], "<", low["whitened, pivots"])
+report.reading("quality_by_keep")
 
 # %% [markdown]
 # ## Where the best combination gains
@@ -217,7 +227,8 @@ if two_sided:
 named = {configuration: name for name, configuration in configurations.items()}
 steps_taken = [(part, named[configuration]) for part, configuration in parts.items()]
 by_part = pd.concat([table[table.way == name].assign(part=part) for part, name in steps_taken])
-by_part["share"] = by_part.added_loss / by_part.keep.map(added.whitened.where(added.whitened > 0.01 * dense["loss"]))
+plainly = table[table.way == "whitened"].set_index("keep").added_loss
+by_part["share"] = by_part.added_loss / by_part.keep.map(plainly.where(plainly > 0.01 * dense["loss"]))
 report.table(
     by_part[["part", "keep", metric, "loss", "added_loss", "share"]],
     "added_loss_by_part",
@@ -236,36 +247,65 @@ axis.tick_params(axis="x", rotation=20)
 axis.set_title("" if len(costly) else "whitening adds no more than 1 % of the dense loss at any keep", fontsize=11)
 report.figure(drawn, "added_loss_by_part")
 
+# %% tags=["nbval-check-output"]
+report.reading("added_loss_by_part")
+
 # %% [markdown]
-# ## How sure the headline is
+# ## How sure this is: other calibration samples, other test samples
 #
-# The table `headline_by_draw` repeats whitening and the combinations at `headline_keep` with other draws of the calibration
-# samples. `share` is the rise over dense relative to that of whitening, of perplexity where that is the metric, else of the loss.
+# At `headline_keep` the arms are made again from other draws of calibration samples, and the loss of each test sample is kept.
+# The table `loss_by_sample` has one row per `draw` and test `sample`, and a column per arm: the dense model; the methods;
+# whitening with pivots; the steps of the best combination from pivot storage on; and two simple rules for ranks in its place,
+# `first block dense` and `linear over depth`. Claims compare arms sample by sample; their intervals cover both kinds of draws.
+# The figure shows a dot per draw.
 
 # %%
-judged = {part: one for part, one in parts.items() if part == "whitened" or one.allocation != "uniform"}
-measure, rows = "loss" if data.headline.higher_is_better else metric, []
+arms = {method: Configuration(method) for method in methods} | {
+    "whitened, pivots": Configuration("whitened", "pivoted")
+}
+if two_sided:
+    arms |= {part: one for part, one in parts.items() if one.storage == "pivoted"}
+    simple = {"first_dense": "first block dense", "linear": "linear over depth"}
+    arms |= {
+        name: replace(parts["pivot storage"], allocation=rule) for rule, name in simple.items() if rule in policies
+    }
+by_draw = []
 with report.stage("other draws"):
     for draw in calibration_seeds:
         study = sweep if draw == seed else calibrated(model, draw)
-        rows += [{"draw": draw} | row for row in study.run(judged, [headline_keep])]
-draws = pd.DataFrame(rows)
-draws["rise"] = draws[measure] - dense[measure]
-draws["share"] = draws.rise / draws.draw.map(draws[draws.way == "whitened"].set_index("draw").rise)
-report.table(
-    draws[["draw", "way", "keep", "loss", metric, "rise", "share"]],
-    "headline_by_draw",
-    split="test",
-    tolerance=rounding,
+        possible = {name: one for name, one in arms.items() if study.affords(one, headline_keep)}
+        made = {name: study.compressed(one, study.ranks(one, headline_keep)) for name, one in possible.items()}
+        losses = {
+            name: data.losses_by_sample(one, "test", batch_size) for name, one in {"dense": model, **made}.items()
+        }
+        by_draw.append(pd.DataFrame({"draw": draw, "sample": range(data.rows["test"])} | losses))
+samples = pd.concat(by_draw)
+
+# %%
+packed = bool(packed_layers)
+if packed:
+    parted = copy.deepcopy(model)
+    split_packed(parted, packed_layers)
+    halves = {"fused": sweep, "split": calibrated(parted, seed)}
+    plain_one = Configuration("whitened")
+    loss = data.losses_by_sample(
+        halves["split"].compressed(plain_one, halves["split"].ranks(plain_one, headline_keep)), "test", batch_size
+    )
+    samples.loc[samples.draw == seed, "split"] = loss
+samples = samples.rename(columns={"split": "packed layers split"})
+report.table(samples, "loss_by_sample", split="test", rows=4, tolerance=5e-3)
+added = samples.groupby("draw").mean().drop(columns="sample").pipe(lambda means: means.sub(means.dense, axis=0))
+long = added.drop(columns="dense").melt(ignore_index=False, var_name="arm", value_name="added loss").reset_index()
+drawn, axis = plt.subplots(figsize=(7.5, 0.3 * long.arm.nunique() + 1.2))
+sns.stripplot(long, x="added loss", y="arm", color="black", size=5, jitter=False, ax=axis)
+axis.set(
+    xlabel=f"added test loss at keep {headline_keep} (dots: {len(calibration_seeds)} draws)", ylabel="", xlim=(0, None)
 )
+axis.grid(axis="y")
+report.figure(drawn, "loss_by_sample")
 
 # %% tags=["nbval-check-output"]
-if two_sided:
-    rise = draws.pivot(index="draw", columns="way", values="rise")
-    text = f"at keep {headline_keep} the whole combination adds at most {headline_share} of what whitening adds"
-    report.claim(f"{text}, in every draw of calibration samples", rise[best], "<=", headline_share * rise.whitened)
-    text = f"at keep {headline_keep} retargeting adds less than the same combination without it"
-    report.claim(f"{text}, in every draw of calibration samples", rise.retargeted, "<", rise[best])
+report.reading("loss_by_sample")
 
 # %% [markdown]
 # ## Ranks: what is known of one layer does not tell where the loss is
@@ -287,12 +327,15 @@ if two_sided:
     combined = Configuration("two_sided", "pivoted", sweep.biased)
     rivals |= {f"two-sided, {p}": replace(combined, allocation=p) for p in policies if p != "relative"}
 with report.stage("policies"):
-    fresh = sweep.run({name: one for name, one in rivals.items() if one not in named}, keeps)
-measured = [table[table.way == named[one]].assign(way=name) for name, one in rivals.items() if one in named]
+    lower = [keep for keep in keeps if keep <= 0.5]
+    fresh = sweep.run({name: one for name, one in rivals.items() if one not in named}, lower)
+measured = [
+    table[(table.way == named[one]) & (table.keep <= 0.5)].assign(way=n) for n, one in rivals.items() if one in named
+]
 by_policy = pd.concat([*measured, pd.DataFrame(fresh)])
 by_policy[["method", "policy"]] = by_policy.way.str.split(", ", expand=True).to_numpy()
 report.table(
-    by_policy[["method", "policy", "keep", "loss", metric, "added_loss"]],
+    by_policy[["method", "policy", "keep", "keep_model", "loss", metric, "added_loss"]],
     "added_loss_by_policy",
     split="test",
     tolerance=rounding,
@@ -301,19 +344,22 @@ drawn = sns.relplot(
     by_policy,
     kind="line",
     col="method",
-    x="keep",
+    x="keep_model",
     y="added_loss",
     hue="policy",
-    style="policy",
-    markers=True,
+    marker="o",
+    palette=colors_of(by_policy.policy),
     height=3.6,
     aspect=1.2,
 )
-drawn.set(xlabel="kept share of the targeted parameters", ylabel="loss over dense").set_titles("{col_name}")
+drawn.set(xlabel="kept share of the model", ylabel="added test loss").set_titles("{col_name}")
 for axis in drawn.axes.flat:
     axis.set_yscale("symlog", linthresh=0.01)
     axis.set_ylim(bottom=-2e-3)
 report.figure(drawn, "added_loss_by_policy")
+
+# %% tags=["nbval-check-output"]
+report.reading("added_loss_by_policy")
 
 # %%
 if two_sided:
@@ -324,6 +370,7 @@ if two_sided:
     drawn.set(
         xscale="log", yscale="log", xlabel="predicted divergence per target", ylabel="measured divergence per target"
     )
+    write_plain_logs(drawn.ax)
     ends = alone.predicted.min(), alone.predicted.max()
     drawn.ax.plot(ends, ends, ls="--", color="0.4")
     figure = report.figure(drawn, "loss_by_layer_alone")
@@ -354,28 +401,9 @@ for line, (method, policies) in zip(axes, groups.items(), strict=True):
 drawn.tight_layout()
 report.figure(drawn, "ranks_by_layer")
 
-# %% tags=["nbval-check-output"]
-if two_sided:
-    policy = by_policy.pivot(index="keep", columns="way", values="loss")
-    middle = policy[policy["whitened, uniform"] > 1.01 * dense["loss"]]
-    where = "at every keep where whitening adds more than 1 % to the loss"
-    order = alone[["predicted", "measured"]].corr("spearman").iloc[0, 1]
-    text = "the two-sided spectrum orders layers as their measured divergence does (rank correlation >= 0.9)"
-    report.claim(text, order, ">=", 0.9)
-    print(f"whitening adds more than 1 % to the loss at {len(middle)} of {len(policy)} budgets")
-    compared = {
-        "relative one-sided allocation loses to uniform ranks": ("whitened, relative", ">", "whitened, uniform"),
-        "allocation by the two-sided spectrum beats uniform ranks": ("two-sided, spectrum", "<", "two-sided, uniform"),
-        "scaling the spectra to measured losses helps further": ("two-sided, measured", "<", "two-sided, spectrum"),
-        "the two-sided spectrum beats a dense first block": ("two-sided, spectrum", "<", "two-sided, first_dense"),
-        "the two-sided spectrum beats shares on a line": ("two-sided, spectrum", "<", "two-sided, linear"),
-    }
-    for text, (one, relation, other) in compared.items():
-        both = middle.reindex(columns=[one, other]).dropna()  # some budgets do not pay for a dense first block
-        if len(both):
-            report.claim(f"{text} {where}", both[one], relation, both[other])
-
 # %% [markdown]
+# # B. Counting, storage, training, speed
+#
 # ## A rank fraction is not a kept share
 #
 # The sweep of the PREHAB repository: the same fraction $t$ of full rank in every layer, $r=\lceil t\min(m,n)\rceil$. The table
@@ -393,6 +421,10 @@ for fraction in rank_fractions:
 columns = ["method", "rank_fraction", "reported_keep", "keep_targeted", "keep_model", "loss", metric]
 report.table(pd.DataFrame(rows, columns=columns), "quality_by_rank_fraction", split="test", tolerance=rounding)
 
+# %% tags=["nbval-check-output"]
+if rank_fractions:
+    report.reading("quality_by_rank_fraction")
+
 # %% [markdown]
 # ## Packed projections, fused or split
 #
@@ -401,23 +433,14 @@ report.table(pd.DataFrame(rows, columns=columns), "quality_by_rank_fraction", sp
 
 # %%
 rows = []
-if packed_layers:
-    parted = copy.deepcopy(model)
-    split_packed(parted, packed_layers)
-    halves = {"fused": sweep, "split": calibrated(parted, seed)}
-    rows = [
-        {"packing": name} | row
-        for name, side in halves.items()
-        for row in side.run({"whitened": Configuration("whitened")}, keeps)
-    ]
+if packed:
+    uniform = {"whitened": Configuration("whitened")}
+    rows = [{"packing": name} | row for name, side in halves.items() for row in side.run(uniform, keeps)]
 packing = pd.DataFrame(rows, columns=["packing", "keep", "targeted_parameters", "keep_targeted", "loss", metric])
 report.table(packing, "quality_by_packing", split="test", tolerance=rounding)
 
 # %% tags=["nbval-check-output"]
-if len(packing):
-    side = packing[packing.keep <= 0.5].pivot(index="keep", columns="packing", values="loss")
-    report.claim("splitting packed projections lowers the loss at every keep <= 0.5", side["split"], "<", side["fused"])
-print(f"packed layers: {len(find_linears(model, packed_layers)) if packed_layers else 0}")
+print(f"packed layers: {len(find_linears(model, packed_layers)) if packed else 0}")
 
 # %% [markdown]
 # ## What is stored is what the tables say
@@ -502,11 +525,12 @@ report.table(refinements[shown], "quality_by_refinement", split=None, rows=20, t
 # %%
 tested = refinements[refinements.split == "test"]
 drawn, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True)
+order = ["none", *ways, "dense, all weights"]
 for axis, column in zip(axes, ("loss", metric), strict=True):
-    sns.stripplot(tested, x=column, y="refinement", hue="refinement", ax=axis, size=7, legend=False)
+    sns.stripplot(tested, x=column, y="refinement", order=order, color="black", ax=axis, size=5, jitter=False)
     axis.axvline(dense[column], ls="--", color="0.3", label="dense")
-    axis.set(xlabel=f"test {column}", ylabel="")
-axes[0].legend()
+    axis.set(xlabel=f"test {column} (dots: {len(refine_seeds)} draws)", ylabel="")
+axes[1].legend(bbox_to_anchor=(1.02, 1), loc="upper left")
 drawn.tight_layout()
 report.figure(drawn, "quality_by_refinement")
 
@@ -514,19 +538,9 @@ report.figure(drawn, "quality_by_refinement")
 factored = refinements[refinements.refinement != "dense, all weights"]
 assert factored.targeted_parameters.nunique() == 1
 print("parameters before and after refinement are equal")
-if refine_seeds:
-    chosen_on = refinements[refinements.split == "validation"].groupby("refinement").loss.mean()
-    way, order = chosen_on[ways].idxmin(), chosen_on[ways[:2]].idxmin()
-    by_draw = tested[tested.refinement != "none"].pivot(index="draw", columns="refinement", values=["loss", metric])
-    untouched = tested[tested.refinement == "none"].loss.item()
-    report.record(best_refinement=way, better_order=order)
-    text = "the best refinement takes back at least half of the loss that truncation added"
-    report.claim(text, untouched - by_draw.loss[way], ">=", 0.5 * (untouched - dense["loss"]), over="mean")
-    text = "one factor after the other by LoRA ends no worse than both together"
-    report.claim(text, by_draw.loss[order], "<=", by_draw.loss["both"], over="mean")
-    if data.headline.bounds:
-        text = f"refined at keep {refine_keep}, {metric} is within 1 point of dense"
-        report.claim(text, by_draw[metric][way], ">=", dense[metric] - 0.01, over="mean")
+
+# %% tags=["nbval-check-output", "after-training"]
+report.reading("quality_by_refinement")
 
 # %% [markdown]
 # ## Speed and memory against their ceilings
@@ -582,15 +596,19 @@ report.table(efficiency, "efficiency_by_keep", split=None, rows=20, measured=mea
 
 # %%
 smaller = efficiency[efficiency.storage != "dense"]
-style = dict(x="keep", y="speedup", hue="storage", style="storage", markers=True)
+style = dict(x="keep", y="speedup", hue="storage", marker="o", palette=colors_of(smaller.storage))
 drawn = sns.relplot(smaller, kind="line", col="phase", height=3.4, aspect=1.4, **style)
 for phase, axis in drawn.axes_dict.items():
     ceiling = smaller[(smaller.phase == phase) & (smaller.storage == "factors")]
     axis.plot(ceiling.keep, ceiling.flop_ratio, ls=":", color="0.3")
     axis.annotate("FLOP ratio", (ceiling.keep.min(), ceiling.flop_ratio.max()), (8, -4), textcoords="offset points")
     axis.axhline(1, ls="--", color="0.3")
+    mark_data(axis, efficiency_keeps)
 drawn.set(xlabel="kept share of the targeted parameters", ylabel="speed over dense").set_titles("{col_name}")
 report.figure(drawn, "efficiency_by_keep")
+
+# %%
+report.reading("efficiency_by_keep")
 
 # %% tags=["nbval-check-output"]
 assert (smaller.weights_mb < efficiency.weights_mb[0]).all()
@@ -606,5 +624,5 @@ print("weights take less memory than dense at every keep:", bool((smaller.weight
 # this small have more to give away than large pretrained ones: read the set of the pretrained model first. Whether training can
 # prepare a model for truncation is the subject of notebook 02.
 
-# %%
+# %% tags=["nbval-check-output"]
 report.finish()

@@ -1,4 +1,7 @@
-"""nbval compares by the rule of `make compare`: a verdict that is too close to call agrees with any other."""
+"""nbval compares what cells print by the rules of `make report`: numbers within a tolerance, verdicts that agree.
+
+A cell tagged `after-training` prints numbers that training amplifies; they have a wider tolerance.
+"""
 
 from functools import partial
 from typing import Any
@@ -6,17 +9,19 @@ from typing import Any
 import pytest
 from nbval.plugin import IPyNbCell
 
-from lowrank.report.claims import settle_verdicts
+from lowrank.report.agreement import AFTER_TRAINING, TRAINING_FREE, settle_text
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     if isinstance(item, IPyNbCell):
-        item.compare_outputs = partial(compare_settled, item.compare_outputs)
+        trained = "after-training" in item.cell.metadata.get("tags", [])
+        tolerance = AFTER_TRAINING if trained else TRAINING_FREE
+        item.compare_outputs = partial(compare_settled, item.compare_outputs, tolerance)
 
 
-def compare_settled(compare: Any, test: list[Any], ref: list[Any], skip_compare: Any = None) -> bool:
-    """Compare the outputs of a cell as nbval does, once verdicts that agree are written the same."""
+def compare_settled(compare: Any, tolerance: float, test: list[Any], ref: list[Any], skip_compare: Any = None) -> bool:
+    """Compare what a cell printed as nbval does, once lines that agree are written the same; tables are shown, not compared."""
+    test, ref = ([output for output in side if output.output_type == "stream"] for side in (test, ref))
     for here, stored in zip(test, ref, strict=False):  # another number of outputs is nbval's to report
-        if here.output_type == stored.output_type == "stream":
-            here.text = settle_verdicts(here.text, stored.text)
+        here.text = settle_text(here.text, stored.text, tolerance)
     return compare(test, ref, skip_compare)

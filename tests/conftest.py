@@ -101,3 +101,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         if "browser" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.browser)
+
+
+@pytest.fixture
+def without_findings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notebook 01 without claims, which need tables that a small test does not write."""
+    from lowrank.report.findings.registry import FINDINGS  # noqa: PLC0415
+
+    monkeypatch.delitem(FINDINGS, "01_whitening")

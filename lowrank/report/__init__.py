@@ -8,7 +8,10 @@
 - `namespace`: check the parameters that a notebook runs with, and name the folder of their results.
 - `errors`: errors that a command reports in one line.
 - `notebook`: `Report`, which a notebook uses to write its figures, tables, claims and run.json.
-- `claims`: judge a comparison: it holds, fails, or is too close to call.
+- `findings`: claims and readings of each notebook, as functions of its tables.
+- `inference`: paired differences to effects with intervals, and verdicts.
+- `agreement`: whether the verdicts and printed numbers of two runs agree.
+- `style`: how figures look.
 - `run`: execute one notebook with one set.
 - `progress`: a line per section of a running notebook, where there is no terminal.
 - `pair`: execute notebooks with their defaults and store them beside their sources.
@@ -17,7 +20,7 @@
 - `publish`: put the results of a run in the place of published ones.
 - `readme`: fill the marked blocks of the README and of docs/.
 - `tables`: the tables of notebooks 01 to 05 and 07 for those blocks.
-- `selection_tables`: the tables and the figure of notebook 06.
+- `selection_tables`: the tables of notebook 06.
 - `bench_tables`: the tables of `make bench`, with the costs of large models.
 - `site`: build the site.
 - `result_files`: the files of one folder of results, each checked.

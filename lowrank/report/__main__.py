@@ -65,6 +65,15 @@ def _readme(options: argparse.Namespace) -> int:
     return 0
 
 
+def _claims(options: argparse.Namespace) -> int:
+    from lowrank.report.findings.recompute import recompute_claims  # noqa: PLC0415
+    from lowrank.report.folders import outputs_folder, published_folder  # noqa: PLC0415
+
+    folder = outputs_folder() if options.runs else published_folder()
+    changed = recompute_claims(folder, options.sets, write=options.write)
+    return 1 if changed and not options.write else 0
+
+
 def _site(options: argparse.Namespace) -> int:
     from lowrank.report import site  # noqa: PLC0415
     from lowrank.report.folders import outputs_folder, published_folder  # noqa: PLC0415
@@ -104,6 +113,10 @@ def make_parser() -> argparse.ArgumentParser:
     publish = add(_publish, "Put the results of your runs in the place of published ones in outputs/")
     publish.add_argument("sets", nargs="*", metavar="SET", help="sets or variants; default: all sets that were run")
     add(_readme, "Fill the marked blocks of README.md and docs/ from outputs/")
+    claims = add(_claims, "Judge the claims anew from the published tables, and say what changed")
+    claims.add_argument("sets", nargs="*", metavar="SET", help="sets or variants; default: all that have results")
+    claims.add_argument("--runs", action="store_true", help="judge your own runs instead of the published results")
+    claims.add_argument("--write", action="store_true", help="write claims.csv anew where it changed")
     site = add(_site, "Build the site of some sets in _site/")
     site.add_argument(
         "sets", nargs="*", metavar="SET", help="sets with results; your own runs come before published ones"

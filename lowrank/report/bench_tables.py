@@ -1,4 +1,4 @@
-"""The tables of `make bench` in the README and in docs/cluster.md, made from the files in outputs/bench."""
+"""The tables of `make bench` in docs/benchmarks.md and docs/cluster.md, made from the files in outputs/bench."""
 
 import pandas as pd
 

@@ -15,8 +15,10 @@ import numpy as np
 import pandas as pd
 
 from lowrank.io.checks import require
-from lowrank.report.claims import CLOSE, verdicts_agree
+from lowrank.report.agreement import verdicts_agree
+from lowrank.report.findings.results import format_claim
 from lowrank.report.folders import published_folder
+from lowrank.report.inference import INCONCLUSIVE
 from lowrank.report.result_files import read_claims, read_run, read_table
 
 TOLERANCE = 1e-3  # relative, of a number without a declared one
@@ -66,7 +68,7 @@ class VerdictOutcome:
     **Arguments**
 
     - `agree`, `count`: how many verdicts agree, and of how many.
-    - `close`: how many of those that agree are too close to call on either side.
+    - `close`: how many of those that agree are inconclusive on either side.
     - `lines`: a line for each verdict that does not agree, and one for claims that only one side has.
     """
 
@@ -108,7 +110,7 @@ class Comparison:
         agree, count, close = (sum(getattr(v, name) for v in self.verdicts) for name in ("agree", "count", "close"))
         return (
             f"{number[EQUAL]} tables equal, {number[WITHIN]} within tolerance, {number[BEYOND]} beyond; "
-            f"{agree} of {count} verdicts agree with the published ones, {close} too close to call"
+            f"{agree} of {count} verdicts agree with the published ones, {close} inconclusive"
         )
 
 
@@ -128,8 +130,6 @@ def read_declaration(
     for side in (run, other):
         said = side.get("tables", {}).get(table, {})
         ignored |= {*said.get("measured", []), *said.get("unstable", [])}
-        # Former results say it so; this can go when `sst2-minilm` and `cifar10-minivit` are executed again.
-        ignored |= {*side.get("measured_columns", {}).get(table, [])}
     given = run.get("tables", {}).get(table, {}).get("tolerance", TOLERANCE)
     single, rest = (given, TOLERANCE) if isinstance(given, dict) else ({}, given)
     if tolerance is not None:
@@ -213,23 +213,22 @@ def _compare_tables(folder: Path, reference: Path, name: str, tolerance: int | f
 
 
 def compare_verdicts(folder: Path, reference: Path, name: str) -> VerdictOutcome:
-    """Compare the verdicts on the claims that do not depend on times. One that is too close to call agrees with any other.
+    """Compare the verdicts on claims. One that is inconclusive agrees with any other.
 
     **Arguments**
 
-    - `folder`: one result, with claims.csv and run.json.
+    - `folder`: one result, with claims.csv.
     - `reference`: the result to compare with.
     - `name`: SET/NOTEBOOK, which begins every line.
     """
-    measured = {claim for side in (folder, reference) for claim in read_run(side).get("measured_claims", [])}
-    one, other = (
-        {claim: verdict for claim, verdict in zip(found.claim, found.verdict, strict=True) if claim not in measured}
-        for found in (read_claims(folder), read_claims(reference))
-    )
-    both = [claim for claim in one if claim in other]
-    close = [claim for claim in both if CLOSE in (one[claim], other[claim])]
-    flipped = [claim for claim in both if not verdicts_agree(one[claim], other[claim])]
-    lines = [f"{name}: {claim}: published {other[claim]}, here {one[claim]}" for claim in flipped]
+    one, other = (read_claims(side).set_index("id") for side in (folder, reference))
+    both = one.index.intersection(other.index)
+    pairs = {key: (one.verdict[key], other.verdict[key]) for key in both}
+    close = [key for key in both if INCONCLUSIVE in pairs[key]]
+    flipped = [key for key in both if not verdicts_agree(*pairs[key])]
+    lines = [
+        f"{name}: {key}: published {format_claim(other.loc[key])}, here {format_claim(one.loc[key])}" for key in flipped
+    ]
     if alone := len(one) + len(other) - 2 * len(both):
         lines.append(
             f"{name}: {len(one) - len(both)} claims are not published, {len(other) - len(both)} only published"

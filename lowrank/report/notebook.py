@@ -20,12 +20,15 @@ from lowrank.io.dependencies import hash_code
 from lowrank.io.files import writing
 from lowrank.io.hashing import hash_options
 from lowrank.io.provenance import environment, peak_memory_mb
-from lowrank.report.claims import NOISE, VERDICTS, judge
+from lowrank.report.agreement import VERDICTS
+from lowrank.report.findings.recompute import write_claims
+from lowrank.report.findings.registry import judge_results, read_finding
+from lowrank.report.findings.results import Results
 from lowrank.report.folders import close_results, open_results, outputs_folder
 from lowrank.report.namespace import name_results, read_namespace
 from lowrank.report.parameters import notebook_path
+from lowrank.report.result_files import SIGNIFICANT_DIGITS
 
-SIGNIFICANT_DIGITS = 6
 TOLERANCE = 1e-3  # relative; tables that no training in a notebook goes into agree between machines to this
 RESERVED = {"claims", "run"}  # names of files that `Report` writes itself
 THEME: dict[str, Any] = {"context": "notebook", "style": "whitegrid", "palette": "colorblind"}
@@ -56,8 +59,6 @@ class Report:
             print(f"These parameters are not those of {self.parameters['set_name']!r}: results go to {self.final}")
         self.notebook = notebook
         self.tables: dict[str, dict[str, Any]] = {}
-        self.claims: list[dict[str, str]] = []
-        self.measured_claims: list[str] = []
         self.code = hash_code([notebook_path(notebook)])
         self.frozen: str | None = None
         self.stages: dict[str, float] = {}
@@ -163,35 +164,33 @@ class Report:
         save_figure(figure.figure if isinstance(figure, sns.axisgrid.Grid) else figure, path)
         return Image(filename=str(path))
 
-    def claim(
-        self,
-        text: str,
-        left: Any,
-        relation: str,
-        right: Any,
-        *,
-        over: str = "all",
-        noise: int | float = NOISE,
-        measured: bool = False,
-    ) -> None:
-        """Record a finding and print its verdict. A claim that fails is a result, not an error.
+    @property
+    def results(self) -> Results:
+        """Return what was written so far, for claims and readings."""
+        return Results(self.folder, self.parameters, self.inputs)
+
+    def reading(self, name: str) -> None:
+        """Print in a sentence what a table shows.
 
         **Arguments**
 
-        - `text`: the claim in one sentence.
-        - `left`, `relation`, `right`, `over`, `noise`: what is compared and how, see `lowrank.report.claims.judge`.
-        - `measured`: the claim depends on times or memory, which differ between any two runs. Default False.
+        - `name`: of a table that was written before and has a reading, see `lowrank.report.findings.registry`.
+
+        **Raises**
+
+        - `ValueError`: no such table.
         """
-        verdict, number = judge(left, relation, right, over, noise)
-        if measured:
-            self.measured_claims.append(text)
-        self.claims.append({"claim": text, "verdict": verdict, "number": number})
-        pd.DataFrame(self.claims).to_csv(self.folder / "claims.csv", index=False)
-        print(f"{verdict}: {text}")
+        require(name in self.tables, "name", "be the name of a table written before its reading", name)
+        print(read_finding(self.notebook, name, self.results))
 
     def finish(self) -> pd.DataFrame:
-        """Write run.json, put the results in the place of former ones, and return the claims to be shown."""
-        verdicts = [claim["verdict"] for claim in self.claims]
+        """Judge the claims, print their verdicts, write them and run.json, and put the results in the place of former ones.
+
+        **Returns** the claims with effects and intervals, to be shown.
+        """
+        claims = judge_results(self.notebook, self.results)
+        write_claims(claims, self.folder)
+        print("\n".join(f"{verdict}: {claim}" for verdict, claim in zip(claims.verdict, claims.claim, strict=True)))
         run = {
             "set": self.set,
             "notebook": self.notebook,
@@ -199,9 +198,8 @@ class Report:
             "inputs": self.inputs,
             "notebook_code": self.code,
             "frozen": self.frozen,
-            "claims": {verdict: verdicts.count(verdict) for verdict in VERDICTS},
+            "claims": {verdict: int((claims.verdict == verdict).sum()) for verdict in VERDICTS},
             "tables": self.tables,
-            "measured_claims": self.measured_claims,
             "stages_s": self.stages,
             "wall_s": round(time.time() - self.started, 1),
             "peak_memory_mb": peak_memory_mb(),
@@ -212,7 +210,7 @@ class Report:
         if self.folder != self.final:  # else the last cell is run again
             close_results(self.folder, self.final)
             self.folder = self.final
-        return pd.DataFrame(self.claims, columns=["claim", "verdict", "number"])
+        return claims.drop(columns="id").round(4)
 
 
 def hash_choices(notebook: str, parameters: Mapping[str, Any]) -> str:

@@ -8,10 +8,15 @@ from typing import Any
 import nbformat
 import pandas as pd
 
-from lowrank.report.claims import CLOSE, FAILS, HOLDS
+from lowrank.report.findings.results import format_effect
+from lowrank.report.inference import INCONCLUSIVE, REFUTED, SUPPORTED
 from lowrank.report.result_files import read_claims, read_page, read_run
 
-STYLES = {HOLDS: "holds", FAILS: "fails", CLOSE: "close"}  # verdict -> its class in the style sheet
+STYLES = {
+    SUPPORTED: "supported",
+    REFUTED: "refuted",
+    INCONCLUSIVE: "inconclusive",
+}  # verdict -> its class in the style sheet
 WIDGET = "application/vnd.jupyter.widget-view+json"  # progress bars: they need a kernel, or scripts from the web
 
 
@@ -31,21 +36,22 @@ def format_table(table: pd.DataFrame) -> str:
 
 
 def format_verdicts(claims: pd.DataFrame, target: str = "") -> list[str]:
-    """Format the verdict and number of each claim in Markdown; the style sheet sets off those that do not hold.
+    """Format the verdict and the effect of each claim in Markdown; the style sheet sets off those that are not supported.
 
     **Arguments**
 
     - `claims`: a table of `read_claims`.
     - `target`: page that each verdict links to. Default "": no link.
     """
-    pairs = zip(claims.verdict, claims.number, strict=True)
     link = f"({target})" if target else ""
-    return [f"[{', '.join(filter(None, pair))}]{link}{{.{STYLES[pair[0]]}}}" for pair in pairs]
+    return [
+        f"[{row.verdict}]{link}{{.{STYLES[row.verdict]}}}: {escape(format_effect(row))}" for _, row in claims.iterrows()
+    ]
 
 
 def count_claims(claims: pd.DataFrame) -> str:
-    """Say in words how many claims hold."""
-    return f"{int((claims.verdict == HOLDS).sum())} of {len(claims)} hold"
+    """Say in words how many claims are supported."""
+    return f"{int((claims.verdict == SUPPORTED).sum())} of {len(claims)} supported"
 
 
 def claims_section(folder: Path) -> str:
@@ -73,6 +79,7 @@ def provenance_section(run: dict[str, Any]) -> str:
     changes = " with uncommitted changes" if run["git_dirty"] else ""
     rows = {
         "commit": f"`{run['git_commit'] or 'unknown'}`{changes}",
+        "frozen choices": f"`{run['frozen']}`, a hash of parameters and code from before test was read",
         "device": escape(f"{run['device']}, {run['platform']}"),
         "Python": run["python"],
         "packages": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
@@ -86,6 +93,12 @@ def provenance_section(run: dict[str, Any]) -> str:
     return "\n\n".join(["## Where this came from", *(format_table(table) for table in tables)])
 
 
+def tables_section(folder: Path) -> str:
+    """Make the section with a link to each table, which lies beside the page in a folder with the notebook's name."""
+    links = [f"[{path.stem}]({folder.name}/{path.name})" for path in sorted(folder.glob("*.csv"))]
+    return f"## Tables as CSV\n\n{', '.join(links)}"
+
+
 def _without_widgets(cell: Any) -> Any:
     if cell.cell_type == "code":
         cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
@@ -95,8 +108,8 @@ def _without_widgets(cell: Any) -> Any:
 def notebook_page(folder: Path, set_name: str, notebook: str) -> Any:
     """Make a page of an executed notebook.
 
-    The title names the set. Claims follow the opening. A table replaces the two cells of parameters. Provenance ends the
-    page.
+    The title names the set. Claims follow the opening. A table replaces the two cells of parameters. Links to the
+    tables and provenance end the page.
 
     **Arguments**
 
@@ -118,6 +131,7 @@ def notebook_page(folder: Path, set_name: str, notebook: str) -> Any:
             shown.append(nbformat.v4.new_markdown_cell(section, id="parameters"))
         elif "injected-parameters" not in tags:
             shown.append(_without_widgets(cell))
-    page.cells = [*shown, nbformat.v4.new_markdown_cell(provenance_section(run), id="provenance")]
+    ends = {"tables": tables_section(folder), "provenance": provenance_section(run)}
+    page.cells = [*shown, *(nbformat.v4.new_markdown_cell(text, id=name) for name, text in ends.items())]
     page.metadata.pop("widgets", None)
     return page

@@ -109,6 +109,24 @@ def module_page(name: str, path: Path, children: list[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def public_names() -> dict[str, str]:
+    """Return each name of `from lowrank import ...` -> the module that defines it."""
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf8"))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: f"{PACKAGE.name}.{node.module}" for node in imports for alias in node.names}
+
+
+def public_entries() -> str:
+    """Format what users import from the package itself, sorted by name; constants are links to their modules."""
+    modules, parts = public_modules(), []
+    for name, module in sorted(public_names().items(), key=lambda item: item[0].lower()):
+        found = [node for node in _documented(_parse(modules[module]).body) if node.name == name]
+        where = f"Defined in [{module}]({module}.md)."
+        parts.append(f"## {name}\n\n{where}")
+        parts += [format_entry(node) for node in found]
+    return "\n\n".join(parts)
+
+
 def write_reference(folder: Path) -> None:
     """Write a page per module, a page per package with its table of contents, and the list of packages.
 
@@ -121,7 +139,9 @@ def write_reference(folder: Path) -> None:
     children = {name: [other for other in modules if other.rpartition(".")[0] == name] for name in modules}
     lines = []
     for name, path in modules.items():
-        (folder / f"{name}.md").write_text(module_page(name, path, children[name]), encoding="utf8")
+        page = module_page(name, path, children[name])
+        page += f"\n{public_entries()}\n" if name == PACKAGE.name else ""
+        (folder / f"{name}.md").write_text(page, encoding="utf8")
         if name in children[PACKAGE.name]:
             summary = (ast.get_docstring(_parse(path)) or "").partition("\n\n")[0]
             lines.append(f"- [{name}]({name}.md): {' '.join(summary.split())}")

@@ -9,9 +9,11 @@ from pydantic import Field
 
 from lowrank.io.checks import require
 from lowrank.io.schemas import Schema, read_file, read_json
-from lowrank.report.claims import FAILS, HOLDS, VERDICTS
+from lowrank.report.agreement import VERDICTS
 
 CLAIMS = "claims.csv"
+SIGNIFICANT_DIGITS = 6  # of the numbers in tables
+CLAIM_COLUMNS = ("id", "claim", "verdict", "effect", "low", "high", "unit", "n", "margin", "p")
 
 
 class _TableRecord(Schema):
@@ -26,8 +28,6 @@ class _RunRecord(Schema):
     """Hold what a comparison and a publication read of a run.json; older files lack some of it."""
 
     tables: dict[str, _TableRecord] = Field(default_factory=dict)
-    measured_claims: list[str] = Field(default_factory=list)
-    measured_columns: dict[str, list[str]] = Field(default_factory=dict)
     git_commit: str | None = None
     git_dirty: bool | None = None
 
@@ -37,6 +37,7 @@ class _PageRecord(Schema):
 
     parameters: dict[str, Any]
     inputs: dict[str, Any]
+    frozen: str | None
     git_commit: str | None
     git_dirty: bool | None
     device: str
@@ -75,7 +76,7 @@ def read_table(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"`results` must have the table {path}, and have none.")
     try:
-        return pd.read_csv(path, dtype={"number": str} if path.name == CLAIMS else None)
+        return pd.read_csv(path)
     except (ValueError, OverflowError) as error:  # pandas' own errors, and those of the encoding, are such
         reason = " ".join(str(error).split())
         raise ValueError(f"`results` must have tables in CSV, got {path}: {reason}") from error
@@ -104,15 +105,27 @@ def read_page(path: Path) -> Any:
 def read_claims(folder: Path) -> pd.DataFrame:
     """Read the claims of one folder of results.
 
-    **Returns** a table with the columns `claim`, `verdict` (one of `lowrank.report.claims.VERDICTS`) and `number` (a text, empty
-    if there is none).
+    **Returns** a table as `lowrank.report.findings.results.judge_claims` makes it.
+
+    **Raises**
+
+    - `FileNotFoundError`: no such file.
+    - `ValueError`: a column is missing, an id comes twice, or a row lacks its claim or has another word as its verdict.
     """
-    table = read_table(folder / CLAIMS)
-    if "holds" in table:  # this can go when `sst2-minilm` and `cifar10-minivit` are executed again
-        table = table.assign(verdict=table.holds.map({True: HOLDS, False: FAILS}))
-    table = table.reindex(columns=["claim", "verdict", "number"]).fillna({"number": ""})
-    for column, known in (("claim", None), ("verdict", VERDICTS)):
+    table, where = read_table(folder / CLAIMS), str(folder / CLAIMS)
+    missing = [name for name in CLAIM_COLUMNS if name not in table]
+    require(not missing, where, f"have the columns {list(CLAIM_COLUMNS)}", sorted(table))
+    for column, known in (("id", None), ("claim", None), ("verdict", VERDICTS)):
         wrong = [value for value in table[column] if not isinstance(value, str) or (known and value not in known)]
         rule = f"have a {column} in each row{f' among {list(known)}' if known else ''}"
-        require(not wrong, str(folder / CLAIMS), rule, wrong[:3])
+        require(not wrong, where, rule, wrong[:3])
+    for column in ("effect", "low", "high", "n"):
+        require(
+            table[column].dtype.kind in "if" or not len(table),
+            where,
+            f"have numbers as {column}",
+            list(table[column][:3]),
+        )
+    twice = table.id[table.id.duplicated()].tolist()
+    require(not twice, where, "have each id once", twice[:3])
     return table

@@ -77,9 +77,15 @@ def execute(name: str, growing: Path, outputs: Path, values: dict[str, Any] | No
         make_portable(notebook, f"notebooks/{name}.py", f"{title}/{name}.ipynb")
         nbformat.write(notebook, growing)
     except Exception as error:  # whatever the kernel, its client or a cell raises
-        reason = (str(error).strip() or repr(error)).splitlines()[-1]
-        raise NotebookError(f"{title} failed: {reason} (see {growing})") from error
+        raise NotebookError(f"{title} failed: {_explain(error)} (see {growing})") from error
     return notebook
+
+
+def _explain(error: Exception) -> str:
+    """Return what a cell raised, whole, or the last line of any other error."""
+    if (kind := getattr(error, "ename", None)) is not None:
+        return f"{kind}: {getattr(error, 'evalue', '')}".strip(": ")
+    return (str(error).strip() or repr(error)).splitlines()[-1]
 
 
 def _find_result(staging: Path, notebook: str) -> Path:

@@ -1,14 +1,7 @@
-"""The tables of notebook 06 in the README, and their figure, made from published results."""
+"""The tables of notebook 06 in docs/results.md, made from published results."""
 
-from pathlib import Path
-from typing import Any
-
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
-from matplotlib.ticker import MaxNLocator
 
-from lowrank.report.notebook import THEME, save_figure
 from lowrank.report.tables import headline_metric, read_test, result_folders
 
 NOTEBOOK = "06_layer_selection"
@@ -45,7 +38,7 @@ def _quality_by_rule() -> str:
     cells: dict[str, dict[str, str]] = {}
     for name, folder in result_folders(NOTEBOOK).items():
         table = read_test(folder, "quality_by_sparsity")
-        metric = headline_metric(folder, table)
+        metric = headline_metric(folder)
         table = table.query("method == 'wanda' and per == 'row'")
         for share in sorted(set(table.sparsity))[-2:]:
             for rule, rows in table.query("sparsity == @share").groupby("rule", sort=False):
@@ -53,22 +46,3 @@ def _quality_by_rule() -> str:
                 spread = f" ± {values.std():.2g}" if len(values) > 1 else ""
                 cells.setdefault(str(rule), {})[f"{name}, {metric} at {share}"] = f"{values.mean():.3g}{spread}"
     return pd.DataFrame(cells).T.rename_axis("ratios").reset_index().to_markdown(index=False)
-
-
-def draw_objectives(path: Path) -> None:
-    """Draw the cases of `layer_selection`, all sets and all objectives, into a PNG file."""
-    sns.set_theme(**THEME)
-    cases, style = _read_objectives(), dict[str, Any](errorbar="sd", linestyle="none", dodge=0.5, markersize=5)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
-    for axis, column in zip(axes, ("significance_share", "added_loss"), strict=True):
-        sns.pointplot(cases, x=column, y="objective", hue="set", ax=axis, **style)
-        axis.grid(axis="x")
-        axis.set_ylabel("what the assignment maximises")
-    axes[0].set_xlabel("significance taken / the most that can be")
-    axes[0].get_legend().remove()
-    axes[1].set_xlabel("loss over that of pruning all layers alike")
-    axes[1].axvline(0, ls="--", color="0.3")
-    axes[1].xaxis.set_major_locator(MaxNLocator(4))
-    sns.move_legend(axes[1], "upper left", bbox_to_anchor=(1.02, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path)

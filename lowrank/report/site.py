@@ -17,6 +17,7 @@ import pandas as pd
 from lowrank.io.dependencies import ROOT
 from lowrank.io.files import writing
 from lowrank.report.errors import ReportError
+from lowrank.report.folders import published_folder
 from lowrank.report.pages import (
     count_claims,
     escape,
@@ -32,12 +33,12 @@ SITE = ROOT / "_site"
 # The start page shows one figure of each notebook.
 FIGURES = {
     "01_whitening": "held_out_error_by_tokens",
-    "02_prehab": "quality_by_keep",
-    "03_svd_comparison": "quality_by_keep",
+    "02_prehab": "quality_by_refinement",
+    "03_svd_comparison": "added_loss_by_part",
     "04_stability": "stability_by_epoch",
     "05_rank_config": "gain_by_variant",
-    "06_layer_selection": "quality_by_objective",
-    "07_pi3_efficiency": "abs_rel_by_keep",
+    "06_layer_selection": "quality_by_keep",
+    "07_pi3_efficiency": "abs_rel_by_targets",
 }
 
 
@@ -179,6 +180,18 @@ def toctrees(results: Results) -> str:
     )
 
 
+def _copy_figures(text: str, source: Path) -> str:
+    """Copy the published figures that a page shows to the sources of Sphinx, and return the page with their new paths."""
+
+    def copy(match: re.Match[str]) -> str:
+        target = source / "outputs" / match[1]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(published_folder() / match[1], target)
+        return f"](outputs/{match[1]})"
+
+    return re.sub(r"\]\((?:\.\./)?outputs/([^)]*\.png)\)", copy, text)
+
+
 def write_source(results: Results, source: Path) -> None:
     """Write the sources of Sphinx: docs/, the README, which pages of docs/ include in part, and generated pages.
 
@@ -192,11 +205,14 @@ def write_source(results: Results, source: Path) -> None:
     (source / "README.md").write_text(readme.replace("](docs/", "]("), encoding="utf8")  # its links, seen from docs/
     for path in source.glob("*.md"):  # the marks of filled blocks would be text: `<` is one in docstrings
         text = re.sub(r"^<!-- .* -->\n", "", path.read_text(encoding="utf8"), flags=re.MULTILINE)
-        path.write_text(text, encoding="utf8")
+        path.write_text(_copy_figures(text, source), encoding="utf8")
     for notebook, folders in results.items():
         for name, folder in folders.items():
             path = source / f"{page_path(name, notebook)}.ipynb"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            tables = path.with_suffix("")
+            tables.mkdir(parents=True)
+            for table in folder.glob("*.csv"):
+                shutil.copy(table, tables)
             nbformat.write(notebook_page(folder, name, notebook), path)
     fragments = {
         "results": results_section(results, source),

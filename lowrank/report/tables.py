@@ -1,4 +1,4 @@
-"""The tables of notebooks 01 to 05 and 07 in the README. Each function returns markdown, made from published results."""
+"""The tables of notebooks 01 to 05 and 07 in docs/results.md. Each function returns markdown, made from published results."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from lowrank.report.folders import published_folder
 from lowrank.report.parameters import set_names
 from lowrank.report.result_files import read_run, read_table
 
-SHOWN_KEEPS = (0.8, 0.5, 0.4, 0.2)  # of the measured budgets, those in the README
+SHOWN_KEEPS = (0.8, 0.5, 0.4, 0.2)  # of the measured budgets, those that are shown
 SHOWN_ERRORS = {"mono_depth": "abs_rel", "video_depth": "abs_rel", "pose": "ate", "points": "acc_mean"}
 
 
@@ -38,28 +38,15 @@ def read_test(folder: Path, name: str) -> pd.DataFrame:
     - `ValueError`: no row of the table was.
     """
     table = read_table(folder / f"{name}.csv")
-    if "split" not in table:  # this can go when `sst2-minilm` and `cifar10-minivit` are executed again
-        return table
     rows = table.query("split == 'test'").drop(columns="split").reset_index(drop=True)
     where = f"{folder.parent.name}/{folder.name}/{name}"
     require(len(rows) > 0, where, "have rows of the split 'test'", sorted(set(table["split"])))
     return rows
 
 
-def headline_metric(folder: Path, table: pd.DataFrame, after: str = "loss") -> str:
-    """Return the name of the headline metric of a table of results.
-
-    It is `inputs.metric` of run.json. Files that were made before lack it; then it is the column to the right of the loss,
-    because `lowrank.tasks.evaluation.evaluate` returns the loss, then the metrics, the headline metric first.
-
-    **Arguments**
-
-    - `folder`: with run.json.
-    - `table`: any table of that folder with a column for the metric.
-    - `after`: the column to the left of the headline metric; default 'loss'.
-    """
-    recorded = read_run(folder)["inputs"].get("metric")
-    return recorded or list(table.columns)[list(table.columns).index(after) + 1]
+def headline_metric(folder: Path) -> str:
+    """Return the name of the headline metric of one folder of results."""
+    return read_run(folder)["inputs"]["metric"]
 
 
 def baselines() -> str:
@@ -67,7 +54,7 @@ def baselines() -> str:
     rows = []
     for name, folder in result_folders("01_whitening").items():
         table, run = read_test(folder, "baseline"), read_run(folder)
-        metric, row = headline_metric(folder, table), table.iloc[0]
+        metric, row = headline_metric(folder), table.iloc[0]
         worst = read_table(folder / "theorem_by_layer.csv").groupby("dtype").difference.max()
         rows.append(
             {
@@ -88,7 +75,7 @@ def comparison() -> str:
     rows = []
     for name, folder in result_folders("03_svd_comparison").items():
         table = read_test(folder, "quality_by_keep")
-        metric = headline_metric(folder, table)
+        metric = headline_metric(folder)
         dense = table[table.way == "dense"].iloc[0]
         rows.append({"set": name, "way": "dense", "keep 1": f"{dense.loss:.3f} / {dense[metric]:.3g}"})
         for configuration, quality in table[table.way != "dense"].groupby("way", sort=False):
@@ -108,7 +95,7 @@ def preparation() -> str:
     for name, folder in result_folders("02_prehab").items():
         kept = read_run(folder)["parameters"]["target_keep"]
         quality, refined = (read_test(folder, f"quality_by_{what}") for what in ("keep", "refinement"))
-        metric = headline_metric(folder, quality)
+        metric = headline_metric(folder)
         truncated = quality[(quality.method == "whitened") & ((quality.keep - kept).abs() < 1e-9)]
         for when, table in (("truncated", truncated), ("and refined", refined)):
             scores = table.groupby("variant", sort=False)[metric].agg(["mean", "std"])
@@ -122,7 +109,7 @@ def fixed_bases() -> str:
     rows = []
     for name, folder in result_folders("04_stability").items():
         table = read_test(folder, "comparison")
-        metric = headline_metric(folder, table, after="variant")  # this table has no loss
+        metric = headline_metric(folder)
         table = table.set_index("variant")
         for row in table.reset_index().to_dict("records"):
             spread = "" if np.isnan(row["std"]) else f" ± {row['std']:.2g}"
@@ -150,7 +137,7 @@ def adapters() -> str:
         gains = read_test(folder, "gain_by_variant").groupby("variant").gain.agg(["mean", "std"])
         quality = read_test(folder, "quality_by_variant")
         table["step_ms"] = quality.groupby("variant").step_ms.min()  # the machine may have been busy with other things
-        metric = headline_metric(folder, quality)
+        metric = headline_metric(folder)
         for variant, row in table.drop(index="base").iterrows():
             gain = f"{gains['mean'][variant]:+.3g} ± {gains['std'][variant]:.2g}" if variant in gains.index else ""
             step, memory = (row[key] / table[key]["full"] for key in ("step_ms", "memory_mb"))

@@ -133,6 +133,29 @@ def evaluate(
     return results
 
 
+def losses_by_sample(model: nn.Module, batches: Iterable[Batch], objective: str) -> np.ndarray:
+    """Compute the mean loss of each sample, in evaluation mode and in the dtypes of `evaluate`.
+
+    **Arguments**
+
+    - `model`: any PyTorch module; it is not changed.
+    - `batches`: iterable of batches with labels, see `lowrank.nn.batches`.
+    - `objective`: a key of `OBJECTIVES`.
+
+    **Returns** `(samples,)`, float64; NaN for a sample without a target.
+    """
+    losses, found = OBJECTIVES[objective].losses, []
+    with eval_mode(model), torch.no_grad():
+        for batch in batches_on(batches, device_of(model)):
+            outputs, targets = compute_logits(model, batch), get_labels(batch)
+            outputs = outputs.double() if float64_device(outputs.device) == outputs.device else outputs
+            found += [
+                with_float64(losses(one[None], target[None])).double().mean().item()
+                for one, target in zip(outputs, targets, strict=True)
+            ]
+    return np.array(found)
+
+
 def _find_metric(name: str, objective: str) -> Metric:
     fits = name in METRICS and objective in METRICS[name].objectives
     require(fits, "metrics", f"fit the objective {objective!r}", name)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 from lowrank.io.checks import require, require_frozen
 from lowrank.nn.batches import IGNORED, Batch, compute_logits, get_labels, has_labels
 from lowrank.nn.targets import BLOCKS, find_linears
-from lowrank.tasks.evaluation import OBJECTIVES, evaluate
+from lowrank.tasks.evaluation import OBJECTIVES, evaluate, losses_by_sample
 from lowrank.tasks.metrics import METRICS, Metric
 
 
@@ -240,6 +241,21 @@ class Task:
         - `ValueError`: no such split; 'test' before `open_test`.
         """
         return evaluate(model, self.batches(split, batch_size), self.objective, self.metrics)
+
+    def losses_by_sample(self, model: nn.Module, split: str = "validation", batch_size: int = 64) -> np.ndarray:
+        """Compute the mean loss of each sample of a split, in its order.
+
+        **Arguments**
+
+        - `model`, `split`, `batch_size`: as for `evaluate`.
+
+        **Returns** `(samples,)`, float64.
+
+        **Raises**
+
+        - `ValueError`: no such split; 'test' before `open_test`.
+        """
+        return losses_by_sample(model, self.batches(split, batch_size), self.objective)
 
 
 def _mean(values: Tensor) -> Tensor:

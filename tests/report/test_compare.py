@@ -12,18 +12,28 @@ from lowrank.report.__main__ import main
 from lowrank.report.compare import compare_folders, relative_difference
 
 TABLE = pd.DataFrame({"rank": [1, 2], "error": [0.5, 0.25], "noise": [1e-9, 2e-9], "time_ms": [3.0, 4.0]})
-CLAIMS = pd.DataFrame({"claim": ["exact", "quick"], "verdict": ["holds", "holds"], "number": ["1", "2"]})
+CLAIMS = pd.DataFrame(
+    {
+        "id": ["a/b", "a/c"],
+        "claim": ["a beats b", "a beats c"],
+        "verdict": "supported",
+        "effect": 1.0,
+        "low": 0.5,
+        "high": 1.5,
+    }
+    | {"unit": "nats", "n": 5, "margin": 0.0, "p": 0.001}
+)
 DECLARED = {"split": "test", "tolerance": 0.01, "measured": ["time_ms"], "unstable": ["noise"]}
 NAME = "digits/01_small/error_by_rank"
 
 
 def write(folder: Path, table: pd.DataFrame = TABLE, claims: pd.DataFrame = CLAIMS, **declared) -> Path:
-    """One result, whose error may differ by 1 %, and whose claim 'quick' is measured."""
+    """One result, whose error may differ by 1 %."""
     result = folder / "digits" / "01_small"
     result.mkdir(parents=True, exist_ok=True)
     table.to_csv(result / "error_by_rank.csv", index=False)
     claims.to_csv(result / "claims.csv", index=False)
-    about = {"tables": {"error_by_rank": DECLARED | declared}, "measured_claims": ["quick"]}
+    about = {"tables": {"error_by_rank": DECLARED | declared}}
     (result / "run.json").write_text(json.dumps(about))
     return folder
 
@@ -43,14 +53,15 @@ def said(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
 
 
 def test_equal_results_say_so_in_one_line(published, tmp_path, capsys) -> None:
-    line = "1 tables equal, 0 within tolerance, 0 beyond; 1 of 1 verdicts agree with the published ones, 0 too close to call\n"
+    line = (
+        "1 tables equal, 0 within tolerance, 0 beyond; 2 of 2 verdicts agree with the published ones, 0 inconclusive\n"
+    )
     assert said(capsys, write(tmp_path / "results"), published) == (0, line)
 
 
 def test_times_and_noise_do_not_count(published, tmp_path) -> None:
     other = TABLE.assign(time_ms=9.0, noise=[5.0, -1.0])
-    results = write(tmp_path / "results", other, CLAIMS.assign(verdict=["holds", "fails"]))
-    found = compare_folders(results, published, tolerance=0)
+    found = compare_folders(write(tmp_path / "results", other), published, tolerance=0)
     assert [table.status for table in found.tables] == ["equal"]
     assert found.lines() == []
 
@@ -149,42 +160,34 @@ def test_a_table_of_which_nothing_counts_is_equal(published, tmp_path) -> None:
     assert lines(results, published) == []
 
 
-def test_a_verdict_that_flips_is_named(published, tmp_path, capsys) -> None:
-    results = write(tmp_path / "results", claims=CLAIMS.assign(verdict=["fails", "fails"]))
+def test_a_verdict_that_flips_is_named_with_both_effects(published, tmp_path, capsys) -> None:
+    turned = dict(verdict=["refuted", "supported"], effect=[-1.0, 1.0], low=[-1.5, 0.5], high=[-0.5, 1.5])
+    results = write(tmp_path / "results", claims=CLAIMS.assign(**turned))
     status, text = said(capsys, results, published)
     assert status == 1
-    assert text.splitlines()[0] == "digits/01_small: exact: published holds, here fails"
-    assert text.endswith("; 0 of 1 verdicts agree with the published ones, 0 too close to call\n")
+    there, here = "supported (+1 nats [0.5, 1.5], n = 5)", "refuted (-1 nats [-1.5, -0.5], n = 5)"
+    assert text.splitlines()[0] == f"digits/01_small: a/b: published {there}, here {here}"
+    assert text.endswith("; 1 of 2 verdicts agree with the published ones, 0 inconclusive\n")
 
 
 @pytest.mark.parametrize("where", ["results", "published"])
-def test_what_is_too_close_to_call_agrees_with_any_verdict(published, tmp_path, where) -> None:
-    results = write(tmp_path / "results", claims=CLAIMS.assign(verdict="fails"))
-    write(tmp_path / where, claims=CLAIMS.assign(verdict="too close to call"))
+def test_what_is_inconclusive_agrees_with_any_verdict(published, tmp_path, where) -> None:
+    results = write(tmp_path / "results", claims=CLAIMS.assign(verdict="refuted"))
+    write(tmp_path / where, claims=CLAIMS.assign(verdict="inconclusive"))
     found = compare_folders(results, published)
     assert found.lines() == []
-    assert found.summary().endswith("; 1 of 1 verdicts agree with the published ones, 1 too close to call")
-
-
-def test_results_of_the_former_form_are_read(published, tmp_path) -> None:
-    former = CLAIMS.drop(columns="verdict").assign(holds=[True, False])
-    write(published, TABLE.assign(time_ms=9.0), former)
-    about = {"measured_columns": {"error_by_rank": ["time_ms", "noise"]}, "measured_claims": ["quick"]}
-    (published / "digits" / "01_small" / "run.json").write_text(json.dumps(about))
-    assert lines(write(tmp_path / "results"), published) == []
-    write(published, claims=former.assign(holds=False))
-    assert lines(tmp_path / "results", published) == ["digits/01_small: exact: published fails, here holds"]
+    assert found.summary().endswith("; 2 of 2 verdicts agree with the published ones, 2 inconclusive")
 
 
 def test_what_one_side_lacks_is_named(published, tmp_path, capsys) -> None:
-    results = write(tmp_path / "results", claims=CLAIMS.replace("exact", "other"))
+    results = write(tmp_path / "results", claims=CLAIMS.replace("a/b", "a/d"))
     (results / "digits" / "01_small" / "error_by_rank.csv").rename(results / "digits" / "01_small" / "other.csv")
     assert lines(results, published) == [
         f"{NAME}: only published",
         "digits/01_small/other: not published",
         "digits/01_small: 1 claims are not published, 1 only published",
     ]
-    assert "; 0 of 2 verdicts agree" in said(capsys, results, published)[1]
+    assert "; 1 of 3 verdicts agree" in said(capsys, results, published)[1]
 
 
 def test_results_that_are_not_published_are_counted_apart(published, tmp_path, capsys) -> None:
@@ -217,6 +220,10 @@ def test_bad_input_is_named(published, capsys, words, message) -> None:
     assert capsys.readouterr().err == message + "\n"
 
 
+def claims_with(**changed: object) -> str:
+    return CLAIMS.assign(**changed).to_csv(index=False)
+
+
 TORN: dict[str, list[tuple[object, str]]] = {
     "run.json": [
         ("", "run.json` must be whole JSON"),
@@ -225,15 +232,17 @@ TORN: dict[str, list[tuple[object, str]]] = {
         ({"tables": []}, "at 'tables', got []"),
         ({"tables": {"error_by_rank": {"measured": "time_ms"}}}, "at 'tables.error_by_rank.measured', got 'time_ms'"),
         ({"tables": {"error_by_rank": {"tolerance": "0.1"}}}, "at 'tables.error_by_rank.tolerance"),
-        ({"measured_claims": {"a": 1}}, "at 'measured_claims', got"),
         ('{"a": 1, "a": 2}', "the key 'a' comes twice"),
     ],
     "claims.csv": [
         ("", "claims.csv: No columns"),
         (b"\xff\xfe\x00,", "claims.csv: "),
-        ("a,b\n1,2\n", "claims.csv` must have a claim in each row"),
-        ("claim,verdict,number\nexact,perhaps,1\n", "claims.csv` must have a verdict in each row among"),
-        ('claim,verdict\n"exact,holds\n', "claims.csv: "),
+        ("a,b\n1,2\n", "claims.csv` must have the columns ['id', 'claim'"),
+        (claims_with(verdict="perhaps"), "claims.csv` must have a verdict in each row among"),
+        (claims_with(id="a/b"), "claims.csv` must have each id once"),
+        (claims_with(claim=None), "claims.csv` must have a claim in each row"),
+        (claims_with(effect="much"), "claims.csv` must have numbers as effect"),
+        ('id,claim\n"a/b,1\n', "claims.csv: "),
     ],
     "error_by_rank.csv": [("", "error_by_rank.csv: No columns"), ("a,b\n1\n1,2,3,4\n", "error_by_rank.csv: ")],
 }

@@ -112,6 +112,7 @@ def test_what_no_variant_can_say_has_a_hash() -> None:
         assert split_variant(name)[0] == "digits-vit"
 
 
+@pytest.mark.usefixtures("without_findings")
 def test_two_seeds_have_two_folders_and_the_set_keeps_its_own(outputs: Path, capsys) -> None:
     for seed in (0, 1):
         report = Report("01_whitening", DEFAULTS | {"seed": seed})
@@ -125,6 +126,7 @@ def test_two_seeds_have_two_folders_and_the_set_keeps_its_own(outputs: Path, cap
     assert str(outputs / "digits-vit@seed=1" / "01_whitening") in said
 
 
+@pytest.mark.usefixtures("without_findings")
 def test_old_results_stay_until_new_ones_are_whole(outputs: Path) -> None:
     result = outputs / "digits-vit" / "01_whitening"
 
@@ -137,12 +139,12 @@ def test_old_results_stay_until_new_ones_are_whole(outputs: Path) -> None:
     assert not result.exists()  # nothing is half there
     first.finish()
     second = run("new")
-    assert {path.name for path in result.iterdir()} == {"old.csv", "run.json"}
+    assert {path.name for path in result.iterdir()} == {"claims.csv", "old.csv", "run.json"}
     second.finish()
-    assert {path.name for path in result.iterdir()} == {"new.csv", "run.json"}
+    assert {path.name for path in result.iterdir()} == {"claims.csv", "new.csv", "run.json"}
     second.table(TABLE, "more", split=None)  # a cell that is run again after the last one
     second.finish()
-    assert {path.name for path in result.iterdir()} == {"more.csv", "new.csv", "run.json"}
+    assert {path.name for path in result.iterdir()} == {"claims.csv", "more.csv", "new.csv", "run.json"}
     assert [path.name for path in result.parent.iterdir()] == ["01_whitening"]
 
 

@@ -1,4 +1,4 @@
-"""The report room: figures and tables by one name, claims, provenance."""
+"""What a notebook leaves behind: figures and tables by one name, claims, readings, provenance."""
 
 import json
 import re
@@ -12,15 +12,19 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from lowrank.io.dependencies import ROOT
+from lowrank.report.findings.registry import FINDINGS, Findings
+from lowrank.report.findings.results import Claim
 from lowrank.report.folders import outputs_folder
+from lowrank.report.inference import mean_effect
 from lowrank.report.notebook import TOLERANCE, Report
 from lowrank.report.parameters import read_defaults
+from lowrank.report.result_files import read_claims
 
 TABLE = pd.DataFrame({"rank": [1, 2], "error": [0.1234567891, 1e-12]})
 
 
 @pytest.fixture
-def report(outputs: Path) -> Report:
+def report(outputs: Path, without_findings: None) -> Report:
     return Report("01_whitening", read_defaults("01_whitening") | {"unrelated": 1})
 
 
@@ -43,27 +47,36 @@ def test_names_are_plain(report: Report, name: str) -> None:
         report.table(TABLE, name, split=None)
 
 
-def test_a_failed_claim_is_a_result(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
-    report.claim("one is below two", 1, "<", 2)
-    report.claim("one is above two", 1, ">", 2)
-    report.claim("one is below one and a bit", 1, "<", 1.0001)
-    assert capsys.readouterr().out.splitlines() == [
-        "holds: one is below two",
-        "fails: one is above two",
-        "too close to call: one is below one and a bit",
-    ]
-    report.finish()
-    claims = pd.read_csv(report.folder / "claims.csv", dtype=str)
-    assert list(claims.columns) == ["claim", "verdict", "number"]
-    assert list(claims.verdict) == ["holds", "fails", "too close to call"]
-    about = json.loads((report.folder / "run.json").read_text())
-    assert about["claims"] == {"holds": 1, "fails": 1, "too close to call": 1}
-
-
-def test_claims_are_shown_whole(report: Report) -> None:
+def plant(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Claims of the notebook that need no tables: one supported, one refuted, one inconclusive; returns a long text."""
     text = " and ".join(["one is one"] * 20)
-    report.claim(text, 1, "<=", 1, noise=0)
-    assert text in str(report.finish()._repr_html_())  # what JupyterLab draws
+    effects = {"clear/yes": [1.0, 1.1, 0.9], "clear/no": [-1.0, -1.1, -0.9], "noise": [1.0, -1.0, 0.1]}
+    claims = [Claim(key, f"{key}: {text}", mean_effect(values), "nats") for key, values in effects.items()]
+    readings = {"error_by_rank": lambda results: f"{len(results.table('error_by_rank'))} rows."}
+    monkeypatch.setitem(FINDINGS, "01_whitening", Findings(lambda results: claims, readings))
+    return text
+
+
+def test_a_refuted_claim_is_a_result(report: Report, capsys, monkeypatch) -> None:
+    text = plant(monkeypatch)
+    shown = report.finish()
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"supported: clear/yes: {text}", f"refuted: clear/no: {text}", f"inconclusive: noise: {text}"]
+    claims = read_claims(report.folder)
+    assert list(claims.verdict) == ["supported", "refuted", "inconclusive"]
+    assert claims.effect[0] == pytest.approx(1.0)
+    about = json.loads((report.folder / "run.json").read_text())
+    assert about["claims"] == {"supported": 1, "refuted": 1, "inconclusive": 1}
+    assert text in str(shown._repr_html_())  # shown whole, in what JupyterLab draws
+
+
+def test_a_reading_needs_its_table(report: Report, capsys, monkeypatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(ValueError, match="`name` must be the name of a table written before its reading"):
+        report.reading("error_by_rank")
+    report.table(TABLE, "error_by_rank", split="train")
+    report.reading("error_by_rank")
+    assert capsys.readouterr().out == "2 rows.\n"
 
 
 def test_provenance_says_what_went_in(report: Report) -> None:
@@ -98,15 +111,12 @@ def test_how_far_each_column_reproduces_is_said_in_run_json(report: Report) -> N
     table = pd.DataFrame({"rank": [1], "loss": [0.5], "noise": [1e-9], "time_ms": [2.0]})
     report.table(table, "a", split="validation", measured=["time_ms"], unstable=["noise"], tolerance={"loss": 0.2})
     report.table(table, "b", split=None)
-    report.claim("quick", 1, "<", 2, measured=True)
-    report.claim("exact", 1, "<", 2)
     report.finish()
     about = json.loads((report.folder / "run.json").read_text())
     assert about["tables"] == {
         "a": {"split": "validation", "tolerance": {"loss": 0.2}, "measured": ["time_ms"], "unstable": ["noise"]},
         "b": {"split": None, "tolerance": TOLERANCE, "measured": [], "unstable": []},
     }
-    assert about["measured_claims"] == ["quick"]
 
 
 @pytest.mark.parametrize("argument", ["measured", "unstable", "tolerance"])

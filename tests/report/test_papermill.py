@@ -25,8 +25,10 @@ seed = 0
 # %%
 import pandas as pd
 
+from lowrank.report.findings.registry import FINDINGS
 from lowrank.report.notebook import Report
 
+FINDINGS.clear()  # claims need tables that this does not write
 report = Report("01_whitening", globals())
 report.table(pd.DataFrame({"task": [task], "seed": [seed]}), "drawn", split=None)
 report.finish()

@@ -17,7 +17,7 @@ from lowrank.report.parameters import jobs, notebook_names, read_defaults, read_
 from lowrank.tasks.registry import TASKS
 from lowrank.training.loop import Recipe
 
-EMBEDDED = ("digits-vit", "docs-bert", "docs-llama", "scenes-pi3")
+EMBEDDED = ("digits-vit", "docs-llama", "scenes-pi3")
 
 
 @pytest.mark.parametrize("name", set_names())

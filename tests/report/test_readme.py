@@ -31,6 +31,10 @@ ALONE = "\n".join(text for name, text in TEXTS.items() if name != "cluster.md") 
 EXAMPLES = re.findall(r"```python\n(.*?)```\n+```text\n(.*?)```", ALONE, flags=re.DOTALL)
 
 
+def test_the_readme_is_one_screen_and_links() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 150
+
+
 def test_every_example_has_its_output() -> None:
     assert len(EXAMPLES) == ALONE.count("```python") > 0
 

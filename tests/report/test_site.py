@@ -184,10 +184,10 @@ def test_missing_results_are_named_with_the_remedy(outputs: Path, tmp_path: Path
     monkeypatch.setattr("lowrank.report.site.SITE", tmp_path / "site")
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("the former one")
-    shutil.copytree(OUTPUTS / "docs-bert", outputs / "docs-bert")
-    assert 'run `make report SETS="docs-bert@seed=1"` first.' in failing(capsys, "docs-bert", "docs-bert@seed=1")
-    (outputs / "docs-bert" / "02_prehab" / "claims.csv").unlink()
-    assert "02_prehab must have claims.csv, and has none: run `make report" in failing(capsys, "docs-bert")
+    shutil.copytree(OUTPUTS / "docs-llama", outputs / "docs-llama")
+    assert 'run `make report SETS="docs-llama@seed=1"` first.' in failing(capsys, "docs-llama", "docs-llama@seed=1")
+    (outputs / "docs-llama" / "02_prehab" / "claims.csv").unlink()
+    assert "02_prehab must have claims.csv, and has none: run `make report" in failing(capsys, "docs-llama")
     assert "error: `set` must be one of ['cifar10-minivit'" in failing(capsys, "no-such-set")
     assert "error: `sets` must name at least one set, got none." in failing(capsys)
     assert {path.name for path in tmp_path.iterdir()} == {"site", "outputs"}
@@ -195,13 +195,13 @@ def test_missing_results_are_named_with_the_remedy(outputs: Path, tmp_path: Path
 
 
 def test_own_runs_of_a_set_come_before_published_results(tmp_path: Path) -> None:
-    shutil.copytree(OUTPUTS / "docs-bert", tmp_path / "docs-bert")
-    found = find_results(["docs-bert", "scenes-pi3"], [tmp_path, OUTPUTS])
-    assert found["01_whitening"] == {"docs-bert": tmp_path / "docs-bert" / "01_whitening"}
+    shutil.copytree(OUTPUTS / "docs-llama", tmp_path / "docs-llama")
+    found = find_results(["docs-llama", "scenes-pi3"], [tmp_path, OUTPUTS])
+    assert found["01_whitening"] == {"docs-llama": tmp_path / "docs-llama" / "01_whitening"}
     assert found["07_pi3_efficiency"] == {"scenes-pi3": OUTPUTS / "scenes-pi3" / "07_pi3_efficiency"}
-    shutil.rmtree(tmp_path / "docs-bert" / "02_prehab")
+    shutil.rmtree(tmp_path / "docs-llama" / "02_prehab")
     with pytest.raises(SiteError, match="02_prehab must have run.json"):  # never half own, half published
-        find_results(["docs-bert"], [tmp_path, OUTPUTS])
+        find_results(["docs-llama"], [tmp_path, OUTPUTS])
 
 
 def test_what_sphinx_warns_of_leaves_the_former_site(tmp_path: Path, capfd) -> None:
@@ -235,26 +235,22 @@ def test_no_mark_of_a_filled_block_is_shown(pages) -> None:
     assert not [path.name for path, page in own.items() if "<!--" in page.get_text()]
 
 
-NOW = "claim,verdict,number\nfirst,holds,0.123\nsecond,fails,2 of 3\nthird,holds,\n"
-FORMER = "claim,holds,number\nfirst,True,0.123\nsecond,False,2 of 3\nthird,True,\n"
+CLAIMS = """id,claim,verdict,effect,low,high,unit,n,margin,p
+a,first,supported,0.123,0.1,0.15,nats,5,0,0.001
+b,second,refuted,-2,-3,-1,points,3,0,0.01
+c,third,inconclusive,0.5,,,nats,1,0,1
+"""
 
 
-@pytest.mark.parametrize("text", [NOW, FORMER])
-def test_numbers_beside_a_claim_are_shown(tmp_path: Path, text: str) -> None:
-    (tmp_path / "claims.csv").write_text(text)
+def test_effects_beside_a_claim_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "claims.csv").write_text(CLAIMS)
     assert format_verdicts(read_claims(tmp_path)) == [
-        "[holds, 0.123]{.holds}",
-        "[fails, 2 of 3]{.fails}",
-        "[holds]{.holds}",
+        r"[supported]{.supported}: +0.123 nats \[0.1, 0.15\], n = 5".replace("\\]", "]"),
+        r"[refuted]{.refuted}: -2 points \[-3, -1], n = 3",
+        "[inconclusive]{.inconclusive}: +0.5 nats, n = 1",
     ]
-    assert format_verdicts(read_claims(tmp_path), "a.md")[1] == "[fails, 2 of 3](a.md){.fails}"
-    assert count_claims(read_claims(tmp_path)) == "2 of 3 hold"
-
-
-def test_what_is_too_close_to_call_is_neither_held_nor_failed(tmp_path: Path) -> None:
-    (tmp_path / "claims.csv").write_text("claim,verdict,number\nfirst,too close to call,1 of 2\n")
-    assert format_verdicts(read_claims(tmp_path)) == ["[too close to call, 1 of 2]{.close}"]
-    assert count_claims(read_claims(tmp_path)) == "0 of 1 hold"
+    assert format_verdicts(read_claims(tmp_path), "a.md")[1].startswith("[refuted](a.md){.refuted}: ")
+    assert count_claims(read_claims(tmp_path)) == "1 of 3 supported"
 
 
 def test_text_is_shown_unchanged() -> None:

@@ -13,7 +13,6 @@ from lowrank.report.tables import (
     baselines,
     comparison,
     fixed_bases,
-    headline_metric,
     preparation,
     read_test,
 )
@@ -24,9 +23,9 @@ SIZES = dict.fromkeys(("trainable", "stored", "dense", "trainable_share", "store
 
 
 def write(folder: Path, name: str, metrics: tuple[str, str], **columns: object) -> None:
-    """Write a table of two rows whose columns called first and second are the metrics."""
+    """Write a table of two rows of the test split, whose columns called first and second are the metrics."""
     folder.mkdir(parents=True, exist_ok=True)
-    table = pd.DataFrame(columns, index=range(2))
+    table = pd.DataFrame(columns, index=range(2)).assign(split="test")
     table.rename(columns=dict(zip(("first", "second"), metrics, strict=True))).to_csv(
         folder / f"{name}.csv", index=False
     )
@@ -34,7 +33,7 @@ def write(folder: Path, name: str, metrics: tuple[str, str], **columns: object) 
 
 @pytest.fixture(params=METRICS)
 def name(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """One set with results of six notebooks, as they were before run.json named the metric."""
+    """One set with results of six notebooks."""
     monkeypatch.setattr(folders, "ROOT", tmp_path)
     house, metrics = tmp_path / "outputs" / request.param, METRICS[request.param]
     one, two, three, four, five, six = (
@@ -61,7 +60,12 @@ def name(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     write(six, "quality_by_sparsity", metrics, method="wanda", per="row", rule="one", sparsity=[0.5, 0.6], **QUALITY)
     write(six, "quality_by_objective", metrics, objective="one", significance_share=0.5, **QUALITY)
     for folder in (one, two, three, four, five, six):
-        run = {"inputs": {}, "parameters": {"target_keep": 0.5}, "wall_s": 1.0, "device": "CPU"}
+        run = {
+            "inputs": {"metric": METRICS[request.param][0]},
+            "parameters": {"target_keep": 0.5},
+            "wall_s": 1.0,
+            "device": "CPU",
+        }
         (folder / "run.json").write_text(json.dumps(run))
     return request.param
 
@@ -85,16 +89,6 @@ def test_a_set_is_shown_by_its_headline_metric(name: str, table, cells: list[str
     assert other not in text
 
 
-def test_the_metric_in_run_json_counts_more_than_the_order_of_columns(name: str, tmp_path: Path) -> None:
-    folder, (headline, other) = tmp_path / "outputs" / name / "01_whitening", METRICS[name]
-    table = pd.read_csv(folder / "baseline.csv")
-    assert headline_metric(folder, table) == headline
-    run = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(run | {"inputs": {"metric": other}}))
-    assert headline_metric(folder, table) == other
-    assert f"{other} 0.11" in baselines()
-
-
 def test_only_rows_of_the_test_split_are_shown(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "outputs" / name / "03_svd_comparison"
     table = pd.read_csv(folder / "quality_by_keep.csv")
@@ -107,17 +101,12 @@ def test_only_rows_of_the_test_split_are_shown(name: str, tmp_path: Path) -> Non
         read_test(folder, "quality_by_keep")
 
 
-def test_claims_show_verdicts_of_both_forms(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_claims_show_verdict_and_effect_by_set(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readme, "notebook_names", lambda: ["01_whitening"])
     house = tmp_path / "outputs" / name / "01_whitening"
-    (house / "claims.csv").write_text("claim,verdict,number\na | b,too close to call,\nc,holds,1\nd,fails,2 of 3\n")
-    now = readme.claims()
-    assert [line.split(" | ")[-1].strip("| ") for line in now.splitlines()[2:]] == [
-        "too close to call",
-        "holds",
-        "**fails**",
-    ]
-    assert r"a \| b" in now
-    (house / "claims.csv").write_text("claim,holds,number\nc,True,1\nd,False,2 of 3\n")
-    former = readme.claims()
-    assert [line.split(" | ")[-1].strip("| ") for line in former.splitlines()[2:]] == ["holds", "**fails**"]
+    rows = ["x,a beats b,inconclusive,0.1,-1,1.2,nats,5,0,.5", "y,a beats c,refuted,-1,-2,-0.5,points,3,0,.01"]
+    (house / "claims.csv").write_text("\n".join(["id,claim,verdict,effect,low,high,unit,n,margin,p", *rows]))
+    _, _, one, two = readme.claims().splitlines()
+    assert "a beats b" in one
+    assert "inconclusive: +0.1 nats [-1, 1.2], n = 5" in one
+    assert "**refuted**: -1 points [-2, -0.5], n = 3" in two

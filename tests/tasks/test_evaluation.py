@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowrank.calibration.collect import collect_statistics
 from lowrank.calibration.output_error import output_errors
-from lowrank.tasks.evaluation import IGNORED, OBJECTIVES, evaluate, perplexity
+from lowrank.tasks.evaluation import IGNORED, OBJECTIVES, evaluate, losses_by_sample, perplexity
 from lowrank.tasks.metrics import METRICS
 from lowrank.tasks.task import Task
 
@@ -111,6 +111,23 @@ def test_batches_of_unequal_size_weigh_by_targets(generator) -> None:
     parts = evaluate(Fixed(), zip(outputs.split([9, 1]), targets.split([9, 1]), strict=True), "regression", ["pearson"])
     assert whole["loss"] == pytest.approx(parts["loss"])
     assert whole["pearson"] == pytest.approx(np.corrcoef(outputs[:, 0], targets)[0, 1])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_losses_by_sample_average_to_the_loss(objective: str, generator) -> None:
+    shape = {"classification": (5, 4), "regression": (5, 1), "language_modelling": (5, 6, 7)}[objective]
+    targets = {
+        "classification": lambda rows: torch.randint(0, 4, (rows,), generator=generator),
+        "regression": lambda rows: torch.randn(rows, generator=generator),
+        "language_modelling": lambda rows: torch.randint(0, 7, (rows, 6), generator=generator),
+    }[objective]
+    batches = [(torch.randn(rows, *shape[1:], generator=generator), targets(rows)) for rows in (5, 5, 2)]
+    model = Fixed()
+    found = losses_by_sample(model, batches, objective)
+    assert found.shape == (12,)
+    assert found.mean() == pytest.approx(evaluate(model, batches, objective)["loss"])
+    (one,) = losses_by_sample(model, [tuple(part[3:4] for part in batches[0])], objective)
+    assert found[3] == pytest.approx(one)
 
 
 def test_metrics_in_closed_form() -> None:
