@@ -48,11 +48,7 @@ policies = ["uniform", "first_dense", "linear", "relative", "spectrum", "measure
 floor = 0.1  # every layer keeps this share of its uniform rank
 probe_samples = 128  # training samples on which the loss is measured, layer by layer
 probe_keep = 0.2  # kept share of the layer that is truncated alone then
-retarget_keeps = [
-    0.3,
-    0.2,
-    0.1,
-]  # where layers are retargeted too, at the cost of several passes over the calibration samples
+retarget_keeps = [0.3, 0.2, 0.1]  # where layers are retargeted too; costs several passes
 headline_keep = 0.2  # where the combinations are judged; one of those
 headline_share = 0.3  # of the loss that whitening adds, the most that the best combination may add
 refine_keep = 0.1  # where training starts from

@@ -47,19 +47,9 @@ class OnDemand(Mapping[str, LayerStatistics]):
             raise KeyError(name)
         if name not in self.in_memory:
             self.in_memory = {}  # dropped before the next are collected
-            left = find_linears(self.model)  # those that were replaced are none any more
-            layers = [other for other in self.blocks[split_block(name)[0]] if other in left]
+            layers = self.blocks[split_block(name)[0]]
             self.in_memory = collect_statistics(self.model, self.batches, layers, **self.options)
         return self.in_memory[name]
-
-    def release(self, name: str) -> None:
-        """Forget the statistics of a layer that was replaced. Layers that share a matrix with it keep it.
-
-        **Arguments**
-
-        - `name`: of the layer; one whose statistics are not in memory changes nothing.
-        """
-        self.in_memory.pop(name, None)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name in self.blocks.get(split_block(name)[0], ())

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lowrank.calibration.on_demand import OnDemand
 from lowrank.calibration.storage import hash_statistics
 from lowrank.compression.architecture import LAYER_KINDS
 from lowrank.compression.checks import Statistics, check_factors, check_layers, check_statistics, find_layers
@@ -113,13 +112,13 @@ def replace_layers(
 ) -> list[dict[str, Any]]:
     """Replace linear layers by factored ones at given ranks, in place, one layer at a time.
 
-    This is the strict step inside `compress`. A layer whose factors would hold as many parameters as its weight stays as it
-    is, bit for bit. Each dense weight is freed as soon as its factors exist: peak extra memory is one layer plus the
-    statistics. For a weight (m, n) at rank r that is about 40 min(m, n)^2 bytes while it is decomposed, then 8 r (m + n), and
-    32 m r while pivots are chosen. Statistics of `OnDemand` take 8 min(m, n)^2 for each layer of one block, once for those
-    that share an input, and as much again for the largest while they are collected. The last layer is replaced first, so that
-    statistics on demand see the inputs of the dense model; those of a layer are dropped once it is replaced. Output gradients
-    pass through layers that are already replaced: collect them beforehand.
+    This is the strict step inside `compress`. A layer whose factors would hold as many parameters as its weight stays as it is,
+    bit for bit. Each dense weight is freed as soon as its factors exist: peak extra memory is one layer plus the statistics. For
+    a weight (m, n) at rank r that is about 40 min(m, n)^2 bytes while it is decomposed, then 8 r (m + n), and 32 m r while
+    pivots are chosen. Statistics of `OnDemand` take 8 min(m, n)^2 for each layer of one block, once for those that share an
+    input, and as much again for the largest while they are collected. The last layer is replaced first, so that statistics on
+    demand see the inputs of the dense model. Output gradients pass through layers that are already replaced: collect them
+    beforehand.
 
     **Arguments**
 
@@ -163,9 +162,6 @@ def replace_layers(
             name, layer, int(ranks[name]), configuration, Target(layer.weight.detach(), moments), truncated
         )
         replace_module(model, name, module)
-        del moments
-        if isinstance(statistics, OnDemand):
-            statistics.release(name)
     set_record(model, record | {"layers": record["layers"] | rows})
     return [rows[name] for name in order]
 
