@@ -123,7 +123,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def decide(effects: Sequence[Effect], margins: Sequence[float]) -> list[str]:
-    """Decide which of several claims that a mean exceeds its margin are supported, by Holm's correction over all of them.
+    """Judge which of several claims that a mean exceeds its margin are supported, by Holm's correction over all of them.
 
     **Arguments**
 

@@ -66,8 +66,8 @@ def call(script: str, house: Path, folder: Path) -> subprocess.CompletedProcess[
 def test_the_grid_of_the_page_has_a_folder_for_each_combination(house: Path, tmp_path: Path) -> None:
     (script,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
     sets = " ".join(SETS)
-    assert f"for set in {sets} docs-bert; do" in script
-    done = call(script.replace(f"{sets} docs-bert", sets), house, tmp_path)  # one model, for the sake of time
+    assert f"for set in {sets} docs-llama; do" in script
+    done = call(script.replace(f"{sets} docs-llama", sets), house, tmp_path)  # one model, for the sake of time
     assert done.returncode == 0, done.stderr[-3000:]
     drafts = house / "outputs" / "draft"
     runs = {

@@ -99,7 +99,14 @@ class Results:
         return Score(self.metric, 100.0, "points")
 
     def scores(self, table: Table, index: str | list[str], columns: str) -> Table:
-        """Tabulate the quality of arms, so that more is better and differences are in the unit of `score`."""
+        """Tabulate the quality of arms, so that more is better and differences are in the unit of `score`.
+
+        **Arguments**
+
+        - `table`: with a column for the quality.
+        - `index`: column or columns that name the rows of the result.
+        - `columns`: the column that names the arms.
+        """
         return self.score.factor * table.pivot_table(index=index, columns=columns, values=self.score.column)
 
 
