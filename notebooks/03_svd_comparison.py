@@ -165,7 +165,7 @@ targeted, total = sum(m * n for m, n in sweep.shapes.values()), sum(p.numel() fo
 print(f"{len(sweep.shapes)} targeted layers, {targeted:,} of {total:,} parameters; with bias: {sweep.biased}")
 
 # %% [markdown]
-# # A. Which norm and which ranks
+# **Part A: which norm, and which ranks.** Part B is about storage, training and speed.
 #
 # ## Quality against the share kept
 #
@@ -398,7 +398,7 @@ drawn.tight_layout()
 report.figure(drawn, "ranks_by_layer")
 
 # %% [markdown]
-# # B. Counting, storage, training, speed
+# **Part B: what is stored, what training adds, and what is faster.**
 #
 # ## A rank fraction is not a kept share
 #

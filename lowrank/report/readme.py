@@ -67,7 +67,7 @@ def findings() -> str:
             if not parts:
                 raise ReportError(f"{published_folder()} must have the claim {key!r} of {notebook}, and has none.")
             sides = "; ".join(f"{name}: {format_effect(row)}, **{row.verdict}**" for name, row in parts.items())
-            lines.append(f"- {next(iter(parts.values())).claim}. [{sides}]({page})")
+            lines.append(f"- {next(iter(parts.values())).claim}. {sides} ([more]({page}))")
     return "\n".join(lines)
 
 

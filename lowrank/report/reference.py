@@ -117,13 +117,13 @@ def public_names() -> dict[str, str]:
 
 
 def public_entries() -> str:
-    """Format what users import from the package itself, sorted by name; constants are links to their modules."""
+    """Format what users import from the package itself, sorted by name: signature, docstring, and a link to the module."""
     modules, parts = public_modules(), []
     for name, module in sorted(public_names().items(), key=lambda item: item[0].lower()):
-        found = [node for node in _documented(_parse(modules[module]).body) if node.name == name]
-        where = f"Defined in [{module}]({module}.md)."
-        parts.append(f"## {name}\n\n{where}")
-        parts += [format_entry(node) for node in found]
+        parts += [f"## {name}", f"In [{module}]({module}.md)."]
+        for node in _documented(_parse(modules[module]).body):
+            if node.name == name:
+                parts += [f"```python\n{_signature(node, '')[1]}\n```", ast.get_docstring(node) or ""]
     return "\n\n".join(parts)
 
 
