@@ -62,7 +62,6 @@ def test_a_page_without_a_block_is_named_and_no_page_is_written(tmp_path, monkey
     assert capsys.readouterr().err == "error: lacking.md must have a block <!-- b --> ... <!-- /b -->.\n"
     assert "old" in whole.read_text()
     lacking.write_text("<!-- b -->\n<!-- /b -->\n")
-    monkeypatch.setattr(readme, "draw_objectives", lambda path: None)
     assert main(["readme"]) == 0
     assert whole.read_text() == "<!-- a -->\nnew\n<!-- /a -->\n"
     assert {path.name for path in tmp_path.iterdir()} == {"whole.md", "lacking.md"}

@@ -68,7 +68,7 @@ def test_claims_of_one_run_are_judged_together() -> None:
         == "inconclusive"
     )
     assert list(alone.columns) == list(CLAIM_COLUMNS)
-    assert format_claim(alone.iloc[0]) == "supported (+0.203 nats [0.0718, 0.333], n = 4)"
+    assert format_claim(alone.iloc[0]) == "supported (+0.203 nats [0.0723, 0.333], n = 4)"
 
 
 def test_a_table_of_two_arms_gives_the_verdict_that_was_planted(tmp_path: Path) -> None:

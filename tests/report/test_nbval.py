@@ -11,6 +11,7 @@ import pytest
 
 from lowrank.io.dependencies import ROOT
 from lowrank.report.parameters import NOTEBOOKS, read_defaults
+from lowrank.report.run import read_notebook
 
 NAME = "01_whitening"
 QUICK = dict(calibration_samples=256, theorem_samples=32, held_out_tokens=512, tokens_per_dimension=[0.5, 5], repeats=1)
@@ -27,7 +28,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quick form of notebook 01, executed, beside the rules of comparison."""
     folder = tmp_path_factory.mktemp("nbval")
     (folder / "conftest.py").write_text((NOTEBOOKS / "conftest.py").read_text(encoding="utf8"), encoding="utf8")
-    source = nbformat.read(NOTEBOOKS / f"{NAME}.ipynb", 4)
+    source = read_notebook(NAME)
     for cell in source.cells:
         if "parameters" in cell.metadata.get("tags", []):
             cell.source += "\n" + "\n".join(f"{key} = {value}" for key, value in QUICK.items())
