@@ -94,9 +94,8 @@ def _read_recipes(results: Results) -> str:
 
 def _read_tokens(results: Results) -> str:
     excess = _excess(results)[0.0].loc["test"].groupby("tokens_per_dimension").mean()
-    return "Error over the oracle's, mean over kinds of layers, no ridge: " + ", ".join(
-        f"{value:.3g} % with {tokens:g} tokens per dimension" for tokens, value in excess.items()
-    )
+    parts = [f"{value:.3g} % with {tokens:g} tokens per dimension" for tokens, value in excess.items()]
+    return f"Error over the oracle's, mean over kinds of layers, no ridge: {', '.join(parts)}."
 
 
 def _read_ranks(results: Results) -> str:
