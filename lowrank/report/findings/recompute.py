@@ -1,7 +1,9 @@
 """Judge the claims of results that are there, without running a notebook."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lowrank.io.checks import require
@@ -41,20 +43,28 @@ def recompute_claims(results: Path, sets: list[str], *, write: bool = False) -> 
     changed = []
     for folder in _find_runs(results, sets):
         name, claims = f"{folder.parent.name}/{folder.name}", judge_results(folder.name, read_results(folder))
-        before = read_claims(folder).set_index("id") if (folder / CLAIMS).is_file() else claims.iloc[:0].set_index("id")
-        lines = claims.set_index("id").apply(format_claim, axis=1).to_dict() if len(claims) else {}
-        former = before.apply(format_claim, axis=1).to_dict() if len(before) else {}
-        for key, line in lines.items():
-            mark = "" if former.get(key) == line else f"; was {former.get(key, 'not there')}"
-            print(f"{name}: {key}: {line}{mark}")
+        before = read_claims(folder) if (folder / CLAIMS).is_file() else claims.iloc[:0]
+        former = {row.id: row for _, row in before.iterrows()}
+        lines = {row.id: row for _, row in claims.iterrows()}
+        changes = {key for key, row in lines.items() if key not in former or not _agree(row, former[key])}
+        for key, row in lines.items():
+            was = format_claim(former[key]) if key in former else "not there"
+            print(f"{name}: {key}: {format_claim(row)}{f'; was {was}' if key in changes else ''}")
         gone = sorted(set(former) - set(lines))
         for key in gone:
-            print(f"{name}: {key}: gone; was {former[key]}")
-        if lines != former:
+            print(f"{name}: {key}: gone; was {format_claim(former[key])}")
+        if changes or gone:
             changed.append(name)
             if write:
                 write_claims(claims, folder)
     return changed
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Return whether two rows have the same words, and numbers that differ by no more than writing them rounds."""
+    same = [one[name] == other[name] for name in ("claim", "verdict", "unit", "n")]
+    numbers = ([row[name] for name in ("effect", "low", "high")] for row in (one, other))
+    return all(same) and bool(np.isclose(*numbers, rtol=1e-4, atol=1e-9, equal_nan=True).all())
 
 
 def _find_runs(results: Path, sets: list[str]) -> list[Path]:
