@@ -388,11 +388,11 @@ groups = {method: by_layer.policy[by_layer.method == method].unique() for method
 columns = max(map(len, groups.values()))
 size = (2.2 * columns + 1.5, len(groups) * (0.3 * len(wide) + 1.2))
 drawn, axes = plt.subplots(len(groups), columns, figsize=size, sharey=True, squeeze=False)
-for line, (method, policies) in zip(axes, groups.items(), strict=True):
-    for axis, policy in zip(line, policies, strict=False):
-        sns.heatmap(wide[method, policy], ax=axis, cbar=policy == policies[-1], **heat)
+for line, (method, shown_rules) in zip(axes, groups.items(), strict=True):
+    for axis, policy in zip(line, shown_rules, strict=False):
+        sns.heatmap(wide[method, policy], ax=axis, cbar=policy == shown_rules[-1], **heat)
         axis.set(title=f"{method}, {policy}", xlabel="block", ylabel="")
-    for axis in line[len(policies) :]:
+    for axis in line[len(shown_rules) :]:
         axis.set_axis_off()
 drawn.tight_layout()
 report.figure(drawn, "ranks_by_layer")
