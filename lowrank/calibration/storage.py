@@ -36,7 +36,7 @@ class _StoredLayer(Schema):
 
 
 def hash_statistics(statistics: LayerStatistics) -> str:
-    """Hash all fields that are present, 16 hex digits: equal statistics give equal hashes."""
+    """Hash all fields that are present, 32 hex digits: equal statistics give equal hashes."""
     return hash_tensors(statistics.moments() | {"tokens": torch.tensor(statistics.tokens)})
 
 
@@ -117,7 +117,7 @@ def _check_metadata(path: Path | str, metadata: Mapping[str, str], model: nn.Mod
         raise ValueError(f"`path` must have format {FORMAT!r}, got {metadata.get('format')!r} in {str(path)!r}.")
     for key in ("model", "data", "layers"):
         require(key in metadata, "path", f"have the metadata {key!r}", str(path))
-    weights = hash_model(model)
+    weights = hash_model(model, len(metadata["model"]))
     if metadata["model"] != weights:
         raise ValueError(f"`model` must be the one of {str(path)!r} (weights {metadata['model']}), got {weights}.")
     if data is not None and metadata["data"] != data:

@@ -221,7 +221,7 @@ def _read_tensors(folder: Path, metadata: Mapping[str, Any], device: torch.devic
     with open_safetensors(folder / TENSORS, "folder") as file:  # copies: a tensor as read stays mapped to the file
         tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118 (no mapping)
     tensors = drop_placeholders(tensors, metadata["layers"])
-    if hash_tensors(tensors) != metadata["tensors"]:
+    if hash_tensors(tensors, len(metadata["tensors"])) != metadata["tensors"]:
         raise ValueError(
             f"`folder` must contain the tensors that {METADATA} was written for, got others in {str(folder)!r}."
         )

@@ -43,7 +43,7 @@ def push_compressed(
     record = read_record(folder / METADATA, FORMAT, CompressedRecord, "save_compressed", "folder")
     with open_safetensors(folder / TENSORS, "folder") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    found = hash_tensors(drop_placeholders(tensors, record["layers"]))
+    found = hash_tensors(drop_placeholders(tensors, record["layers"]), len(record["tensors"]))
     require(found == record["tensors"], "folder", f"have the tensors that its {METADATA} was written for", str(folder))
     needs_config = "transformers" in (record["base"] or {}) and not (folder / "config.json").is_file()
     require(not needs_config, "folder", "have the config.json of its model", str(folder))

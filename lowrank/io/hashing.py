@@ -1,4 +1,4 @@
-"""Hash models, tensors, files and options, so that equal content can be recognized. Every hash is 16 hex digits."""
+"""Hash models, tensors, files and options, so that equal content can be recognized: 16 hex digits, or 32 of tensors."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from xxhash import xxh3_128
 
 from lowrank.io.checks import require
 
@@ -33,9 +34,16 @@ def hash_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Hash the names, dtypes, shapes and bytes of tensors; the order of names does not matter."""
-    digest = hashlib.blake2b(digest_size=8)
+def hash_tensors(tensors: Mapping[str, Tensor], digits: int = 32) -> str:
+    """Hash the names, dtypes, shapes and bytes of tensors; the order of names does not matter.
+
+    **Arguments**
+
+    - `tensors`: name -> tensor, of any dtype, layout and device.
+    - `digits`: 16 to compare with a hash of so many digits, which former versions wrote; else it has 32. Default 32.
+    """
+    # XXH3 takes a thirtieth of the time of BLAKE2b, which was a thirtieth of all that `compress` takes
+    digest = hashlib.blake2b(digest_size=8) if digits == 16 else xxh3_128()
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         tensor = (tensor if tensor.layout == torch.strided else tensor.to_dense()).contiguous().cpu()
@@ -44,8 +52,13 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def hash_model(model: nn.Module) -> str:
+def hash_model(model: nn.Module, digits: int = 32) -> str:
     """Hash the parameters and buffers of a model: equal weights give equal hashes.
+
+    **Arguments**
+
+    - `model`: any PyTorch module.
+    - `digits`: see `hash_tensors`. Default 32.
 
     **Raises**
 
@@ -53,7 +66,7 @@ def hash_model(model: nn.Module) -> str:
     """
     state = model.state_dict()
     check_in_memory(state)
-    return hash_tensors({name: value for name, value in state.items() if isinstance(value, Tensor)})
+    return hash_tensors({name: value for name, value in state.items() if isinstance(value, Tensor)}, digits)
 
 
 def check_in_memory(tensors: Mapping[str, Any]) -> None:

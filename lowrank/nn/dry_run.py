@@ -16,7 +16,6 @@ from lowrank.nn.lazy_weight import LazyWeight
 from lowrank.nn.nests import change_tensors, list_tensors
 from lowrank.nn.surgery import replace_module
 
-FEW = 2  # samples of a batch that are enough: the passes ask what is called, not how well
 SAMPLED = 4096  # values of an output that are compared
 TOLERANCE = 1e-3  # relative to the largest: two equal passes may round unlike on a GPU
 
@@ -47,12 +46,12 @@ class _StandIn(nn.Module):
 
 
 def find_irreplaceable(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Linear]) -> dict[str, str]:
-    """Find the layers that another module cannot replace, by two passes over a few samples and more only if the second fails.
+    """Find the layers that another module cannot replace, by two passes over one sample and more only if the second fails.
 
     **Arguments**
 
     - `model`: any PyTorch module; it is the same afterwards.
-    - `batch`: see `lowrank.nn.batches`. Its first samples are used, or all if they are not enough to run the model. A model
+    - `batch`: see `lowrank.nn.batches`. Its first sample is used, or all if one is not enough to run the model. A model
       that does not run on it alone is not tried out.
     - `layers`: layer name -> layer, the ones to replace.
 
@@ -69,7 +68,7 @@ def find_irreplaceable(model: nn.Module, batch: Batch, layers: Mapping[str, nn.L
             for name, layer in layers.items():
                 hook = layer.register_forward_pre_hook(lambda *_, name=name: called.add(name))
                 hooks.callback(hook.remove)
-            for tried in (_first_samples(batch), batch):
+            for tried in (_first_sample(batch), batch):
                 try:
                     batch, expected = tried, _sample_output(model, tried)
                     break
@@ -123,10 +122,10 @@ class _Trial:
         return "the model calls it from another place than its name" if was_called else None
 
 
-def _first_samples(batch: Batch) -> Batch:
-    """Return a few samples of a batch, if all its tensors count the same number of samples, else the batch."""
+def _first_sample(batch: Batch) -> Batch:
+    """Return the first sample of a batch, if all its tensors count the same number of samples, else the batch."""
     counts = {len(tensor) if tensor.dim() else 0 for tensor in list_tensors(batch)}
-    return change_tensors(batch, lambda tensor: tensor[:FEW]) if len(counts) == 1 and 0 not in counts else batch
+    return change_tensors(batch, lambda tensor: tensor[:1]) if len(counts) == 1 and 0 not in counts else batch
 
 
 def _sample_output(model: nn.Module, batch: Batch) -> Tensor:

@@ -50,7 +50,7 @@ def load(width: int = 64, depth: int = 3, heads: int = 4, patch: int = 2, dropou
         objective="classification",
         metrics=("accuracy",),
         base={"timm": "VisionTransformer", "options": options},
-        fingerprints={"data": hash_tensors(images)},
+        fingerprints={"data": hash_tensors(images, 16)},
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from lowrank.calibration.hooks import collect_inputs
 from lowrank.calibration.storage import hash_statistics, load_statistics, save_statistics
 from lowrank.factorization.moments import MOMENTS, LayerStatistics, output_norm, whitening_factor
 from lowrank.factorization.running_moments import statistics_of_rows
+from lowrank.io.hashing import hash_model
 
 
 class Block(nn.Module):
@@ -477,6 +479,18 @@ def test_files_bring_everything_back(model, saved) -> None:
     assert again["blocks.0.q"].gram.data_ptr() == again["blocks.0.k"].gram.data_ptr()
     assert sum(key.endswith("/gram") for key in load_file(path)) == 6
     assert [p.name for p in path.parent.iterdir()] == ["s.safetensors"]
+
+
+def test_files_with_the_hash_of_former_versions_are_read_and_checked(model, saved) -> None:
+    path, found = saved
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    save_file(tensors, path, metadata | {"model": hash_model(model, 16)})
+    assert load_statistics(path, model).keys() == found.keys()
+    save_file(tensors, path, metadata | {"model": hash_model(nn.Linear(2, 2), 16)})
+    with pytest.raises(ValueError, match="`model` must be the one of"):
+        load_statistics(path, model)
 
 
 SIDES = ("inputs", "outputs", "smaller")

@@ -428,6 +428,15 @@ def test_a_damaged_record_is_named(saved, content, words) -> None:
         load_compressed(saved)
 
 
+def test_a_folder_with_a_hash_of_former_versions_is_read_and_checked(saved) -> None:
+    tensors = {name: tensor for name, tensor in load_file(saved / TENSORS).items() if tensor.numel()}
+    edit(saved, lambda about: about.update(tensors=hash_tensors(tensors, 16)))
+    load_compressed(saved)
+    edit(saved, lambda about: about.update(tensors=hash_tensors({}, 16)))
+    with pytest.raises(ValueError, match="`folder` must contain the tensors"):
+        load_compressed(saved)
+
+
 @pytest.mark.parametrize("key", ["base", "layers", "tensors", "tied"])
 def test_a_record_without_one_of_its_parts_is_named(saved, key) -> None:
     edit(saved, lambda about: about.pop(key))
