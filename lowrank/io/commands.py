@@ -10,6 +10,8 @@ EXTRAS = {
     "datasets": "tasks",
     "timm": "tasks",
     "lm_eval": "eval",
+    "gguf": "packaged",
+    "onnx": "packaged",
 }  # module -> extra; others: dev
 MOST = 2000  # characters of an error; a message may list every name that is known
 

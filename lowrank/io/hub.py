@@ -60,6 +60,23 @@ def _shorten(error: Exception) -> str:
     return text if len(text) <= 500 else f"{text[:500]}..."
 
 
+def split_gguf(name: str) -> tuple[str, dict[str, str]]:
+    """Split the name of a GGUF file into that of its folder or repository, and the option that names the file in it.
+
+    **Arguments**
+
+    - `name`: path of a file, `owner/repository/file.gguf` on the Hub, or the name of any other model.
+
+    **Returns** the name, and `gguf_file` for transformers; nothing for a name that does not end with '.gguf'.
+    """
+    if not name.endswith(".gguf"):
+        return name, {}
+    path = Path(name)
+    if path.is_file() or path.is_absolute() or name.startswith(".") or len(path.parts) < 3:
+        return str(path.parent), {"gguf_file": path.name}
+    return "/".join(path.parts[:2]), {"gguf_file": "/".join(path.parts[2:])}
+
+
 def load_splits(path: str, config: str | None = None, **options: Any) -> Any:
     """Load a data set as a mapping of splits.
 
@@ -84,23 +101,24 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 
     **Arguments**
 
-    - `name`: Hub name or local folder of the model.
+    - `name`: Hub name or local folder of the model, or a GGUF file, see `split_gguf`.
     - `revision`: branch, tag or commit on the Hub. Default None, the newest.
     """
     import transformers  # noqa: PLC0415
 
-    options = {"use_fast": True, "revision": revision or "main", **NO_CODE}
-    load = lambda: transformers.AutoTokenizer.from_pretrained(name, **options)  # noqa: E731
+    place, file = split_gguf(name)
+    options = {"use_fast": True, "revision": revision or "main", **file, **NO_CODE}
+    load = lambda: transformers.AutoTokenizer.from_pretrained(place, **options)  # noqa: E731
     return load_or_explain("tokenizer", name, load)
 
 
 def load_pretrained(auto: str, name: str, *, whole: bool = False, **options: Any) -> Any:
-    """Load a transformers model with weights from safetensors only; no code of the folder runs.
+    """Load a transformers model with weights from safetensors or GGUF only; no code of the folder runs.
 
     **Arguments**
 
     - `auto`: name of its Auto class, for example "AutoModelForCausalLM".
-    - `name`: its Hub name or a local folder.
+    - `name`: its Hub name or a local folder; or a GGUF file, see `split_gguf`, whose weights are dequantised.
     - `whole`: refuse files that lack weights, instead of making new ones. Default False.
     - `options`: passed on to `from_pretrained`.
 
@@ -117,8 +135,13 @@ def load_pretrained(auto: str, name: str, *, whole: bool = False, **options: Any
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     cls = getattr(transformers, auto)
-    safely = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True, **NO_CODE}
-    model, about = load_or_explain("model", name, lambda: cls.from_pretrained(name, **safely, **options))
+    place, file = split_gguf(name)
+    safely = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True, **file, **NO_CODE}
+    if file and hasattr(transformers, "GgufConfig"):  # former versions always dequantise
+        safely["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model, about = load_or_explain("model", name, lambda: cls.from_pretrained(place, **safely, **options))
+    if file:
+        _unmark(model)
     body = "" if model.base_model is model else f"{model.base_model_prefix}."
     for key, stored, needed in sorted(about["mismatched_keys"]):
         rule = f"hold {key} in the shape {tuple(needed)} that its config.json says"
@@ -128,6 +151,14 @@ def load_pretrained(auto: str, name: str, *, whole: bool = False, **options: Any
         not lacking, f"model {name!r}", f"hold all weights of {type(model).__name__}; its files lack some", lacking[:3]
     )
     return model
+
+
+def _unmark(model: Any) -> None:
+    """Remove the mark of quantisation from a model whose weights are dense, which would forbid saving it."""
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(model)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def read_config(folder: Path | str) -> Any:
@@ -165,8 +196,10 @@ def revision(name: str) -> str:
     """
     import huggingface_hub  # noqa: PLC0415
 
-    folder = Path(name)
+    place, file = split_gguf(name)
+    folder = Path(place)
     if folder.is_dir():
         return hash_options(sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir()))
-    config = load_or_explain("model", name, lambda: huggingface_hub.hf_hub_download(name, "config.json"))
-    return Path(config).parent.name  # .../snapshots/<commit>/config.json
+    wanted = file.get("gguf_file", "config.json")
+    found = load_or_explain("model", name, lambda: huggingface_hub.hf_hub_download(place, wanted))
+    return Path(found).parents[wanted.count("/")].name  # .../snapshots/<commit>/config.json

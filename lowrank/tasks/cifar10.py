@@ -43,9 +43,7 @@ def load(
     """
     from timm.models.vision_transformer import VisionTransformer  # noqa: PLC0415
 
-    source = load_splits(data)
-    size = len(source["train"]) - VALIDATION_SAMPLES
-    require(1 <= train_samples <= size, "train_samples", f"be in [1, {size}]", train_samples)
+    rows = split_rows(load_splits(data), train_samples)
     options: dict[str, Any] = dict(
         img_size=32,
         patch_size=patch,
@@ -55,11 +53,6 @@ def load(
         num_heads=heads,
         qkv_bias=qkv_bias,
     )
-    rows = {
-        "train": source["train"].select(range(train_samples)),
-        "validation": source["train"].select(range(size, len(source["train"]))),
-        "test": source["test"],
-    }
     return Task(
         name="cifar10",
         splits={split: Images(part, _normalise) for split, part in rows.items()},
@@ -69,6 +62,30 @@ def load(
         base={"timm": "VisionTransformer", "options": options},
         fingerprints={"data": {split: part._fingerprint for split, part in rows.items()}},
     )
+
+
+def split_rows(source: Any, train_samples: int | None = None, evaluation_samples: int | None = None) -> dict[str, Any]:
+    """Return split -> rows: of the published training images the last 5,000, whose order is shuffled, are 'validation'.
+
+    **Arguments**
+
+    - `source`: the published splits.
+    - `train_samples`: how many of the first training images to keep. Default None, all that are left.
+    - `evaluation_samples`: how many of the first images of 'validation' and of 'test' to keep. Default None, all.
+
+    **Raises**
+
+    - `ValueError`: a number that is not in [1, images of the split].
+    """
+    size = len(source["train"]) - VALIDATION_SAMPLES
+    kept = size if train_samples is None else train_samples
+    require(1 <= kept <= size, "train_samples", f"be in [1, {size}]", kept)
+    rows = {"validation": source["train"].select(range(size, len(source["train"]))), "test": source["test"]}
+    if evaluation_samples is not None:
+        least = min(map(len, rows.values()))
+        require(1 <= evaluation_samples <= least, "evaluation_samples", f"be in [1, {least}]", evaluation_samples)
+        rows = {split: part.select(range(evaluation_samples)) for split, part in rows.items()}
+    return {"train": source["train"].select(range(kept)), **rows}
 
 
 def _normalise(image: object) -> Tensor:

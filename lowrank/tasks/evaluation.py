@@ -17,6 +17,8 @@ from lowrank.io.checks import require
 from lowrank.nn.batches import IGNORED, Batch, batches_on, compute_logits, device_of, eval_mode, get_labels
 from lowrank.tasks.metrics import METRICS, Metric
 
+WIDENED = 2**24  # logits that are widened to float64 at once: those of 64 tokens for a vocabulary of 262,144
+
 
 class Objective(NamedTuple):
     """Hold the functions that give a model's outputs their meaning.
@@ -144,16 +146,39 @@ def losses_by_sample(model: nn.Module, batches: Iterable[Batch], objective: str)
 
     **Returns** `(samples,)`, float64; NaN for a sample without a target.
     """
-    losses, found = OBJECTIVES[objective].losses, []
+    found: list[float] = []
     with eval_mode(model), torch.no_grad():
         for batch in batches_on(batches, device_of(model)):
             outputs, targets = compute_logits(model, batch), get_labels(batch)
-            outputs = outputs.double() if float64_device(outputs.device) == outputs.device else outputs
             found += [
-                with_float64(losses(one[None], target[None])).double().mean().item()
+                _precise_losses(OBJECTIVES[objective], one[None], target[None]).mean().item()
                 for one, target in zip(outputs, targets, strict=True)
             ]
     return np.array(found)
+
+
+def _precise_losses(objective: Objective, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the losses in float64, computed in it where the device has it; large outputs are widened a part at a time."""
+    pieces = []
+    for some, wanted in _cut(outputs, targets, objective.predict is None):
+        exact = some.double() if float64_device(some.device) == some.device else some
+        pieces.append(with_float64(objective.losses(exact, wanted)).double())
+    return torch.cat(pieces)
+
+
+def _cut(outputs: Tensor, targets: Tensor, shifted: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield parts of outputs `(batch, tokens, classes)` of at most `WIDENED` values each, or of one token, with their targets.
+
+    Where position t predicts token t + 1 the last position of a part predicts nothing, and the next part starts with it.
+    """
+    if not shifted or outputs.dim() != 3 or outputs.numel() <= WIDENED:
+        yield outputs, targets
+        return
+    tokens = max(1, WIDENED // outputs.shape[2])
+    for one, wanted in zip(outputs.split(1), targets.split(1), strict=True):
+        for first in range(0, max(outputs.shape[1] - 1, 1), tokens):
+            last = first + tokens + 1
+            yield one[:, first:last], wanted[:, first:last]
 
 
 def _find_metric(name: str, objective: str) -> Metric:
@@ -168,9 +193,8 @@ def _run(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> tu
     with eval_mode(model), torch.no_grad():
         for batch in batches_on(batches, device_of(model)):
             outputs, targets = compute_logits(model, batch), get_labels(batch)
-            outputs = outputs.double() if float64_device(outputs.device) == outputs.device else outputs
-            losses = objective.losses(outputs, targets)
-            total += with_float64(losses).double().sum().item()
+            losses = _precise_losses(objective, outputs, targets)
+            total += losses.sum().item()
             count += len(losses)
             if predict is not None:
                 found = predict(outputs)

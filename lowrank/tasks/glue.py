@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from lowrank.io.checks import require
-from lowrank.io.hub import load_pretrained, load_splits, load_tokenizer, revision
+from lowrank.io.hub import load_pretrained, load_splits, load_tokenizer
 from lowrank.nn.targets import BLOCKS
+from lowrank.tasks.packaged import find_model, model_revision
 from lowrank.tasks.splits import halve
 from lowrank.tasks.task import Task
 from lowrank.tasks.text import Encoded, Padded, give_padding, set_padding
@@ -60,7 +61,7 @@ def load(
     **Arguments**
 
     - `task`: a key of `GLUE`; default 'sst2'.
-    - `model`: Hub name or folder of any model with a sequence classification class; default 'bert-base-uncased'.
+    - `model`: Hub name, folder or `packaged:NAME` of any model with a sequence classification class; default 'bert-base-uncased'.
     - `data`: Hub name or folder; default 'nyu-mll/glue', whose configuration `task` is loaded. Any other source must have the
       columns of `task` itself; a column 'text' may stand for the one of a single sentence, as in 'SetFit/sst2'.
     - `max_length`: tokens per sample; longer ones are cut. Default 128.
@@ -74,12 +75,13 @@ def load(
     facts = GLUE[task]
     source = load_splits(data, task if data.endswith("/glue") else None)
     fields = _find_fields(facts.fields, next(iter(source.values())).column_names)
-    tokenizer = give_padding(load_tokenizer(model))
+    folder = find_model(model)
+    tokenizer = give_padding(load_tokenizer(folder))
     rows = _select_rows(source, facts.validation, fields)
 
     def make_model() -> nn.Module:
         classifier = load_pretrained(
-            "AutoModelForSequenceClassification", model, num_labels=facts.classes, torch_dtype=torch.float32
+            "AutoModelForSequenceClassification", folder, num_labels=facts.classes, torch_dtype=torch.float32
         )
         set_padding(classifier, tokenizer.pad_token_id)
         return classifier
@@ -94,7 +96,7 @@ def load(
         layers=tuple(layers),
         fingerprints={
             "data": {split: part._fingerprint for split, part in rows.items()},
-            "revision": revision(model),
+            "revision": model_revision(model),
         },
     )
 

@@ -12,7 +12,8 @@ from lowrank.compression.checkpoint import load_compressed
 from lowrank.compression.model_folder import METADATA
 from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
-from lowrank.io.hub import NO_CODE, find_model_class, load_or_explain, load_pretrained, load_tokenizer
+from lowrank.io.hub import NO_CODE, find_model_class, load_or_explain, load_pretrained, load_tokenizer, split_gguf
+from lowrank.tasks.packaged import find_model
 
 TIMM = "timm:"
 TEXT, IMAGES = "input_ids", "pixel_values"  # names of the inputs of transformers models
@@ -72,7 +73,8 @@ def load_named(
 
     **Arguments**
 
-    - `name`: Hub name, folder of a transformers model, folder that `save_compressed` wrote, or `timm:NAME`.
+    - `name`: Hub name, folder of a transformers model, folder that `save_compressed` wrote, a GGUF file (a path, or
+      `owner/repository/file.gguf` on the Hub), `timm:NAME`, or `packaged:NAME`, see `lowrank.tasks.packaged`.
     - `revision`: branch, tag or commit on the Hub, of transformers models. Default None, the newest.
     - `dtype`: of the weights, the name of a floating torch dtype; default 'auto', as they are stored.
     - `device`: as torch names it. Default None: the GPU if there is one.
@@ -88,6 +90,7 @@ def load_named(
     floating = dtype == "auto" or (isinstance(weights, torch.dtype) and weights.is_floating_point)
     require(floating, "dtype", "be 'auto' or the name of a floating torch dtype", dtype)
     place = find_device(device)
+    asked, name = name, find_model(name)
     if name.startswith(TIMM):
         model = _load_timm(name.removeprefix(TIMM))
     elif (Path(name) / METADATA).exists():
@@ -96,7 +99,9 @@ def load_named(
         model = load_pretrained(_find_class(name, revision), name, whole=True, dtype=dtype, revision=revision or "main")
     model = (model if weights is None else model.to(weights)).to(place).eval()
     reads = getattr(model, "main_input_name", IMAGES)  # models of timm have none
-    return NamedModel(name, model, reads, _load_processor(model, reads, processor or name, revision), _objective(model))
+    return NamedModel(
+        asked, model, reads, _load_processor(model, reads, processor or name, revision), _objective(model)
+    )
 
 
 def find_device(name: str | None) -> torch.device:
@@ -125,8 +130,9 @@ def _find_class(name: str, revision: str | None) -> str:
     """Return the name of the class that the configuration of a model names, AutoModel if it names none."""
     import transformers  # noqa: PLC0415
 
+    place, file = split_gguf(name)
     load: Callable[[], Any] = lambda: transformers.AutoConfig.from_pretrained(  # noqa: E731
-        name, revision=revision or "main", **NO_CODE
+        place, revision=revision or "main", **file, **NO_CODE
     )
     named = load_or_explain("model", name, load).architectures or []
     return next((found for found in named if find_model_class(found) is not None), "AutoModel")

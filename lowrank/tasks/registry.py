@@ -19,6 +19,7 @@ TASKS = {
     "glue": "lowrank.tasks.glue",
     "imagenet": "lowrank.tasks.imagenet",
     "cifar10": "lowrank.tasks.cifar10",
+    "cifar10_pretrained": "lowrank.tasks.cifar10_pretrained",
     "wikitext2": "lowrank.tasks.wikitext2",
 }
 

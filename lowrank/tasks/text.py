@@ -1,10 +1,12 @@
 """Text as tensors: train tokenizers, pad batches for classifiers, cut chunks for language models."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import Dataset
 
 from lowrank.io.checks import require
@@ -104,23 +106,56 @@ class Padded:
         return {**self.tokenizer.pad(inputs, return_tensors="pt"), "labels": targets}
 
 
+def find_start(tokenizer: Any) -> int | None:
+    """Return the token for the beginning of a text that a tokenizer puts in front of each, None if it puts none there.
+
+    **Arguments**
+
+    - `tokenizer`: of transformers.
+    """
+    tokens = tokenizer("a")["input_ids"]
+    return tokens[0] if tokenizer.bos_token_id is not None and tokens[:1] == [tokenizer.bos_token_id] else None
+
+
 class Chunks(Dataset):
     """Cut one stream of tokens into chunks without overlap; tokens that do not fill a chunk are dropped.
 
     **Arguments**
 
     - `tokens`: `(tokens,)`, integers.
-    - `length`: tokens per chunk, in [1, tokens].
+    - `length`: tokens per chunk, at least 1, and 2 with `start`.
+    - `start`: a token that every chunk starts with, as one of its `length`. Default None: chunks are of the stream alone.
 
     **Raises**
 
-    - `ValueError`: fewer than `length` tokens.
+    - `ValueError`: a length out of its range, or more than the text has.
     """
 
-    def __init__(self, tokens: Tensor, length: int) -> None:
-        count = len(tokens) // length
+    def __init__(self, tokens: Tensor, length: int, start: int | None = None) -> None:
+        of_text = length - (start is not None)
+        require(of_text > 0, "length", "be at least 1, and 2 where each chunk starts with the same token", length)
+        count = len(tokens) // of_text
         require(count > 0, "length", f"be at most the {len(tokens)} tokens of the text", length)
-        self.chunks = tokens[: count * length].view(count, length)
+        self.chunks = tokens[: count * of_text].view(count, of_text)
+        if start is not None:
+            self.chunks = functional.pad(self.chunks, (1, 0), value=start)
+
+    def draw(self, count: int) -> "Chunks":
+        """Return some of the chunks in their order, drawn at random but always the same ones.
+
+        **Arguments**
+
+        - `count`: how many, in [1, chunks].
+
+        **Raises**
+
+        - `ValueError`: a count out of its range.
+        """
+        require(1 <= count <= len(self), "count", f"be in [1, {len(self)}], the number of chunks", count)
+        drawn = copy.copy(self)
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+        drawn.chunks = self.chunks[order[:count].sort().values]
+        return drawn
 
     def __len__(self) -> int:
         return len(self.chunks)

@@ -3,18 +3,23 @@
 This is the protocol of the published tables, which report the test split. All lines of a split, empty ones included, are
 joined by blank lines and tokenised once. The text is cut into chunks of `length` tokens without overlap; the rest is dropped.
 Each chunk predicts its later tokens from scratch.
+
+Published tables of LLaMA cut the text as it is, so that only the first chunk starts with the token for the beginning of a text.
+A model that never saw text without it, as Gemma, doubles its perplexity there. So by default each chunk starts with that token
+if the tokenizer puts it in front of a text; `bos=False` is the published form.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank.io.checks import SPLITS, require
-from lowrank.io.hub import load_pretrained, load_splits, load_tokenizer, revision
+from lowrank.io.hub import load_pretrained, load_splits, load_tokenizer
 from lowrank.nn.targets import BLOCKS
+from lowrank.tasks.packaged import find_model, model_revision
 from lowrank.tasks.task import Task
-from lowrank.tasks.text import Chunks
+from lowrank.tasks.text import Chunks, find_start
 
 
 def load(
@@ -25,6 +30,8 @@ def load(
     dtype: str = "float16",
     layers: list[str] | tuple[str, ...] = BLOCKS,
     auto: str = "AutoModelForCausalLM",
+    bos: bool = True,
+    evaluation_chunks: int | None = None,
 ) -> Task:
     """Load WikiText-2 and a causal language model.
 
@@ -33,7 +40,7 @@ def load(
 
     **Arguments**
 
-    - `model`: Hub name or folder of any causal language model; default 'meta-llama/Llama-2-7b-hf'.
+    - `model`: Hub name, folder, GGUF file or `packaged:NAME` of any causal language model; default 'meta-llama/Llama-2-7b-hf'.
     - `data`: Hub name or folder; default 'Salesforce/wikitext'.
     - `config`: the configuration of the data set; None for a source that has only one. Default 'wikitext-2-v1', the version
       with <unk> in place of rare words. 'wikitext-2-raw-v1' has those words: the published tables of LLaMA use it.
@@ -42,29 +49,45 @@ def load(
     - `layers`: names or patterns of the targeted layers; default all inside blocks.
     - `auto`: the class of transformers that loads the model, default 'AutoModelForCausalLM'. 'AutoModelForImageTextToText'
       loads vision-language models, whose text part is used.
+    - `bos`: start every chunk with the token for the beginning of a text, if the tokenizer starts a text with it. That token is
+      one of the `length`, and never a target. Default True; False is the form of the published tables of LLaMA.
+    - `evaluation_chunks`: how many chunks of validation and of test to keep, drawn once, the same ones for all; at least 1.
+      Default None, all.
+
+    **Raises**
+
+    - `ValueError`: a value out of its range, or more chunks than there are.
     """
     weights = getattr(torch, dtype, None)
     floating = isinstance(weights, torch.dtype) and weights.is_floating_point
     require(floating, "dtype", "be the name of a floating torch dtype", dtype)
     source = load_splits(data, config)
-    tokenizer = load_tokenizer(model)
+    folder = find_model(model)
+    tokenizer = load_tokenizer(folder)
+    start = find_start(tokenizer) if bos else None
 
-    def tokenise(lines: list[str]) -> Tensor:
-        return tokenizer("\n\n".join(lines), return_tensors="pt", verbose=False)["input_ids"][0]
+    def cut(split: str, lines: list[str]) -> Chunks:
+        tokens = tokenizer("\n\n".join(lines), return_tensors="pt", verbose=False)["input_ids"][0]
+        chunks = Chunks(tokens if start is None else tokens[1:], length, start)
+        if split == "train" or evaluation_chunks is None:
+            return chunks
+        rule = f"be in [1, {len(chunks)}], the number of chunks of {split!r}"
+        require(1 <= evaluation_chunks <= len(chunks), "evaluation_chunks", rule, evaluation_chunks)
+        return chunks.draw(evaluation_chunks)
 
     def make_model() -> nn.Module:
-        return load_pretrained(auto, model, torch_dtype=weights)
+        return load_pretrained(auto, folder, torch_dtype=weights)
 
     return Task(
         name="wikitext2",
-        splits={split: Chunks(tokenise(lines), length) for split, lines in _read_lines(source).items()},
+        splits={split: cut(split, lines) for split, lines in _read_lines(source).items()},
         make_model=make_model,
         objective="language_modelling",
         metrics=("perplexity",),
         layers=tuple(layers),
         fingerprints={
             "data": {split: source[split]._fingerprint for split in SPLITS if split in source},
-            "revision": revision(model),
+            "revision": model_revision(model),
         },
     )
 

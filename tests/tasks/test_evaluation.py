@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowrank.calibration.collect import collect_statistics
 from lowrank.calibration.output_error import output_errors
+from lowrank.tasks import evaluation
 from lowrank.tasks.evaluation import IGNORED, OBJECTIVES, evaluate, losses_by_sample, perplexity
 from lowrank.tasks.metrics import METRICS
 from lowrank.tasks.task import Task
@@ -33,6 +34,27 @@ def test_classification(generator) -> None:
     assert found["accuracy"] == pytest.approx((outputs.argmax(1) == targets).double().mean().item())
     expected = -outputs.double().log_softmax(1)[torch.arange(30), targets].mean().item()
     assert found["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("widened", [1, 11, 40, 77, 10**6])
+def test_parts_of_large_outputs_give_the_losses_of_the_whole(widened: int, generator, monkeypatch) -> None:
+    outputs = torch.randn(3, 9, 11, generator=generator).bfloat16()
+    targets = torch.randint(0, 11, (3, 9), generator=generator)
+    targets[1, 4:], targets[2, 0] = -100, -100
+    whole = losses_by_sample(Fixed(), [(outputs, targets)], "language_modelling")
+    loss = evaluate(Fixed(), [(outputs, targets)], "language_modelling")["loss"]
+    most = []
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def count(values: Tensor, *args, **kwargs) -> Tensor:
+        most.append(values.numel())
+        return cross_entropy(values, *args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "WIDENED", widened)
+    monkeypatch.setattr(evaluation.functional, "cross_entropy", count)
+    np.testing.assert_allclose(losses_by_sample(Fixed(), [(outputs, targets)], "language_modelling"), whole, rtol=1e-14)
+    assert evaluate(Fixed(), [(outputs, targets)], "language_modelling")["loss"] == pytest.approx(loss, rel=1e-14)
+    assert max(most) <= max(widened, 11)
 
 
 @pytest.mark.parametrize("vocabulary", [2, 100, 5000])

@@ -408,6 +408,52 @@ def test_wikitext_protocol_from_a_folder(tmp_path: Path) -> None:
     assert task.rows == dict.fromkeys(SPLITS, len(expected) // 16)
 
 
+def start_texts(folder: Path) -> None:
+    """Let the tokenizer of a folder put its token for the beginning in front of every text."""
+    import tokenizers  # noqa: PLC0415
+    import transformers  # noqa: PLC0415
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    token = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{token[0]} $A", special_tokens=[token]
+    )
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("starts", [True, False])
+@pytest.mark.parametrize("bos", [True, False])
+def test_chunks_start_with_the_token_that_texts_start_with(tmp_path: Path, starts: bool, bos: bool) -> None:
+    model = llama_folder(tmp_path)
+    if starts:
+        start_texts(model)
+    data = tmp_path / "data"
+    data.mkdir()
+    lines = [f"the quick brown fox {i}" for i in range(20)]
+    for split in SPLITS:
+        (data / f"{split}.txt").write_text("\n".join(lines))
+    options = dict(model=str(model), data=str(data), config=None, length=16, dtype="float32", bos=bos)
+    task = load_task("wikitext2", **options)
+    import transformers  # noqa: PLC0415
+
+    tokens = transformers.AutoTokenizer.from_pretrained(model)("\n\n".join(lines))["input_ids"]
+    start = [tokens[0]] if starts and bos else []
+    text, size = tokens[len(start) :], 16 - len(start)
+    wanted = [start + text[i : i + size] for i in range(0, len(text) - size + 1, size)]
+    for split in SPLITS:
+        chunks = task.splits[split] if split != "test" else task.open_test(FROZEN).split("test")
+        assert [chunks[i]["input_ids"].tolist() for i in range(len(chunks))] == wanted
+        assert chunks[1]["labels"].tolist() == wanted[1]
+    few = load_task("wikitext2", **options, evaluation_chunks=3)
+    assert few.rows == {"train": len(wanted), "validation": 3, "test": 3}
+    drawn = [few.splits["validation"][i]["input_ids"].tolist() for i in range(3)]
+    assert drawn == [few.splits["test"][i]["input_ids"].tolist() for i in range(3)]
+    assert [wanted.index(chunk) for chunk in drawn] == sorted(wanted.index(chunk) for chunk in drawn)
+    for count in (0, len(wanted) + 1):
+        with pytest.raises(ValueError, match=rf"`evaluation_chunks` must be in \[1, {len(wanted)}\]"):
+            load_task("wikitext2", **options, evaluation_chunks=count)
+
+
 def test_wikitext_without_a_train_split_calibrates_on_the_first_half_of_validation(tmp_path: Path) -> None:
     model = llama_folder(tmp_path)
     data = tmp_path / "data"
