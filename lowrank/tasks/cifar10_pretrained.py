@@ -25,7 +25,7 @@ MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
 DEVIATION = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
 
 CLASSES = 10
-INVERSE_PENALTY = 1.0  # C of the logistic regression
+PENALTY = 0.01  # half of it times the squared norm of the head is added to its mean loss, on features of variance 1
 BATCH = 50
 
 
@@ -120,7 +120,7 @@ def _fit_head(model: Any, images: Images, samples: int, folder: Path) -> None:
         hook.remove()
     x, y = torch.cat(features).numpy(), torch.cat(labels).numpy()
     center, scale = x.mean(axis=0), x.std(axis=0) + 1e-6
-    fitted = LogisticRegression(C=INVERSE_PENALTY / samples, tol=1e-8, max_iter=5000).fit((x - center) / scale, y)
+    fitted = LogisticRegression(C=1 / (PENALTY * samples), tol=1e-8, max_iter=5000).fit((x - center) / scale, y)
     require(len(fitted.classes_) == CLASSES, "head_samples", "hold images of all ten classes", samples)
     weight = torch.from_numpy(fitted.coef_ / scale)
     bias = torch.from_numpy(fitted.intercept_ - fitted.coef_ @ (center / scale))

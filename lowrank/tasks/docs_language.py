@@ -44,7 +44,7 @@ def load(
     """
     import transformers  # noqa: PLC0415
 
-    _check_packages(packages)
+    check_packages(packages)
     tokenizer = train_tokenizer([p.text for p in read_corpus() if p.split == "train"], vocabulary, sentence=False)
 
     def make_model() -> nn.Module:
@@ -64,7 +64,9 @@ def load(
 
     return Task(
         name="docs_language",
-        splits=_split_corpus(tokenizer, packages, length, validation=validation_samples, test=test_samples),
+        splits=split_corpus(
+            tokenizer, packages, length, tokenizer.bos_token_id, validation=validation_samples, test=test_samples
+        ),
         make_model=make_model,
         objective="language_modelling",
         metrics=("perplexity",),
@@ -72,17 +74,44 @@ def load(
     )
 
 
-def _check_packages(packages: tuple[str, ...] | list[str]) -> None:
+def check_packages(packages: tuple[str, ...] | list[str]) -> None:
+    """Raise an error that lists the known packages unless all are among them."""
     unknown = sorted(set(packages) - set(CORPUS_PACKAGES))
     require(not unknown, "packages", f"be among {list(CORPUS_PACKAGES)}", unknown)
 
 
-def _split_corpus(
-    tokenizer: Any, packages: tuple[str, ...] | list[str], length: int, **held_out: int
+def split_corpus(
+    tokenizer: Any,
+    packages: tuple[str, ...] | list[str],
+    length: int,
+    between: int,
+    start: int | None = None,
+    **held_out: int,
 ) -> dict[str, Chunks | Subset]:
-    """Return all chunks of the training text, and as many of each other split as `held_out` says."""
+    """Cut the paragraphs of each split into chunks.
+
+    **Arguments**
+
+    - `tokenizer`: of transformers.
+    - `packages`: whose text is used.
+    - `length`: tokens per chunk.
+    - `between`: the token in front of every paragraph.
+    - `start`: the token that every chunk starts with. Default None, none.
+    - `held_out`: split -> chunks of it, spread evenly over its text.
+
+    **Returns** split -> chunks, all of the training text.
+
+    **Raises**
+
+    - `ValueError`: an unknown package; more chunks than a split has.
+    """
+    check_packages(packages)
     used = [p for p in read_corpus() if CORPUS_PACKAGES[p.package] in packages]
-    chunks = {split: _chunk([p.text for p in used if p.split == split], tokenizer, length) for split in SPLITS}
+    chunks = {}
+    for split in SPLITS:
+        encoded = tokenizer([p.text for p in used if p.split == split], add_special_tokens=False)["input_ids"]
+        tokens = torch.tensor([token for ids in encoded for token in (between, *ids)])
+        chunks[split] = Chunks(tokens, length, start)
     return chunks | {split: _spread(chunks[split], size, f"{split}_samples") for split, size in held_out.items()}
 
 
@@ -91,9 +120,3 @@ def _spread(chunks: Chunks, samples: int, argument: str) -> Subset:
     size = len(chunks)
     require(1 <= samples <= size, argument, f"be in [1, {size}]", samples)
     return Subset(chunks, torch.linspace(0, size - 1, samples).long().tolist())
-
-
-def _chunk(paragraphs: list[str], tokenizer: Any, length: int) -> Chunks:
-    """Join the paragraphs, each after a token of beginning, and cut them into chunks."""
-    encoded = tokenizer(paragraphs, add_special_tokens=False)["input_ids"]
-    return Chunks(torch.tensor([token for ids in encoded for token in (tokenizer.bos_token_id, *ids)]), length)

@@ -16,6 +16,7 @@ TASKS = {
     "digits": "lowrank.tasks.digits",
     "docs_package": "lowrank.tasks.docs_package",
     "docs_language": "lowrank.tasks.docs_language",
+    "docs_pretrained": "lowrank.tasks.docs_pretrained",
     "glue": "lowrank.tasks.glue",
     "imagenet": "lowrank.tasks.imagenet",
     "cifar10": "lowrank.tasks.cifar10",

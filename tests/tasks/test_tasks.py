@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 
 from lowrank.io.checks import SPLITS
+from lowrank.io.hashing import hash_model
+from lowrank.io.hub import load_splits
 from lowrank.nn.batches import get_labels, get_token_mask
 from lowrank.nn.targets import depth_and_kind
-from lowrank.tasks import docs
+from lowrank.tasks import cifar10, cifar10_pretrained, docs
 from lowrank.tasks.baseline import load_baseline, load_calibration
 from lowrank.tasks.docs import CORPUS_PACKAGES, read_corpus
 from lowrank.tasks.glue import GLUE
@@ -222,7 +224,7 @@ def test_language_packages_can_be_chosen() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("mnist", {}, r"`task` must be one of \['cifar10', 'digits'.* got 'mnist'"),
+        ("mnist", {}, r"`task` must be one of \['cifar10', 'cifar10_pretrained', 'digits'.* got 'mnist'"),
         ("digits", {"size": 3}, r"`options` must be among .*'width'\] for task 'digits', got \['size'\]"),
         ("docs_package", {"train_samples": 10**7}, r"`train_samples` must be in \[5, \d+\] .* got 10000000"),
         ("docs_language", {"validation_samples": 10**7}, r"`validation_samples` must be in \[1, \d+\], got 10000000"),
@@ -452,6 +454,71 @@ def test_chunks_start_with_the_token_that_texts_start_with(tmp_path: Path, start
     for count in (0, len(wanted) + 1):
         with pytest.raises(ValueError, match=rf"`evaluation_chunks` must be in \[1, {len(wanted)}\]"):
             load_task("wikitext2", **options, evaluation_chunks=count)
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_pretrained_model_reads_the_docs_in_its_own_tokens(tmp_path: Path, starts: bool) -> None:
+    model = llama_folder(tmp_path)
+    if starts:
+        start_texts(model)
+    options = dict(model=str(model), length=24, validation_samples=5, test_samples=3)
+    task = load_task("docs_pretrained", **options)
+    other = load_task("docs_language", **SMALL_LLAMA)
+    assert task.rows | {"train": 0} == {"train": 0, "validation": 5, "test": 3}
+    import transformers  # noqa: PLC0415
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    first = next(p.text for p in read_corpus() if p.split == "train")
+    found = task.splits["train"][0]["input_ids"].tolist()
+    start = [tokenizer.bos_token_id]
+    wanted = start * (1 + starts) + tokenizer(first, add_special_tokens=False)["input_ids"]
+    assert found[: len(wanted)] == wanted[:24]
+    assert {task.splits["validation"][i]["input_ids"][0].item() for i in range(5)} != set(start) or starts
+    assert next(iter(task.make_model().parameters())).dtype == torch.float32
+    assert task.identity["data"] == other.identity["data"]
+    with pytest.raises(ValueError, match="`packages` must be among"):
+        load_task("docs_pretrained", model=str(model), packages=["flask"])
+
+
+def dinov2_folder(folder: Path) -> Path:
+    """A tiny DINOv2 without a head."""
+    import transformers  # noqa: PLC0415
+
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder)
+    return folder
+
+
+def test_a_pretrained_vision_model_gets_a_head_fitted_to_its_features(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(cifar10, "VALIDATION_SAMPLES", 10)
+    for split, images in {"train": 4, "test": 2}.items():
+        for label in range(10):
+            folder = tmp_path / "data" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(images):
+                Image.new("RGB", (32, 32), (25 * label, 250 - 25 * label, 40 * i)).save(folder / f"{i}.png")
+    rows = load_splits(str(tmp_path / "data"))
+    rows["train"] = rows["train"].select([4 * label + i for i in range(4) for label in range(10)])
+    monkeypatch.setattr(cifar10_pretrained, "load_splits", lambda name: rows)
+    model = dinov2_folder(tmp_path / "model")
+    options = dict(model=str(model), size=32, head_samples=30, evaluation_samples=8)
+    task = load_task("cifar10_pretrained", **options)
+    assert task.rows == {"train": 30, "validation": 8, "test": 8}
+    torch.manual_seed(1)
+    first, again = task.make_model(), task.make_model()
+    assert hash_model(first) == hash_model(again)
+    assert first.classifier.weight.shape == (10, 32)
+    whole = Task(
+        "train", dict.fromkeys(SPLITS, task.splits["train"]), task.make_model, task.objective, task.metrics
+    )
+    assert whole.evaluate(first)["accuracy"] > 0.5
+    assert len(task.linears(first)) == 2 * 6
+    with pytest.raises(ValueError, match="`evaluation_samples` must be in"):
+        load_task("cifar10_pretrained", **options | {"evaluation_samples": 11})
+    with pytest.raises(ValueError, match="`head_samples` must be in"):
+        load_task("cifar10_pretrained", **options | {"head_samples": 31})
+    with pytest.raises(ValueError, match="`size` must be at least 32"):
+        load_task("cifar10_pretrained", **options | {"size": 16})
 
 
 def test_wikitext_without_a_train_split_calibrates_on_the_first_half_of_validation(tmp_path: Path) -> None:
