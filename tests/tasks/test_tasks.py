@@ -508,9 +508,7 @@ def test_a_pretrained_vision_model_gets_a_head_fitted_to_its_features(tmp_path: 
     first, again = task.make_model(), task.make_model()
     assert hash_model(first) == hash_model(again)
     assert first.classifier.weight.shape == (10, 32)
-    whole = Task(
-        "train", dict.fromkeys(SPLITS, task.splits["train"]), task.make_model, task.objective, task.metrics
-    )
+    whole = Task("train", dict.fromkeys(SPLITS, task.splits["train"]), task.make_model, task.objective, task.metrics)
     assert whole.evaluate(first)["accuracy"] > 0.5
     assert len(task.linears(first)) == 2 * 6
     with pytest.raises(ValueError, match="`evaluation_samples` must be in"):
