@@ -87,6 +87,7 @@ from lowrank import (
     save_compressed,
     split_packed,
 )
+from lowrank.compression.quantize import quantize
 from lowrank.compression.result import parameter_counts
 from lowrank.factorization.factorize import factorize, weighted_norm
 from lowrank.factorization.rank_allocation import kept_parameters
@@ -171,9 +172,10 @@ print(f"{len(sweep.shapes)} targeted layers, {targeted:,} of {total:,} parameter
 #
 # The table `quality_by_keep` has one row per `way` of compressing and `keep`: `keep_targeted` and `keep_model` are the shares
 # stored, counted in the compressed model, biases apart; `loss` and the metric those of the test split; `added_loss` the loss
-# over the dense one; `seconds` those of choosing ranks, truncating and retargeting, after the statistics are there. The dense
-# model is the first row. The figure shows the methods with factor storage and the same share kept in every layer; whitening with
-# pivots, the fair rival of what follows; and the best combination without retargeting, which the next section takes apart.
+# over the dense one, `added_error` its standard error over test samples; `weights_mb` the bytes of all parameters and indices;
+# `seconds` those of choosing ranks, truncating and retargeting, after the statistics are there. The dense model is the first
+# row. The figure shows the methods with factor storage and the same share kept in every layer; whitening with pivots, the fair
+# rival of what follows; and the best combination without retargeting, which the next section takes apart.
 
 # %%
 parts = best_combination(sweep.biased) if two_sided else {"whitened": Configuration("whitened")}
@@ -272,7 +274,7 @@ with report.stage("other draws"):
         possible = {name: one for name, one in arms.items() if study.affords(one, headline_keep)}
         made = {name: study.compressed(one, study.ranks(one, headline_keep)) for name, one in possible.items()}
         losses = {
-            name: data.losses_by_sample(one, "test", batch_size) for name, one in {"dense": model, **made}.items()
+            name: data.evaluate_samples(one, "test", batch_size)[1] for name, one in {"dense": model, **made}.items()
         }
         by_draw.append(pd.DataFrame({"draw": draw, "sample": range(data.rows["test"])} | losses))
 samples = pd.concat(by_draw)
@@ -284,10 +286,8 @@ if packed:
     split_packed(parted, packed_layers)
     halves = {"fused": sweep, "split": calibrated(parted, seed)}
     plain_one = Configuration("whitened")
-    loss = data.losses_by_sample(
-        halves["split"].compressed(plain_one, halves["split"].ranks(plain_one, headline_keep)), "test", batch_size
-    )
-    samples.loc[samples.draw == seed, "split"] = loss
+    apart = halves["split"].compressed(plain_one, halves["split"].ranks(plain_one, headline_keep))
+    samples.loc[samples.draw == seed, "split"] = data.evaluate_samples(apart, "test", batch_size)[1]
 samples = samples.rename(columns={"split": "packed layers split"})
 report.table(samples, "loss_by_sample", split="test", rows=4, tolerance=5e-3)
 added = samples.groupby("draw").mean().drop(columns="sample").pipe(lambda means: means.sub(means.dense, axis=0))
@@ -474,6 +474,28 @@ print(
     ", ".join(f"{n:,} + {i:,} indices" for n, i in stored[["saved_parameters", "saved_indices"]].to_numpy()),
 )
 print("multiplying the factors out changes outputs by rounding alone")
+
+# %% [markdown]
+# ## Bits instead of ranks, or both
+#
+# Weights of 8 or 4 bits are the rival that stores as little without any calibration. The table `quality_by_bits` rounds the
+# targeted layers of the dense model and of the best combination without retargeting at `headline_keep`; `weights_mb` counts codes
+# and scales, and all that is not targeted in its own dtype.
+
+# %%
+best_one = sweep.compressed(parts[best], sweep.ranks(parts[best], headline_keep))
+rows = []
+for way, one in {"dense": model, best: best_one}.items():
+    for bits in (None, 8, 4):
+        rounded = copy.deepcopy(one)
+        if bits is not None:
+            quantize(rounded, bits, data.layers)
+        rows.append({"way": way, "bits": bits} | sweep.quality(rounded))
+columns = ["way", "bits", "weights_mb", "loss", metric, "added_loss", "added_error"]
+report.table(pd.DataFrame(rows)[columns], "quality_by_bits", split="test", tolerance=rounding)
+
+# %% tags=["nbval-check-output"]
+report.reading("quality_by_bits")
 
 # %% [markdown]
 # ## Training afterwards

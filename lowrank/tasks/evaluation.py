@@ -127,34 +127,38 @@ def evaluate(
     - `ValueError`: no target in `batches`; a metric that does not fit the objective.
     - `FloatingPointError`: a loss that is not finite. Batches are never skipped.
     """
-    selected = [_find_metric(name, objective) for name in metrics]
-    loss, predicted, true = _run(model, batches, OBJECTIVES[objective])
-    results = {"loss": loss}
-    for metric in selected:
-        results[metric.name] = metric.function(loss) if metric.from_loss else metric.function(predicted, true)
-    return results
+    return evaluate_samples(model, batches, objective, metrics)[0]
 
 
-def losses_by_sample(model: nn.Module, batches: Iterable[Batch], objective: str) -> np.ndarray:
-    """Compute the mean loss of each sample, in evaluation mode and in the dtypes of `evaluate`.
+def evaluate_samples(
+    model: nn.Module, batches: Iterable[Batch], objective: str, metrics: Iterable[str] = ()
+) -> tuple[dict[str, float], np.ndarray]:
+    """Compute what `evaluate` does, and the mean loss of each sample, in one pass.
 
     **Arguments**
 
-    - `model`: any PyTorch module; it is not changed.
-    - `batches`: iterable of batches with labels, see `lowrank.nn.batches`.
-    - `objective`: a key of `OBJECTIVES`.
+    - `model`, `batches`, `objective`, `metrics`: as for `evaluate`.
 
-    **Returns** `(samples,)`, float64; NaN for a sample without a target.
+    **Returns** the results of `evaluate`; losses, `(samples,)`, float64, NaN for a sample without a target.
+
+    **Raises** as `evaluate`.
     """
-    found: list[float] = []
-    with eval_mode(model), torch.no_grad():
-        for batch in batches_on(batches, device_of(model)):
-            outputs, targets = compute_logits(model, batch), get_labels(batch)
-            found += [
-                _precise_losses(OBJECTIVES[objective], one[None], target[None]).mean().item()
-                for one, target in zip(outputs, targets, strict=True)
-            ]
-    return np.array(found)
+    selected = [_find_metric(name, objective) for name in metrics]
+    loss, by_sample, predicted, true = _run(model, batches, OBJECTIVES[objective])
+    results = {"loss": loss}
+    for metric in selected:
+        results[metric.name] = metric.function(loss) if metric.from_loss else metric.function(predicted, true)
+    return results, by_sample
+
+
+def _means(losses: Tensor, targets: Tensor, shifted: bool) -> list[float]:
+    """Return the mean loss of each sample from the losses of its targets, one sample after the other."""
+    if targets.is_floating_point():
+        counts = [len(losses) // len(targets)] * len(targets)
+    else:
+        counted = (targets[:, 1:] if shifted else targets) != IGNORED
+        counts = counted.reshape(len(targets), -1).sum(1).tolist()
+    return [part.mean().item() for part in losses.split(counts)]
 
 
 def _precise_losses(objective: Objective, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -187,15 +191,19 @@ def _find_metric(name: str, objective: str) -> Metric:
     return METRICS[name]
 
 
-def _run(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> tuple[float, np.ndarray, np.ndarray]:
-    """Return the mean loss, the predictions and the labels; both are empty if the objective predicts nothing."""
+def _run(
+    model: nn.Module, batches: Iterable[Batch], objective: Objective
+) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the mean loss, those of samples, the predictions and the labels; the last two are empty without predictions."""
     predict, total, count, predicted, true = objective.predict, 0.0, 0, [], []
+    by_sample: list[float] = []
     with eval_mode(model), torch.no_grad():
         for batch in batches_on(batches, device_of(model)):
             outputs, targets = compute_logits(model, batch), get_labels(batch)
             losses = _precise_losses(objective, outputs, targets)
             total += losses.sum().item()
             count += len(losses)
+            by_sample += _means(losses, targets, predict is None)
             if predict is not None:
                 found = predict(outputs)
                 if len(losses) < targets.numel():  # some positions have no target
@@ -206,7 +214,8 @@ def _run(model: nn.Module, batches: Iterable[Batch], objective: Objective) -> tu
         raise ValueError("`batches` must hold at least one target, got none.")
     if not np.isfinite(total):
         raise FloatingPointError(f"the loss over {count} targets is {total}: the model's outputs are not finite.")
-    return total / count, np.concatenate(predicted or [np.empty(0)]), np.concatenate(true or [np.empty(0)])
+    labels = np.concatenate(true or [np.empty(0)])
+    return total / count, np.array(by_sample), np.concatenate(predicted or [np.empty(0)]), labels
 
 
 @check_arguments

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from lowrank.compression.depth import block_positions
 from lowrank.compression.result import parameter_counts
 from lowrank.factorization.factorize import Factors
 from lowrank.nn.batches import batches_on, compute_logits, count_samples, device_of, get_labels
+from lowrank.nn.profiling import weight_bytes
 from lowrank.tasks.evaluation import OBJECTIVES
 from lowrank.tasks.task import Task
 
@@ -99,7 +101,11 @@ class Sweep:
     @cached_property
     def dense(self) -> dict[str, float]:
         """Return loss and metrics of the dense model on the configured split."""
-        return self.task.evaluate(self.model, self.config.split, self.config.batch_size)
+        return self._dense_samples[0]
+
+    @cached_property
+    def _dense_samples(self) -> tuple[dict[str, float], np.ndarray]:
+        return self.task.evaluate_samples(self.model, self.config.split, self.config.batch_size)
 
     @cached_property
     def allocator(self) -> Allocator:
@@ -193,11 +199,14 @@ class Sweep:
 
         - `smaller`: a compressed form of the dense model, or that model.
 
-        **Returns** the counts of `parameter_counts`, loss and metrics, and `added_loss` over the dense model's.
+        **Returns** the counts of `parameter_counts`; `weights_mb`, of parameters and indices; loss and metrics; `added_loss` over
+        the dense model's, and `added_error`, its standard error over samples, 0 for the dense model.
         """
-        measured = self.task.evaluate(smaller, self.config.split, self.config.batch_size)
-        counts = parameter_counts(smaller, self.model, self.task.layers)
-        return counts | measured | {"added_loss": measured["loss"] - self.dense["loss"]}
+        measured, losses = self.task.evaluate_samples(smaller, self.config.split, self.config.batch_size)
+        counts = parameter_counts(smaller, self.model, self.task.layers) | {"weights_mb": weight_bytes(smaller) / 1e6}
+        added = losses - self._dense_samples[1]
+        error = float(np.nanstd(added, ddof=1) / np.isfinite(added).sum() ** 0.5) if len(added) > 1 else float("nan")
+        return counts | measured | {"added_loss": measured["loss"] - self.dense["loss"], "added_error": error}
 
     def run(self, configurations: Mapping[str, Configuration], keeps: Sequence[float]) -> list[dict[str, Any]]:
         """Compress and measure every configuration at every budget that it affords.

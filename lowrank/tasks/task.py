@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 from lowrank.io.checks import require, require_frozen
 from lowrank.nn.batches import IGNORED, Batch, compute_logits, get_labels, has_labels
 from lowrank.nn.targets import BLOCKS, find_linears
-from lowrank.tasks.evaluation import OBJECTIVES, evaluate, losses_by_sample
+from lowrank.tasks.evaluation import OBJECTIVES, evaluate, evaluate_samples
 from lowrank.tasks.metrics import METRICS, Metric
 
 
@@ -242,20 +242,22 @@ class Task:
         """
         return evaluate(model, self.batches(split, batch_size), self.objective, self.metrics)
 
-    def losses_by_sample(self, model: nn.Module, split: str = "validation", batch_size: int = 64) -> np.ndarray:
-        """Compute the mean loss of each sample of a split, in its order.
+    def evaluate_samples(
+        self, model: nn.Module, split: str = "validation", batch_size: int = 64
+    ) -> tuple[dict[str, float], np.ndarray]:
+        """Compute what `evaluate` does, and the mean loss of each sample of the split, in its order.
 
         **Arguments**
 
         - `model`, `split`, `batch_size`: as for `evaluate`.
 
-        **Returns** `(samples,)`, float64.
+        **Returns** the results of `evaluate`; losses, `(samples,)`, float64.
 
         **Raises**
 
         - `ValueError`: no such split; 'test' before `open_test`.
         """
-        return losses_by_sample(model, self.batches(split, batch_size), self.objective)
+        return evaluate_samples(model, self.batches(split, batch_size), self.objective, self.metrics)
 
 
 def _mean(values: Tensor) -> Tensor:

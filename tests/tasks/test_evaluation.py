@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowrank.calibration.collect import collect_statistics
 from lowrank.calibration.output_error import output_errors
 from lowrank.tasks import evaluation
-from lowrank.tasks.evaluation import IGNORED, OBJECTIVES, evaluate, losses_by_sample, perplexity
+from lowrank.tasks.evaluation import IGNORED, OBJECTIVES, evaluate, evaluate_samples, perplexity
 from lowrank.tasks.metrics import METRICS
 from lowrank.tasks.task import Task
 
@@ -41,8 +41,7 @@ def test_parts_of_large_outputs_give_the_losses_of_the_whole(widened: int, gener
     outputs = torch.randn(3, 9, 11, generator=generator).bfloat16()
     targets = torch.randint(0, 11, (3, 9), generator=generator)
     targets[1, 4:], targets[2, 0] = -100, -100
-    whole = losses_by_sample(Fixed(), [(outputs, targets)], "language_modelling")
-    loss = evaluate(Fixed(), [(outputs, targets)], "language_modelling")["loss"]
+    results, whole = evaluate_samples(Fixed(), [(outputs, targets)], "language_modelling")
     most = []
     cross_entropy = torch.nn.functional.cross_entropy
 
@@ -52,8 +51,9 @@ def test_parts_of_large_outputs_give_the_losses_of_the_whole(widened: int, gener
 
     monkeypatch.setattr(evaluation, "WIDENED", widened)
     monkeypatch.setattr(evaluation.functional, "cross_entropy", count)
-    np.testing.assert_allclose(losses_by_sample(Fixed(), [(outputs, targets)], "language_modelling"), whole, rtol=1e-14)
-    assert evaluate(Fixed(), [(outputs, targets)], "language_modelling")["loss"] == pytest.approx(loss, rel=1e-14)
+    again, by_sample = evaluate_samples(Fixed(), [(outputs, targets)], "language_modelling")
+    np.testing.assert_allclose(by_sample, whole, rtol=1e-14)
+    assert again["loss"] == pytest.approx(results["loss"], rel=1e-14)
     assert max(most) <= max(widened, 11)
 
 
@@ -145,10 +145,11 @@ def test_losses_by_sample_average_to_the_loss(objective: str, generator) -> None
     }[objective]
     batches = [(torch.randn(rows, *shape[1:], generator=generator), targets(rows)) for rows in (5, 5, 2)]
     model = Fixed()
-    found = losses_by_sample(model, batches, objective)
+    results, found = evaluate_samples(model, batches, objective)
     assert found.shape == (12,)
-    assert found.mean() == pytest.approx(evaluate(model, batches, objective)["loss"])
-    (one,) = losses_by_sample(model, [tuple(part[3:4] for part in batches[0])], objective)
+    assert found.mean() == pytest.approx(results["loss"])
+    assert results == evaluate(model, batches, objective)
+    (one,) = evaluate_samples(model, [tuple(part[3:4] for part in batches[0])], objective)[1]
     assert found[3] == pytest.approx(one)
 
 

@@ -158,6 +158,18 @@ def _read_fractions(results: Results) -> str:
     )
 
 
+def _read_bits(results: Results) -> str:
+    table = results.test("quality_by_bits").fillna({"bits": 0})
+    parts = []
+    for way, rows in table.groupby("way", sort=False):
+        sizes = [
+            f"{f'{row.bits:.0f} bits' if row.bits else 'as it is'} {row.weights_mb:.3g} MB {row.added_loss:+.3g}"
+            for row in rows.itertuples()
+        ]
+        parts.append(f"{way}: " + ", ".join(sizes))
+    return f"Size and added test loss, at keep {results.parameters['headline_keep']:g} where compressed. {'. '.join(parts)}."
+
+
 def _read_refinement(results: Results) -> str:
     tested = results.test("quality_by_refinement").groupby("refinement", sort=False).loss.mean()
     parts = ", ".join(f"{name} {loss:.3f}" for name, loss in tested.items())
@@ -181,6 +193,7 @@ READINGS: dict[str, Reading] = {
     "loss_by_sample": _read_draws,
     "added_loss_by_policy": _read_policies,
     "quality_by_rank_fraction": _read_fractions,
+    "quality_by_bits": _read_bits,
     "quality_by_refinement": _read_refinement,
     "efficiency_by_keep": _read_efficiency,
 }
