@@ -15,6 +15,7 @@ from lowrank.report.findings.registry import FINDINGS, read_finding
 from lowrank.report.findings.results import format_effect, read_results
 from lowrank.report.folders import published_folder
 from lowrank.report.inference import REFUTED
+from lowrank.report.model_tables import list_pretrained, pretrained_models
 from lowrank.report.pages import escape
 from lowrank.report.parameters import notebook_names
 from lowrank.report.result_files import read_claims, read_run
@@ -72,9 +73,10 @@ def findings() -> str:
 
 
 def headline() -> str:
-    """Tabulate test loss and metric of a few arms at the headline keep of each set."""
+    """Tabulate test loss and metric of a few arms at the headline keep of each set of a pretrained model."""
     columns = {}
-    for name, folder in result_folders("03_svd_comparison").items():
+    for name in list_pretrained():
+        folder = result_folders("03_svd_comparison")[name]
         table, keep = read_test(folder, "quality_by_keep"), read_run(folder)["parameters"]["headline_keep"]
         metric = headline_metric(folder)
         rows = table[((table.keep - keep).abs() < 1e-9) | (table.way == "dense")].set_index("way")
@@ -128,6 +130,7 @@ def readings(notebook: str) -> str:
 RESULTS = {
     "baselines": baselines,
     "comparison": comparison,
+    "pretrained models": pretrained_models,
     "preparation": preparation,
     "fixed bases": fixed_bases,
     "adapters": adapters,
