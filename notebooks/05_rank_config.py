@@ -259,8 +259,7 @@ assert RankConfig.load(report.folder / "lora_rank_config.json") == config
 budget, shapes = config.parameters, {name: s.shape for name, s in spectra.items() if s.total > 0}
 
 
-def config_of(rule, draw=0):
-    """The ranks of one rule."""
+def config_of(rule, draw=0):  # the ranks of one rule
     ranks = {
         "threshold": lambda: config.module_ranks,
         "budget": lambda: ranks_for_budget(spectra, budget),

@@ -105,12 +105,18 @@ def hash_code(paths: Iterable[Path]) -> str:
     """
     digest = hashlib.blake2b(digest_size=8)
     for path in paths:
-        digest.update(f"{path.name} {_dump_code(path.read_text(encoding='utf8'))};".encode())
+        digest.update(f"{path.name} {dump_code(path.read_text(encoding='utf8'))};".encode())
     return digest.hexdigest()
 
 
 @cache
-def _dump_code(source: str) -> str:
+def dump_code(source: str) -> str:
+    """Return code as text without docstrings, comments and line breaks.
+
+    **Arguments**
+
+    - `source`: Python code.
+    """
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:

@@ -95,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     run = add(_run, "Execute one notebook with one set and replace its results")
     run.add_argument("set", metavar="SET", help="a file of params/ without .yaml, or a variant SET@NAME=VALUE")
     run.add_argument("notebook", metavar="NOTEBOOK", help="a file of notebooks/ without .py")
-    pair = add(_pair, "Execute notebooks with their defaults and store them beside their sources")
+    pair = add(_pair, "Store notebooks with the outputs of their default sets beside their sources")
     pair.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="files of notebooks/ without .py; default: all")
     compare = add(_compare, "Compare the tables and verdicts of a run with the published ones")
     compare.add_argument(

@@ -60,7 +60,7 @@ def pretrained_models() -> str:
             .reset_index()
             .to_markdown(index=False, disable_numparse=True),
         ]
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) or "No such set is published yet."
 
 
 def _show(row: dict[str, float], metric: str) -> str:

@@ -73,10 +73,11 @@ def findings() -> str:
 
 
 def headline() -> str:
-    """Tabulate test loss and metric of a few arms at the headline keep of each set of a pretrained model."""
+    """Tabulate test loss and metric of a few arms at the headline keep of each pretrained model, of each set without one."""
     columns = {}
-    for name in list_pretrained():
-        folder = result_folders("03_svd_comparison")[name]
+    folders = result_folders("03_svd_comparison")
+    for name in list_pretrained() or folders:
+        folder = folders[name]
         table, keep = read_test(folder, "quality_by_keep"), read_run(folder)["parameters"]["headline_keep"]
         metric = headline_metric(folder)
         rows = table[((table.keep - keep).abs() < 1e-9) | (table.way == "dense")].set_index("way")
