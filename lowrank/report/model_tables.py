@@ -1,5 +1,7 @@
 """The tables of pretrained models: every training-free arm at every budget, beside weights of fewer bits."""
 
+from typing import Any
+
 import pandas as pd
 
 from lowrank.report.result_files import read_run
@@ -38,17 +40,17 @@ def pretrained_models() -> str:
             headline_metric(folder),
         )
         dense = table[table.way == "dense"].iloc[0]
-        columns = {}
+        columns: dict[str, dict[str, str]] = {}
         for keep, rows in table[table.way.isin(ARMS)].groupby("keep", sort=False):
             share, size = rows.keep_model.max(), rows.weights_mb.max()
             title = f"keep {keep:g}: {share:.0%} of the model, {size:.3g} MB"
-            columns[title] = {ARMS[row["way"]]: _show(row, metric) for row in rows.to_dict("records")}
+            columns[title] = {ARMS[row["way"]]: _show(row, metric) for row in _records(rows)}
         shown = pd.DataFrame(columns).reindex(
             [label for label in ARMS.values() if any(label in c for c in columns.values())]
         )
         rounded = [
             f"{row['bits']:.0f} bits, {row['weights_mb']:.3g} MB: {_show(row, metric)}"
-            for row in bits[(bits.way == "dense") & bits.bits.notna()].to_dict("records")
+            for row in _records(bits[(bits.way == "dense") & bits.bits.notna()])
         ]
         run = read_run(folder)
         spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in run["stages_s"].items() if seconds >= 1)
@@ -63,5 +65,9 @@ def pretrained_models() -> str:
     return "\n\n".join(parts) or "No such set is published yet."
 
 
-def _show(row: dict[str, float], metric: str) -> str:
+def _records(table: Any) -> list[dict[str, Any]]:
+    return table.to_dict("records")
+
+
+def _show(row: dict[str, Any], metric: str) -> str:
     return f"{row['added_loss']:+.3g} ± {Z * row['added_error']:.1g} ({row[metric]:.3g})"

@@ -14,7 +14,7 @@ from lowrank.io.hub import load_pretrained, load_tokenizer
 GEMMA_SHA256 = (
     "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"  # of the whole file, as its publisher gives it
 )
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
 def convert_gemma(files: Path, folder: Path) -> None:

@@ -1,5 +1,7 @@
 """Language modelling on docstring paragraphs with a pretrained model of transformers: text that it can still learn from."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -47,7 +49,7 @@ def load(
     require(floating, "dtype", "be the name of a floating torch dtype", dtype)
     folder = find_model(model)
     tokenizer = load_tokenizer(folder)
-    between = next((one for one in (tokenizer.bos_token_id, tokenizer.eos_token_id) if one is not None), None)
+    between: Any = next((one for one in (tokenizer.bos_token_id, tokenizer.eos_token_id) if one is not None), None)
     require(between is not None, "model", "have a tokenizer with a token for the beginning or the end of a text", model)
 
     def make_model() -> nn.Module:
