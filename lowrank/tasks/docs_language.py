@@ -44,7 +44,7 @@ def load(
     """
     import transformers  # noqa: PLC0415
 
-    check_packages(packages)
+    held_out = dict(validation=validation_samples, test=test_samples)
     tokenizer = train_tokenizer([p.text for p in read_corpus() if p.split == "train"], vocabulary, sentence=False)
 
     def make_model() -> nn.Module:
@@ -64,9 +64,7 @@ def load(
 
     return Task(
         name="docs_language",
-        splits=split_corpus(
-            tokenizer, packages, length, tokenizer.bos_token_id, validation=validation_samples, test=test_samples
-        ),
+        splits=split_corpus(tokenizer, packages, length, tokenizer.bos_token_id, **held_out),
         make_model=make_model,
         objective="language_modelling",
         metrics=("perplexity",),

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from lowrank.io.checks import require
@@ -10,9 +9,9 @@ from lowrank.io.hub import load_pretrained, load_tokenizer
 from lowrank.nn.targets import BLOCKS
 from lowrank.tasks.docs import CORPUS_PACKAGES, corpus_hash
 from lowrank.tasks.docs_language import split_corpus
-from lowrank.tasks.packaged import find_model, model_revision
 from lowrank.tasks.task import Task
-from lowrank.tasks.text import find_start
+from lowrank.tasks.text import find_start, read_dtype
+from lowrank.tasks.wheels import find_model, model_revision
 
 
 def load(
@@ -44,9 +43,7 @@ def load(
 
     - `ValueError`: a value out of its range; a tokenizer without a token for the beginning or the end of a text.
     """
-    weights = getattr(torch, dtype, None)
-    floating = isinstance(weights, torch.dtype) and weights.is_floating_point
-    require(floating, "dtype", "be the name of a floating torch dtype", dtype)
+    weights = read_dtype(dtype)
     folder = find_model(model)
     tokenizer = load_tokenizer(folder)
     between: Any = next((one for one in (tokenizer.bos_token_id, tokenizer.eos_token_id) if one is not None), None)

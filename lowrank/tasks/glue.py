@@ -8,10 +8,10 @@ from torch import nn
 from lowrank.io.checks import require
 from lowrank.io.hub import load_pretrained, load_splits, load_tokenizer
 from lowrank.nn.targets import BLOCKS
-from lowrank.tasks.packaged import find_model, model_revision
 from lowrank.tasks.splits import halve
 from lowrank.tasks.task import Task
 from lowrank.tasks.text import Encoded, Padded, give_padding, set_padding
+from lowrank.tasks.wheels import find_model, model_revision
 
 
 class GlueTask(NamedTuple):

@@ -13,7 +13,7 @@ from lowrank.compression.model_folder import METADATA
 from lowrank.io.arguments import check_arguments
 from lowrank.io.checks import require
 from lowrank.io.hub import NO_CODE, find_model_class, load_or_explain, load_pretrained, load_tokenizer, split_gguf
-from lowrank.tasks.packaged import find_model
+from lowrank.tasks.wheels import find_model
 
 TIMM = "timm:"
 TEXT, IMAGES = "input_ids", "pixel_values"  # names of the inputs of transformers models

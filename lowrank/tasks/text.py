@@ -71,6 +71,19 @@ def set_padding(model: Any, token: int) -> None:
     model.config.get_text_config().pad_token_id = token
 
 
+def read_dtype(name: str) -> torch.dtype:
+    """Return the floating torch dtype of a name, for the option `dtype` of a task.
+
+    **Raises**
+
+    - `ValueError`: no such dtype.
+    """
+    found = getattr(torch, name, None)
+    floating = isinstance(found, torch.dtype) and found.is_floating_point
+    require(floating, "dtype", "be the name of a floating torch dtype", name)
+    return found
+
+
 class Encoded(Dataset):
     """Hold the columns of a tokenizer, and return one mapping per sample.
 
@@ -140,18 +153,19 @@ class Chunks(Dataset):
         if start is not None:
             self.chunks = functional.pad(self.chunks, (1, 0), value=start)
 
-    def draw(self, count: int) -> "Chunks":
+    def draw(self, count: int, argument: str = "count") -> "Chunks":
         """Return some of the chunks in their order, drawn at random but always the same ones.
 
         **Arguments**
 
         - `count`: how many, in [1, chunks].
+        - `argument`: its name in an error. Default 'count'.
 
         **Raises**
 
         - `ValueError`: a count out of its range.
         """
-        require(1 <= count <= len(self), "count", f"be in [1, {len(self)}], the number of chunks", count)
+        require(1 <= count <= len(self), argument, f"be in [1, {len(self)}], the number of chunks", count)
         drawn = copy.copy(self)
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
         drawn.chunks = self.chunks[order[:count].sort().values]

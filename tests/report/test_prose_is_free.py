@@ -23,7 +23,7 @@ import json
 import os
 from pathlib import Path
 
-from lowrank.report.notebook import SIGNIFICANT_DIGITS
+from lowrank.report.result_files import SIGNIFICANT_DIGITS
 
 folder = Path(os.environ["LOWRANK_OUTPUTS"], set_name, "01_small")
 folder.mkdir(parents=True)
@@ -32,7 +32,7 @@ folder.mkdir(parents=True)
 WORDS = {
     "a docstring of a module": ("lowrank/report/notebook.py", '"""', '"""More words. '),
     "a comment of the library": (
-        "lowrank/report/notebook.py",
+        "lowrank/report/result_files.py",
         "SIGNIFICANT_DIGITS = ",
         "# Why so many.\nSIGNIFICANT_DIGITS = ",
     ),
@@ -40,7 +40,11 @@ WORDS = {
     "a comment of a notebook": ("notebooks/01_small.py", "# how many", "# how few"),
 }
 CODE = {
-    "a constant of the library": ("lowrank/report/notebook.py", "SIGNIFICANT_DIGITS = ", "SIGNIFICANT_DIGITS = 1 + "),
+    "a constant of the library": (
+        "lowrank/report/result_files.py",
+        "SIGNIFICANT_DIGITS = ",
+        "SIGNIFICANT_DIGITS = 1 + ",
+    ),
     "a value of a notebook": ("notebooks/01_small.py", "number = 3", "number = 4"),
     "a line of a notebook": ("notebooks/01_small.py", "dumps(number)", "dumps(number + 1)"),
 }
