@@ -78,7 +78,7 @@ def read_dtype(name: str) -> torch.dtype:
 
     - `ValueError`: no such dtype.
     """
-    found = getattr(torch, name, None)
+    found: Any = getattr(torch, name, None)
     floating = isinstance(found, torch.dtype) and found.is_floating_point
     require(floating, "dtype", "be the name of a floating torch dtype", name)
     return found
