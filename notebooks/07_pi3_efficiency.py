@@ -99,6 +99,7 @@ from lowrank.report.notebook import Report
 from lowrank.report.style import colors_of, write_plain_logs
 from lowrank.training.loop import seed_everything
 
+# %%
 report = Report("07_pi3_efficiency", globals())
 
 # %% [markdown]

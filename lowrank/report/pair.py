@@ -59,10 +59,19 @@ def _find_published(name: str) -> Any:
     run, notebook = nbformat.read(path, 4), read_notebook(name)
     done, wanted = ([cell for cell in one.cells if cell.cell_type == "code"] for one in (run, notebook))
     done = [cell for cell in done if "injected-parameters" not in cell.metadata.get("tags", [])]
-    if [dump_code(cell.source) for cell in done] != [dump_code(cell.source) for cell in wanted]:
+    first = 0
+    for ran in done:  # a cell of the run may be several of the source by now
+        code, last = dump_code(ran.source), first + 1
+        while last < len(wanted) and dump_code("\n".join(cell.source for cell in wanted[first:last])) != code:
+            last += 1
+        if dump_code("\n".join(cell.source for cell in wanted[first:last])) != code:
+            return None
+        wanted[last - 1].outputs = ran.outputs
+        first = last
+    if first < len(wanted):
         return None
-    for count, (cell, ran) in enumerate(zip(wanted, done, strict=True), start=1):
-        cell.execution_count, cell.outputs = count, ran.outputs
+    for count, cell in enumerate(wanted, start=1):
+        cell.execution_count = count
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
