@@ -68,7 +68,7 @@ gpu:  ## the measured parts at real sizes on one GPU, in minutes; needs torch, t
 soak: $(VENV)/.ok  ## kill the report at 20 random moments: it ends with the published tables
 	python tests/soak.py '$(SETS)' --cores $(CORES)
 
-notebooks: $(VENV)/.ok  ## execute the notebooks with their defaults and store them with outputs
+notebooks: $(VENV)/.ok  ## store the notebooks with the outputs of their default sets
 	python -m lowrank.report pair
 
 readme: $(VENV)/.ok  ## fill the README's tables from outputs/

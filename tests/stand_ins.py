@@ -11,6 +11,7 @@ import transformers
 from PIL import Image
 from timm.models._hub import save_for_hf
 
+from lowrank.io.hub import load_splits
 from lowrank.tasks.text import train_tokenizer
 
 TOKENS = 280
@@ -96,3 +97,23 @@ def make_files(folder: Path) -> None:
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (folder / "tasks").mkdir()
     (folder / "tasks" / "my_task.yaml").write_text(TASK.format(path=folder / "questions.jsonl"))
+
+
+def make_cifar10(folder: Path) -> Any:
+    """Forty training and forty test images of ten classes, as `datasets` reads them; each run of ten has all classes."""
+    for split in ("train", "test"):
+        for label in range(10):
+            (folder / split / f"class{label}").mkdir(parents=True)
+            for i in range(4):
+                image = Image.new("RGB", (32, 32), (25 * label, 250 - 25 * label, 60 * i))
+                image.save(folder / split / f"class{label}" / f"{i}.png")
+    rows = load_splits(str(folder))
+    rows["train"] = rows["train"].select([4 * label + i for i in range(4) for label in range(10)])
+    return rows
+
+
+def make_dinov2(folder: Path) -> Path:
+    """A tiny DINOv2 without a head."""
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder)
+    return folder

@@ -42,7 +42,7 @@ def hash_tensors(tensors: Mapping[str, Tensor], digits: int = 32) -> str:
     - `tensors`: name -> tensor, of any dtype, layout and device.
     - `digits`: 16 to compare with a hash of so many digits, which former versions wrote; else it has 32. Default 32.
     """
-    # XXH3 takes a thirtieth of the time of BLAKE2b, which was a thirtieth of all that `compress` takes
+    # not BLAKE2b: `compress` hashes the model and all statistics, which took a share of its time that could be measured
     digest = hashlib.blake2b(digest_size=8) if digits == 16 else xxh3_128()
     for name in sorted(tensors):
         tensor = tensors[name].detach()

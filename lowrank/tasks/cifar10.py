@@ -1,19 +1,15 @@
 """CIFAR-10 and a mini ViT."""
 
+from functools import partial
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from lowrank.io.checks import require
 from lowrank.io.hub import load_splits
-from lowrank.tasks.images import Images
+from lowrank.tasks.images import Images, normalise
 from lowrank.tasks.task import Task
 
 # Of the training images, per channel.
-MEAN = torch.tensor((0.4914, 0.4822, 0.4465)).view(3, 1, 1)
-DEVIATION = torch.tensor((0.2470, 0.2435, 0.2616)).view(3, 1, 1)
+MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 PUBLISHED, VALIDATION_SAMPLES = 50_000, 5_000  # training images, and the last of them, which choose
 
@@ -55,7 +51,9 @@ def load(
     )
     return Task(
         name="cifar10",
-        splits={split: Images(part, _normalise) for split, part in rows.items()},
+        splits={
+            split: Images(part, partial(normalise, mean=MEAN, deviation=DEVIATION)) for split, part in rows.items()
+        },
         make_model=lambda: VisionTransformer(**options),
         objective="classification",
         metrics=("accuracy",),
@@ -86,8 +84,3 @@ def split_rows(source: Any, train_samples: int | None = None, evaluation_samples
         require(1 <= evaluation_samples <= least, "evaluation_samples", f"be in [1, {least}]", evaluation_samples)
         rows = {split: part.select(range(evaluation_samples)) for split, part in rows.items()}
     return {"train": source["train"].select(range(kept)), **rows}
-
-
-def _normalise(image: object) -> Tensor:
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255.0
-    return (pixels - MEAN) / DEVIATION

@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Resampling
 from safetensors.torch import load_file, save_file
@@ -16,13 +15,9 @@ from lowrank.io.checks import require
 from lowrank.io.hub import load_pretrained, load_splits
 from lowrank.nn.targets import BLOCKS
 from lowrank.tasks.cifar10 import split_rows
-from lowrank.tasks.images import Images
+from lowrank.tasks.images import Images, normalise
 from lowrank.tasks.task import Task
 from lowrank.tasks.wheels import find_model, model_revision
-
-# Of ImageNet, per channel.
-MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
-DEVIATION = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
 
 CLASSES = 10
 PENALTY = 0.01  # half of it times the squared norm of the head is added to its mean loss, on features of variance 1
@@ -95,8 +90,10 @@ def _make_model(folder: str, key: dict[str, Any], images: Images) -> nn.Module:
 
 
 def _enlarge(image: Any, size: int) -> Tensor:
-    pixels = np.array(image.resize((size, size), Resampling.BICUBIC))
-    return (torch.from_numpy(pixels).permute(2, 0, 1).float() / 255.0 - MEAN) / DEVIATION
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # noqa: PLC0415
+
+    enlarged = image.resize((size, size), Resampling.BICUBIC)
+    return normalise(enlarged, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def _fit_head(model: Any, images: Images, samples: int, folder: Path) -> None:

@@ -14,7 +14,6 @@ from lowrank.io.hub import load_pretrained, load_tokenizer
 GEMMA_SHA256 = (
     "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"  # of the whole file, as its publisher gives it
 )
-IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
 def convert_gemma(files: Path, folder: Path) -> None:
@@ -68,6 +67,7 @@ def convert_dinov2(files: Path, folder: Path) -> None:
     """
     import onnx  # noqa: PLC0415
     import transformers  # noqa: PLC0415
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # noqa: PLC0415
 
     transformers.utils.logging.disable_progress_bar()
     graph = onnx.load(next(files.glob("**/*.onnx"))).graph
@@ -86,7 +86,12 @@ def convert_dinov2(files: Path, folder: Path) -> None:
     model.load_state_dict(state)
     model.save_pretrained(folder)
     crop = {"height": 224, "width": 224}
-    transformers.BitImageProcessor(size={"shortest_edge": 256}, crop_size=crop, **IMAGENET).save_pretrained(folder)
+    transformers.BitImageProcessor(
+        size={"shortest_edge": 256},
+        crop_size=crop,
+        image_mean=list(IMAGENET_DEFAULT_MEAN),
+        image_std=list(IMAGENET_DEFAULT_STD),
+    ).save_pretrained(folder)
 
 
 def _find_matrices(graph: Any, arrays: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,13 +1,28 @@
 """Image data sets of the Hub, of its cache or of a folder, seen through a transform."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "fine_label", "labels")
+
+
+def normalise(image: Any, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
+    """Turn an RGB image into a tensor, normalised per channel.
+
+    **Arguments**
+
+    - `image`: of PIL.
+    - `mean`, `deviation`: three numbers each, of pixels in [0, 1].
+
+    **Returns** `(3, height, width)`, float32.
+    """
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255.0
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(deviation).view(3, 1, 1)
 
 
 class Images(Dataset):

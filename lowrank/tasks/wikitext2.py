@@ -5,7 +5,7 @@ joined by blank lines and tokenised once. The text is cut into chunks of `length
 Each chunk predicts its later tokens from scratch.
 
 Published tables of LLaMA cut the text as it is, so that only the first chunk starts with the token for the beginning of a text.
-A model that never saw text without it, as Gemma, doubles its perplexity there. So by default each chunk starts with that token
+A model that never saw text without it, as Gemma, is no good there. So by default each chunk starts with that token
 if the tokenizer puts it in front of a text; `bos=False` is the published form.
 """
 

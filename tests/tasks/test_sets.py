@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stand_ins
 import torch
 import transformers
-from PIL import Image
 
 from lowrank.compression.configuration import Configuration
 from lowrank.io.checks import SPLITS
-from lowrank.io.hub import load_splits
 from lowrank.report.parameters import read_parameters
 from lowrank.tasks import cifar10, cifar10_pretrained
 from lowrank.tasks.baseline import load_calibration
@@ -63,17 +62,9 @@ def language_task(name: str, folder: Path) -> Task:
 def vision_task(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
     """The task of a set with a tiny model and a few images in place of its own."""
     monkeypatch.setattr(cifar10, "VALIDATION_SAMPLES", 10)
-    for split in ("train", "test"):
-        for label in range(10):
-            (folder / "data" / split / f"c{label}").mkdir(parents=True)
-            for i in range(4):
-                image = Image.new("RGB", (32, 32), (25 * label, 250 - 25 * label, 60 * i))
-                image.save(folder / "data" / split / f"c{label}" / f"{i}.png")
-    rows = load_splits(str(folder / "data"))
-    rows["train"] = rows["train"].select([4 * label + i for i in range(4) for label in range(10)])
+    rows = stand_ins.make_cifar10(folder / "data")
     monkeypatch.setattr(cifar10_pretrained, "load_splits", lambda name: rows)
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
-    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder / "model")
+    stand_ins.make_dinov2(folder / "model")
     options = read_parameters(name, "03_svd_comparison")["task_options"]
     own = dict(model=str(folder / "model"), size=32, head_samples=30, train_samples=None, evaluation_samples=8)
     return load_task("cifar10_pretrained", **options | own)
