@@ -604,5 +604,5 @@ def test_metadata_names_model_and_data(saved) -> None:
     path, found = saved
     header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
     assert header["__metadata__"]["data"] == "some data"
-    assert len(header["__metadata__"]["model"]) == 16
+    assert len(header["__metadata__"]["model"]) == 32
     assert json.loads(header["__metadata__"]["layers"]).keys() == found.keys()

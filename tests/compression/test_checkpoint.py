@@ -259,7 +259,7 @@ def test_the_record_tells_how_every_layer_was_made(storage, folder) -> None:
         assert found["kind"] == storage
         assert (found["rank"], found["method"]) == (row["rank"], "whitened")
         assert 0 < found["predicted_error"] == pytest.approx(found["measured_error"], abs=1e-6)
-        assert len(found["statistics"]) == 16
+        assert len(found["statistics"]) == 32
     one, other = (about["layers"][f"bert.encoder.layer.0.{part}.dense"] for part in ("intermediate", "output"))
     assert one["statistics"] != other["statistics"]
 

@@ -188,7 +188,7 @@ def test_missing_results_are_named_with_the_remedy(outputs: Path, tmp_path: Path
     assert 'run `make report SETS="docs-llama@seed=1"` first.' in failing(capsys, "docs-llama", "docs-llama@seed=1")
     (outputs / "docs-llama" / "02_prehab" / "claims.csv").unlink()
     assert "02_prehab must have claims.csv, and has none: run `make report" in failing(capsys, "docs-llama")
-    assert "error: `set` must be one of ['cifar10-minivit'" in failing(capsys, "no-such-set")
+    assert "error: `set` must be one of ['cifar10-dinov2'" in failing(capsys, "no-such-set")
     assert "error: `sets` must name at least one set, got none." in failing(capsys)
     assert {path.name for path in tmp_path.iterdir()} == {"site", "outputs"}
     assert (tmp_path / "site" / "index.html").read_text() == "the former one"
@@ -245,8 +245,8 @@ c,third,inconclusive,0.5,,,nats,1,0,1
 def test_effects_beside_a_claim_are_shown(tmp_path: Path) -> None:
     (tmp_path / "claims.csv").write_text(CLAIMS)
     assert format_verdicts(read_claims(tmp_path)) == [
-        r"[supported]{.supported}: +0.123 nats \[0.1, 0.15\], n = 5".replace("\\]", "]"),
-        r"[refuted]{.refuted}: -2 points \[-3, -1], n = 3",
+        r"[supported]{.supported}: +0.123 nats \[0.1, 0.15\], n = 5",
+        r"[refuted]{.refuted}: -2 points \[-3, -1\], n = 3",
         "[inconclusive]{.inconclusive}: +0.5 nats, n = 1",
     ]
     assert format_verdicts(read_claims(tmp_path), "a.md")[1].startswith("[refuted](a.md){.refuted}: ")
