@@ -96,6 +96,7 @@ from lowrank.io.hashing import hash_model
 from lowrank.nn.batches import compute_logits, device_of, move_batch
 from lowrank.nn.profiling import count_flops, generate_in_turns, peak_bytes, time_in_turns, weight_bytes
 from lowrank.nn.targets import depth_and_kind
+from lowrank.report.inference import bootstrap_ratio
 from lowrank.report.notebook import Report
 from lowrank.report.style import colors_of, mark_data, write_plain_logs
 from lowrank.tasks.baseline import load_baseline, load_calibration
@@ -219,7 +220,8 @@ report.reading("quality_by_keep")
 # dense predictions that truncating it alone is measured to cause; last, at `retarget_keeps`, layers `retargeted`: each is aimed
 # at the outputs of the dense layer, given the inputs that the compressed layers in front leave it. The table
 # `added_loss_by_part` has one row per `part` and `keep`; `share` is `added_loss` over that of whitening, where that exceeds 1 %
-# of the dense loss. A step down is what a part is worth, a step up what it costs.
+# of the dense loss, and `share_low` to `share_high` its 95 % interval over test samples. A step down is what a part is worth, a
+# step up what it costs.
 
 # %%
 named = {configuration: name for name, configuration in configurations.items()}
@@ -227,17 +229,27 @@ steps_taken = [(part, named[configuration]) for part, configuration in parts.ite
 by_part = pd.concat([table[table.way == name].assign(part=part) for part, name in steps_taken])
 plainly = table[table.way == "whitened"].set_index("keep").added_loss
 by_part["share"] = by_part.added_loss / by_part.keep.map(plainly.where(plainly > 0.01 * dense["loss"]))
+costly = by_part.dropna(subset=["share"]).reset_index(drop=True)
+whole = sweep.quality_by_sample(model)[1]
+ends = [
+    bootstrap_ratio(*(sweep.measure(one, keep)[1] - whole for one in (parts[part], parts["whitened"])))
+    for part, keep in zip(costly.part, costly.keep, strict=True)
+]
+costly[["share_low", "share_high"]] = pd.DataFrame(ends, columns=["low", "high"])
+by_part = by_part.merge(costly[["part", "keep", "share_low", "share_high"]], "left")
 report.table(
-    by_part[["part", "keep", metric, "loss", "added_loss", "share"]],
+    by_part[["part", "keep", metric, "loss", "added_loss", "share", "share_low", "share_high"]],
     "added_loss_by_part",
     split="test",
     tolerance=rounding,
 )
-costly = by_part.dropna()
+
+# %%
 drawn, axis = plt.subplots(figsize=(8, 3.8))
 style = dict(x="part", y="share", hue="keep", palette="viridis", marker="o", legend="full")
 if len(costly):
     sns.lineplot(costly, ax=axis, **style)
+    axis.vlines(costly.part.map(list(parts).index), costly.share_low, costly.share_high, color="0.5", lw=1, zorder=0)
     axis.legend(title="keep", bbox_to_anchor=(1.02, 1), loc="upper left")
     axis.axhline(headline_share, ls="--", color="0.4")
 axis.set(xlabel="parts, each with all before it", ylabel="added loss / that of whitening", ylim=(0, None))
@@ -252,12 +264,20 @@ report.reading("added_loss_by_part")
 # ## How sure this is: other calibration samples, other test samples
 #
 # At `headline_keep` the arms are made again from other draws of calibration samples, and the loss of each test sample is kept.
-# The table `loss_by_sample` has one row per `draw` and test `sample`, and a column per arm: the dense model; the methods;
-# whitening with pivots; the steps of the best combination from pivot storage on; and two simple rules for ranks in its place,
-# `first block dense` and `linear over depth`. Claims compare arms sample by sample; their intervals cover both kinds of draws.
-# The figure shows a dot per draw.
+# The table `loss_by_sample` has one row per `draw` and test `sample`, and a column per arm: the dense model, and the same with
+# weights of 8 or 4 bits; the methods; whitening with pivots; the steps of the best combination from pivot storage on; and two
+# simple rules for ranks in its place, `first block dense` and `linear over depth`. Claims compare arms sample by sample; their
+# intervals cover both kinds of draws. The figure shows a dot per draw.
+
 
 # %%
+def in_bits(one, bits):
+    """Return a copy of a model whose targeted layers have weights of some bits."""
+    smaller = copy.deepcopy(one)
+    quantize(smaller, bits, data.layers)
+    return smaller
+
+
 arms = {method: Configuration(method) for method in methods} | {
     "whitened, pivots": Configuration("whitened", "pivoted")
 }
@@ -269,13 +289,14 @@ if two_sided:
     }
 by_draw = []
 with report.stage("other draws"):
+    rounded = {f"dense, {bits} bits": sweep.quality_by_sample(in_bits(model, bits)) for bits in (8, 4)}
+    same = {"dense": sweep.quality_by_sample(model)} | rounded  # in all draws
     for draw in calibration_seeds:
         study = sweep if draw == seed else calibrated(model, draw)
-        possible = {name: one for name, one in arms.items() if study.affords(one, headline_keep)}
-        made = {name: study.compressed(one, study.ranks(one, headline_keep)) for name, one in possible.items()}
-        losses = {
-            name: data.evaluate_samples(one, "test", batch_size)[1] for name, one in {"dense": model, **made}.items()
+        made = {
+            name: study.measure(one, headline_keep) for name, one in arms.items() if study.affords(one, headline_keep)
         }
+        losses = {name: by_sample for name, (_, by_sample) in (same | made).items()}
         by_draw.append(pd.DataFrame({"draw": draw, "sample": range(data.rows["test"])} | losses))
 samples = pd.concat(by_draw)
 
@@ -324,11 +345,7 @@ if two_sided:
     rivals |= {f"two-sided, {p}": replace(combined, allocation=p) for p in policies if p != "relative"}
 with report.stage("policies"):
     lower = [keep for keep in keeps if keep <= 0.5]
-    fresh = sweep.run({name: one for name, one in rivals.items() if one not in named}, lower)
-measured = [
-    table[(table.way == named[one]) & (table.keep <= 0.5)].assign(way=n) for n, one in rivals.items() if one in named
-]
-by_policy = pd.concat([*measured, pd.DataFrame(fresh)])
+    by_policy = pd.DataFrame(sweep.run(rivals, lower))
 by_policy[["method", "policy"]] = by_policy.way.str.split(", ", expand=True).to_numpy()
 report.table(
     by_policy[["method", "policy", "keep", "keep_model", "loss", metric, "added_loss"]],
@@ -484,13 +501,11 @@ print("multiplying the factors out changes outputs by rounding alone")
 
 # %%
 best_one = sweep.compressed(parts[best], sweep.ranks(parts[best], headline_keep))
-rows = []
-for way, one in {"dense": model, best: best_one}.items():
-    for bits in (None, 8, 4):
-        rounded = copy.deepcopy(one)
-        if bits is not None:
-            quantize(rounded, bits, data.layers)
-        rows.append({"way": way, "bits": bits} | sweep.quality(rounded))
+found = {("dense", None): sweep.quality(model), (best, None): sweep.measure(parts[best], headline_keep)[0]}
+for bits in (8, 4):
+    found["dense", bits] = rounded[f"dense, {bits} bits"][0]
+    found[best, bits] = sweep.quality(in_bits(best_one, bits))
+rows = [{"way": way, "bits": bits} | found[way, bits] for way in ("dense", best) for bits in (None, 8, 4)]
 columns = ["way", "bits", "weights_mb", "loss", metric, "added_loss", "added_error"]
 report.table(pd.DataFrame(rows)[columns], "quality_by_bits", split="test", tolerance=rounding)
 

@@ -20,8 +20,10 @@ from lowrank.factorization.factorize import Factors
 from lowrank.factorization.precision import float64_device
 from lowrank.factorization.rank_allocation import allocate_ranks
 from lowrank.nn.batches import Batch, as_double, batches_on, device_of
+from lowrank.nn.remembering import Remembering
 from lowrank.nn.targets import find_linears
 
+EXACT = 2**27  # parameters; what truncation costs larger models is far above float32's rounding, and float64 takes long
 TRUSTED = 2.0  # a divergence too small to be measured must not move ranks by more than this
 
 
@@ -159,7 +161,8 @@ class Allocator:
     def measure(self, name: str, models: Iterable[nn.Module]) -> Iterator[float]:
         """Yield the mean divergence of each model from the dense one, over the probes.
 
-        Ranks hang on these, which can be as small as float32's rounding: copies of a float32 model are measured in float64.
+        Ranks hang on these, which can be as small as float32's rounding: copies of a float32 model of at most `EXACT`
+        parameters are measured in float64.
 
         **Arguments**
 
@@ -167,7 +170,7 @@ class Allocator:
         - `models`: compressed copies of the model; they may end in float64.
         """
         exact = _has_float64(self.model)
-        teacher = copy.deepcopy(self.model).double() if exact else self.model
+        teacher = Remembering(copy.deepcopy(self.model).double() if exact else self.model)
         probes = list(batches_on(self.probes, device_of(self.model)))
         probes = [as_double(batch) for batch in probes] if exact else probes
         for smaller in tqdm(models, name, unit="model", leave=False, disable=not self.config.progress):
@@ -236,6 +239,6 @@ class Allocator:
 
 def _has_float64(model: nn.Module) -> bool:
     """Return True for a float32 model on a device that computes in float64; a half-precision one may be too large to copy."""
-    return float64_device(device_of(model)) == device_of(model) and all(
-        p.dtype == torch.float32 for p in model.parameters()
-    )
+    parameters = list(model.parameters())
+    small = sum(p.numel() for p in parameters) <= EXACT and all(p.dtype == torch.float32 for p in parameters)
+    return small and float64_device(device_of(model)) == device_of(model)

@@ -14,6 +14,7 @@
 - `plain`: tell which layers compute x W^T + b from parameters of their own, and why others do not.
 - `profiling`: measure time, memory and floating-point operations.
 - `quantized`: `QuantizedLinear`, linear layers with weights of 8 or 4 bits.
+- `remembering`: run a model once on batches that come again.
 - `residuals`: find the layers of a block whose output is added to hidden states.
 - `skeletons`: build an architecture without memory, however large its description says it is.
 - `surgery`: replace layers, split packed projections, turn `Conv1D` layers into linear ones.

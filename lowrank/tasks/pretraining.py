@@ -44,10 +44,10 @@ _MINILM = {"task": "sst2", "model": "sentence-transformers/all-MiniLM-L6-v2", "d
 # The only list of them. Name -> model; the number is the seed.
 MODELS = {
     **{f"digits-vit-{seed}": DenseModel("digits", replace(_DIGITS, seed=seed)) for seed in (0, 1, 2)},
-    **{f"digits-vit-{seed}": DenseModel("digits", replace(_DIGITS, seed=seed), shipped=False) for seed in (3, 4)},
+    **{f"digits-vit-{seed}": DenseModel("digits", replace(_DIGITS, seed=seed)) for seed in (3, 4)},
     "docs-bert-0": DenseModel("docs_package", _BERT, _PACKAGES),
     **{f"docs-llama-{seed}": DenseModel("docs_language", replace(_LLAMA, seed=seed), _LANGUAGE) for seed in (0, 1)},
-    "docs-llama-2": DenseModel("docs_language", replace(_LLAMA, seed=2), _LANGUAGE, shipped=False),
+    "docs-llama-2": DenseModel("docs_language", replace(_LLAMA, seed=2), _LANGUAGE),
     "docs-llama-base-0": DenseModel("docs_language", replace(_LLAMA, steps=300), _LANGUAGE | _BASE),
     "sst2-minilm": DenseModel("glue", Recipe(216, 32, 5e-5, 0.01), _MINILM, shipped=False),  # 90 MB
 }

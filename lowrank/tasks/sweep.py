@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -87,6 +87,9 @@ class Sweep:
     statistics: Statistics
     config: SweepConfig
     labelled: Statistics | None = None
+    _measured: dict[tuple[Configuration, float], tuple[dict[str, Any], np.ndarray]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -202,11 +205,49 @@ class Sweep:
         **Returns** the counts of `parameter_counts`; `weights_mb`, of parameters and indices; loss and metrics; `added_loss` over
         the dense model's, and `added_error`, its standard error over samples, 0 for the dense model.
         """
-        measured, losses = self.task.evaluate_samples(smaller, self.config.split, self.config.batch_size)
+        return self.quality_by_sample(smaller)[0]
+
+    def quality_by_sample(self, smaller: nn.Module) -> tuple[dict[str, int | float], np.ndarray]:
+        """Return what `quality` does, and the mean loss of each sample of the configured split.
+
+        **Arguments**
+
+        - `smaller`: a compressed form of the dense model, or that model.
+
+        **Returns** the quality; losses, `(samples,)`, float64, NaN for a sample without a target.
+        """
+        if smaller is self.model:
+            measured, losses = self._dense_samples
+        else:
+            measured, losses = self.task.evaluate_samples(smaller, self.config.split, self.config.batch_size)
         counts = parameter_counts(smaller, self.model, self.task.layers) | {"weights_mb": weight_bytes(smaller) / 1e6}
         added = losses - self._dense_samples[1]
         error = float(np.nanstd(added, ddof=1) / np.isfinite(added).sum() ** 0.5) if len(added) > 1 else float("nan")
-        return counts | measured | {"added_loss": measured["loss"] - self.dense["loss"], "added_error": error}
+        quality = counts | measured | {"added_loss": measured["loss"] - self.dense["loss"], "added_error": error}
+        return quality, losses
+
+    def measure(self, configuration: Configuration, keep: float) -> tuple[dict[str, Any], np.ndarray]:
+        """Compress at a budget and measure; asked again, return what was found the first time.
+
+        **Arguments**
+
+        - `configuration`: one that the budget affords.
+        - `keep`: share of the targeted parameters to keep, in (0, 1].
+
+        **Returns** `keep`, the `seconds` of choosing ranks and compressing, and the quality; the losses of samples.
+
+        **Raises**
+
+        - `AssertionError`: the model stores more than its budget.
+        """
+        if (configuration, keep) not in self._measured:
+            start = time.perf_counter()
+            smaller = self.compressed(configuration, self.ranks(configuration, keep))
+            about = {"keep": keep, "seconds": time.perf_counter() - start}
+            quality, losses = self.quality_by_sample(smaller)
+            assert quality["keep_targeted"] <= keep + 1e-9
+            self._measured[configuration, keep] = about | quality, losses
+        return self._measured[configuration, keep]
 
     def run(self, configurations: Mapping[str, Configuration], keeps: Sequence[float]) -> list[dict[str, Any]]:
         """Compress and measure every configuration at every budget that it affords.
@@ -216,19 +257,13 @@ class Sweep:
         - `configurations`: name -> `Configuration`.
         - `keeps`: shares of the targeted parameters to keep.
 
-        **Returns** one row per configuration and budget: its name (in the column `way`), `keep`, the `seconds` of choosing ranks
-        and compressing, and the quality.
+        **Returns** one row per configuration and budget: its name (in the column `way`), and what `measure` returns.
 
-        **Raises**
-
-        - `AssertionError`: a model stores more than its budget.
+        **Raises** as `measure`.
         """
-        rows = []
-        for name, configuration in configurations.items():
-            for keep in (keep for keep in keeps if self.affords(configuration, keep)):
-                start = time.perf_counter()
-                smaller = self.compressed(configuration, self.ranks(configuration, keep))
-                row = {"seconds": time.perf_counter() - start} | self.quality(smaller)
-                assert row["keep_targeted"] <= keep + 1e-9
-                rows.append({"way": name, "keep": keep} | row)
-        return rows
+        return [
+            {"way": name} | self.measure(configuration, keep)[0]
+            for name, configuration in configurations.items()
+            for keep in keeps
+            if self.affords(configuration, keep)
+        ]

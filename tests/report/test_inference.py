@@ -10,6 +10,7 @@ from lowrank.report.inference import (
     SUPPORTED,
     Effect,
     bootstrap_effect,
+    bootstrap_ratio,
     decide,
     holm,
     mean_effect,
@@ -109,3 +110,29 @@ def test_bad_arguments_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_the_interval_of_a_ratio_is_that_of_fieller_and_holds_the_ratio_as_often_as_it_says() -> None:
+    generator, covered, truth = np.random.default_rng(0), 0, 0.3
+    for _ in range(100):
+        wholes = generator.normal(2.0, 1.0, size=60)
+        parts = truth * wholes + generator.normal(0.0, 0.4, size=60)
+        low, high = bootstrap_ratio(parts, wholes)
+        covered += low <= truth <= high
+    assert 88 <= covered <= 100
+    a, b, n = parts.mean(), wholes.mean(), len(parts)
+    cov, t = np.cov(parts, wholes, ddof=1) / n, stats.t.ppf(0.975, n - 1)
+    roots = np.roots(
+        [b**2 - t**2 * cov[1, 1], -2 * (a * b - t**2 * cov[0, 1]), a**2 - t**2 * cov[0, 0]]
+    )  # Fieller 1954
+    assert (low, high) == pytest.approx(sorted(roots), abs=0.1 * (high - low))
+
+
+def test_a_ratio_leaves_out_samples_without_a_number_and_needs_two() -> None:
+    parts, wholes = [1.0, 2.0, np.nan, 4.0], [2.0, 4.0, 1.0, 8.0]
+    assert bootstrap_ratio(parts, wholes) == pytest.approx((0.5, 0.5))
+    assert np.isnan(bootstrap_ratio([1.0, np.nan], [1.0, 1.0])).all()
+    with pytest.raises(ValueError, match="`parts` must have one dimension"):
+        bootstrap_ratio([[1.0]], [[2.0]])
+    with pytest.raises(ValueError, match="shape"):
+        bootstrap_ratio([1.0, 2.0], [1.0])

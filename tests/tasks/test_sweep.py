@@ -1,5 +1,7 @@
 """Sweeps: every model within its budget, and divergence as the spectrum predicts it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -38,6 +40,23 @@ def test_a_run_has_a_row_for_each_configuration_and_budget_and_stays_within_it(s
     ]
     assert all(0.9 * row["keep"] <= row["keep_targeted"] <= row["keep"] for row in rows)
     assert all(row["added_loss"] == pytest.approx(row["loss"] - sweep.dense["loss"]) for row in rows)
+
+
+def test_what_was_measured_once_is_not_measured_again(sweep: Sweep, monkeypatch) -> None:
+    configuration = Configuration("svd", "pivoted")
+    row, losses = sweep.measure(configuration, 0.45)
+    smaller = sweep.compressed(configuration, sweep.ranks(configuration, 0.45))
+    quality, again = sweep.quality_by_sample(smaller)
+    assert row == {"keep": 0.45, "seconds": row["seconds"]} | quality
+    assert losses.tolist() == again.tolist()
+    assert quality["loss"] == pytest.approx(losses.mean())
+    monkeypatch.setattr(type(sweep), "compressed", None)
+    assert sweep.measure(configuration, 0.45) is sweep.measure(configuration, 0.45)
+    (found,) = sweep.run({"again": configuration}, [0.45])
+    assert found == {"way": "again"} | row
+    other = replace(sweep, config=replace(sweep.config, split="train"))
+    with pytest.raises(TypeError):
+        other.measure(configuration, 0.45)  # another split has to be measured
 
 
 def test_a_budget_below_the_first_block_has_no_row_for_the_rule_that_keeps_it_dense(sweep: Sweep) -> None:
