@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from lowrank.calibration.padding import BatchPadding, token_rows
 from lowrank.calibration.sharing import SharedInputs
 from lowrank.factorization.moments import MOMENTS, SIZES, LayerStatistics
 from lowrank.factorization.precision import with_float64
-from lowrank.factorization.running_moments import RunningMoments
+from lowrank.factorization.running_moments import RunningMoments, cut_blocks
 from lowrank.io.distributed import gather, process_count, process_index, sum_in_place
 from lowrank.nn.offloaded import weights_of
 
@@ -78,10 +79,11 @@ class Collector:
             value = value.clone()  # it has no version: whether another call gets the same is not known
         call = self._calls[name]
         self._calls[name] += 1
+        blocks = cache(lambda: cut_blocks(token_rows(value, self.mask, name, call), self.products))  # for both groups
         with exact_products(value.device):
             for group in INPUTS:
                 if group in self.groups[name]:
-                    self.shared[group].receive(name, value, lambda: token_rows(value, self.mask, name, call))
+                    self.shared[group].receive(name, value, blocks)
             if "output" in self.groups[name]:
                 self.sums_of(name, "output").add(self._outputs(name, value, output, call))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lowrank.factorization.running_moments import RunningMoments
+from lowrank.factorization.running_moments import Block, RunningMoments
 
 
 @dataclass(eq=False)
@@ -19,7 +19,7 @@ class _Group:
     - `members`: names of the layers.
     - `calls`: inputs so far.
     - `first`: the first input, as long as it is in memory, and its version.
-    - `pending`: an input that not all members have received yet, its version, and its rows. It is added once they have: a layer
+    - `pending`: an input that not all members have received yet, its version, and its blocks. It is added once they have: a layer
       that receives another one takes the sums up to now with it. Whoever waits for the input keeps it in memory anyway.
     - `waiting`: the members that have not received it.
     """
@@ -28,7 +28,7 @@ class _Group:
     members: list[str]
     calls: int = 0
     first: tuple[weakref.ref[Tensor], int] | None = None
-    pending: tuple[Tensor, int, Callable[[], Tensor]] | None = None
+    pending: tuple[Tensor, int, Callable[[], list[Block]]] | None = None
     waiting: set[str] = field(default_factory=set)
 
     def add_pending(self) -> None:
@@ -40,13 +40,13 @@ class _Group:
         """
         if self.pending is None:
             return
-        value, version, rows = self.pending
+        value, version, blocks = self.pending
         if _version(value) != version:
             raise ValueError(
                 f"`layers` {self.members} had one input at first, and now it is changed in place between them: collect the "
                 "statistics of such layers in separate calls."
             )
-        self.sums.add(rows())
+        self.sums.add_blocks(blocks())
         self.calls, self.pending, self.waiting = self.calls + 1, None, set()
 
 
@@ -67,14 +67,14 @@ class SharedInputs:
         """Return the groups, each once."""
         return list(dict.fromkeys(self.group_of.values()))
 
-    def receive(self, name: str, value: Tensor, rows: Callable[[], Tensor]) -> None:
+    def receive(self, name: str, value: Tensor, blocks: Callable[[], list[Block]]) -> None:
         """Take the input of one call of a layer.
 
         **Arguments**
 
         - `name`: the layer.
         - `value`: the input.
-        - `rows`: returns its vectors without padding, `(tokens, in)`.
+        - `blocks`: returns its vectors without padding, see `cut_blocks`.
         """
         if name not in self.group_of and (group := self._group_begun_by(value)) is not None:
             group.members.append(name)
@@ -91,10 +91,10 @@ class SharedInputs:
             group = self.group_of[name]
         if len(group.members) == 1:
             group.first = (weakref.ref(value), _version(value)) if group.calls == 0 else None
-            group.sums.add(rows())
+            group.sums.add_blocks(blocks())
             group.calls += 1
         else:
-            group.pending = value, _version(value), rows
+            group.pending = value, _version(value), blocks
             group.waiting = set(group.members) - {name}
 
     def end_batch(self) -> None:

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from lowrank.factorization.gram import eigh, wide_product
 
+OBLIQUE = 1e-9  # how far columns that should be orthonormal may be from it
+
 
 def multiply(matrix: Tensor, moments: Tensor | None) -> Tensor:
     """Return M G.
@@ -157,7 +159,12 @@ def leading_by_pullback(
     - `inputs`: S S^T, a matrix, a diagonal or None for the identity.
     - `pairs`: how many eigenpairs to compute at least, None for all.
     """
-    root = None if inputs is None else _factor(inputs)  # S^T
+    root = None if inputs is None else _cholesky(inputs) if inputs.dim() == 2 else inputs.sqrt()  # S^T
+    if root is None and inputs is not None:
+        if (found := _leading_by_cholesky(w, rank, moments, inputs, pairs)) is not None:
+            return found
+        values, vectors = eigh(inputs)
+        root = values.sqrt()[:, None] * vectors.T
     inner = moments if root is None else apply(root, apply(root, moments).T)
     energy = inner.trace()
     values, vectors = eigh(inner, pairs, overwrite=root is not None)
@@ -180,12 +187,26 @@ def leading_by_pullback(
     return left, right, values.sqrt(), energy
 
 
-def _factor(inputs: Tensor) -> Tensor:
-    """Return S^T with S S^T = inputs: the roots of a diagonal, an upper triangular matrix, or an eigen factor."""
-    if inputs.dim() == 1:
-        return inputs.sqrt()
-    factor, failed = torch.linalg.cholesky_ex(inputs, upper=True)
-    if not bool(failed):
-        return factor
-    values, vectors = eigh(inputs)
-    return values.sqrt()[:, None] * vectors.T
+def _leading_by_cholesky(
+    w: Tensor, rank: int, moments: Tensor, inputs: Tensor, pairs: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Return what `leading_by_pullback` does from M = R^T R, for inputs without a Cholesky factor, as behind a layer norm.
+
+    With U the leading eigenvectors of R G R^T, B = W R^-1 U and A = U^T R: one eigendecomposition, where a root of G would take
+    another. None if M has no such factor either, or if it is too near to that for W R^-1 to be orthonormal in the norm H.
+    """
+    if (root := _cholesky(moments)) is None:
+        return None
+    basis, roots, energy = leading_of(multiply(root, inputs) @ root.T, rank, pairs, lambda: root, overwrite=True)
+    columns = solve(root, basis)
+    oblique = columns.T @ moments @ columns
+    oblique.diagonal().sub_(1.0)
+    if rank and float(oblique.abs().max()) > OBLIQUE:
+        return None
+    return wide_product(w, columns), basis.T @ root, roots, energy
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """Return the upper triangular R with R^T R = matrix; None if there is none."""
+    factor, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+    return None if bool(failed) else factor

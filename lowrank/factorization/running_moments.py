@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowrank.factorization.block_sums import MOVES, subtract_mean, sum_rows
+from lowrank.factorization.block_sums import MOVES, Shift, subtract_mean, sum_rows
 from lowrank.factorization.moments import MOMENTS, LayerStatistics
 from lowrank.factorization.precision import with_float64
 
 BLOCK_TOKENS = 4096  # tokens per product: bounds its memory, and in float32 its rounding
 SLAB = 1024  # rows of a product that are widened to float64 at a time
+Block = tuple[Tensor, Tensor, Shift]  # vectors, the same about their mean, and what that leaves out
 OF_ROWS = ("gram", "mean", "abs_mean")  # the fields that inputs alone give, on their own side
 
 
@@ -44,11 +45,18 @@ class RunningMoments:
 
     def add(self, rows: Float[Tensor, "tokens n"]) -> None:
         """Add vectors to the sums over tokens."""
-        for block in with_float64(rows.detach()).split(BLOCK_TOKENS) if len(rows) else ():
-            block = block.to(torch.promote_types(block.dtype, self.products))
+        self.add_blocks(cut_blocks(rows, self.products))
+
+    def add_blocks(self, blocks: Iterable[Block]) -> None:
+        """Add vectors to the sums over tokens.
+
+        **Arguments**
+
+        - `blocks`: the vectors as `cut_blocks` gives them, which may serve other sums too.
+        """
+        for block, offsets, shift in blocks:
             if self.tokens == 0:
                 self.generator.manual_seed(_seed(block, self.stream))
-            offsets, shift = subtract_mean(block)
             for name, rules in self.declared.items():
                 if (over_tokens := rules["over_tokens"]) is None:
                     continue
@@ -94,6 +102,19 @@ class RunningMoments:
             if self.declared[name]["merge"] == "mean":
                 moments[name] = moments[name] / self.tokens
         return moments
+
+
+def cut_blocks(rows: Float[Tensor, "tokens n"], products: torch.dtype) -> list[Block]:
+    """Cut vectors into blocks that are multiplied at once, each beside itself about its mean.
+
+    **Arguments**
+
+    - `rows`: `(tokens, n)`, any floating dtype.
+    - `products`: least dtype of a block, float32 or float64.
+    """
+    blocks = with_float64(rows.detach()).split(BLOCK_TOKENS) if len(rows) else ()
+    wide = (block.to(torch.promote_types(block.dtype, products)) for block in blocks)
+    return [(block, *subtract_mean(block)) for block in wide]
 
 
 def _seed(block: Tensor, stream: int) -> int:

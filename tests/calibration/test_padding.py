@@ -14,7 +14,7 @@ from lowrank.calibration.hooks import collect_inputs
 from lowrank.calibration.padding import Padding
 from lowrank.calibration.sharing import SharedInputs
 from lowrank.compression.compress import compress
-from lowrank.factorization.running_moments import OF_ROWS, RunningMoments
+from lowrank.factorization.running_moments import OF_ROWS, RunningMoments, cut_blocks
 from lowrank.nn.batches import Batch, compute_logits, drop_padding
 from lowrank.nn.surgery import unify_linears
 
@@ -257,7 +257,7 @@ def test_processes_share_what_all_of_them_share() -> None:
     create = lambda name: RunningMoments(["gram"], 4, torch.device("cpu"), torch.float64)  # noqa: E731
     inputs = SharedInputs(create)
     for name, value in (("a", x), ("b", x), ("c", y)):
-        inputs.receive(name, value, lambda value=value: value)
+        inputs.receive(name, value, lambda value=value: cut_blocks(value, torch.float64))
     inputs.end_batch()
     assert len(inputs.groups) == 2
     inputs.align([{"a": "a", "b": "a", "c": "c"}, {"a": "a", "b": "b", "c": "b"}])

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowrank.factorization import decompositions
 from lowrank.factorization.alternatives import ALTERNATIVES
 from lowrank.factorization.factorize import Factors, factorize, weighted_norm
+from lowrank.factorization.gram import eigh
 from lowrank.factorization.methods import ALPHA, METHODS, RIDGE, needs_gradients
 from lowrank.factorization.moments import LayerStatistics, centre_moments, output_norm, whitening_factor
 from lowrank.factorization.running_moments import statistics_of_rows
@@ -84,6 +86,29 @@ def test_discarded_singular_values_are_the_output_error(shape, condition, genera
         # G carries cond(X)^2: what lies below 1e-16 of ||WX||^2 is rounding
         assert abs(error**2 - factors.error**2) <= 1e-10 * factors.error**2 + 1e-14 * output**2
         assert abs(error - factors.error) <= 1e-6 * factors.error + 1e-7 * output * (condition > 1e9)
+
+
+@pytest.mark.parametrize("dependent", [False, True], ids=["regular weight", "dependent columns"])
+def test_inputs_behind_a_layer_norm_take_one_decomposition(dependent: bool, generator, monkeypatch) -> None:
+    weight, rows = problem((48, 20), 30.0, generator)
+    rows = rows - rows.mean(1, keepdim=True)  # the ones are not excited: G has no Cholesky factor
+    if dependent:
+        weight[:, 1] = weight[:, 0]
+    calls = []
+    counted = lambda *args, **options: calls.append(args) or eigh(*args, **options)  # noqa: E731
+    monkeypatch.setattr(decompositions, "eigh", counted)
+    for rank in (1, 6, 19, 20):
+        calls.clear()
+        factors = truncate("whitened", weight, rank, statistics_of_rows(rows))
+        u, sigma, _ = torch.linalg.svd(weight @ rows.T, full_matrices=False)  # a second method, on the data itself
+        best = u[:, :rank] @ u[:, :rank].T @ weight
+        least = sigma[rank:].norm().item()
+        found = measured(weight, factors.left @ factors.right, rows)
+        assert found == pytest.approx(least, abs=1e-7 * sigma.norm().item())
+        assert measured(best, factors.left @ factors.right, rows) <= 1e-6 * sigma.norm()
+        assert factors.error == pytest.approx(least, abs=1e-7 * sigma.norm().item())
+        if not dependent and rank < 20:
+            assert len(calls) == 1
 
 
 def test_it_is_the_optimum(shape, generator) -> None:
