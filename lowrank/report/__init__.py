@@ -21,6 +21,7 @@
 - `readme`: fill the marked blocks of the README and of docs/.
 - `model_tables`: the tables of pretrained models.
 - `tables`: the tables of notebooks 01 to 05 and 07 for those blocks.
+- `scaling_tables`: the tables of docs/scaling.md.
 - `selection_tables`: the tables of notebook 06.
 - `bench_tables`: the tables of `make bench`, with the costs of large models.
 - `site`: build the site.

@@ -1,4 +1,4 @@
-"""The tables of `make bench` in docs/benchmarks.md and docs/cluster.md, made from the files in outputs/bench."""
+"""The tables of `make bench` in docs/benchmarks.md and docs/scaling.md, made from the files in outputs/bench."""
 
 import pandas as pd
 
@@ -30,7 +30,7 @@ def sizing() -> str:
     measured, predicted, large = (table.query("kind == @kind") for kind in ("measured", "predicted", "extrapolated"))
     models = list(measured.model.unique())
     seconds = measured.pivot(index="stage", columns="model", values="seconds")[models].map("{:.3g} s".format)
-    cells = large.seconds.map(_format_seconds) + (large.bytes / 1e9).map(", {:,.3g} GB".format)
+    cells = large.seconds.map(format_seconds) + (large.bytes / 1e9).map(", {:,.3g} GB".format)
     wide = large.assign(cell=cells).pivot(index="stage", columns="model", values="cell")[large.model.unique()]
     fit = _check_fit(measured.query("model == @models[-1]").set_index("stage"), predicted.set_index("stage"))
     tables = {"stage": seconds, f"stage, {models[-1]}": fit, "extrapolated": wide}
@@ -51,5 +51,6 @@ def _check_fit(largest: pd.DataFrame, predicted: pd.DataFrame) -> pd.DataFrame:
     ).fillna("")
 
 
-def _format_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
+    """Write a duration in seconds, from an hour on in hours."""
     return f"{seconds:,.0f} s" if seconds < 3600 else f"{seconds / 3600:,.1f} h"

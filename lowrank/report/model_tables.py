@@ -44,13 +44,13 @@ def pretrained_models() -> str:
         for keep, rows in table[table.way.isin(ARMS)].groupby("keep", sort=False):
             share, size = rows.keep_model.max(), rows.weights_mb.max()
             title = f"keep {keep:g}: {share:.0%} of the model, {size:.3g} MB"
-            columns[title] = {ARMS[row["way"]]: _show(row, metric) for row in _records(rows)}
+            columns[title] = {ARMS[row["way"]]: _show(row, metric) for row in records(rows)}
         shown = pd.DataFrame(columns).reindex(
             [label for label in ARMS.values() if any(label in c for c in columns.values())]
         )
         rounded = [
             f"{row['bits']:.0f} bits, {row['weights_mb']:.3g} MB: {_show(row, metric)}"
-            for row in _records(bits[(bits.way == "dense") & bits.bits.notna()])
+            for row in records(bits[(bits.way == "dense") & bits.bits.notna()])
         ]
         run = read_run(folder)
         spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in run["stages_s"].items() if seconds >= 1)
@@ -65,7 +65,8 @@ def pretrained_models() -> str:
     return "\n\n".join(parts) or "No such set is published yet."
 
 
-def _records(table: Any) -> list[dict[str, Any]]:
+def records(table: Any) -> list[dict[str, Any]]:
+    """Return the rows of a table."""
     return table.to_dict("records")
 
 

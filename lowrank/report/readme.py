@@ -19,6 +19,7 @@ from lowrank.report.model_tables import list_pretrained, pretrained_models
 from lowrank.report.pages import escape
 from lowrank.report.parameters import notebook_names
 from lowrank.report.result_files import read_claims, read_run
+from lowrank.report.scaling_tables import checked_lines, real_costs, several_gpus
 from lowrank.report.selection_tables import layer_selection
 from lowrank.report.tables import (
     adapters,
@@ -144,7 +145,12 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "results.md": RESULTS,
     DOCS / "claims.md": {"claims": claims},
     DOCS / "benchmarks.md": {"benchmarks": benchmarks},
-    DOCS / "cluster.md": {"sizing": sizing},
+    DOCS / "scaling.md": {
+        "real costs": real_costs,
+        "sizing": sizing,
+        "checked lines": checked_lines,
+        "several gpus": several_gpus,
+    },
 }
 
 
