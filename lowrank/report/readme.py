@@ -15,7 +15,7 @@ from lowrank.report.findings.registry import FINDINGS, read_finding
 from lowrank.report.findings.results import format_effect, read_results
 from lowrank.report.folders import published_folder
 from lowrank.report.inference import REFUTED
-from lowrank.report.model_tables import list_pretrained, pretrained_models
+from lowrank.report.model_tables import PRETRAINED, list_pretrained, pretrained_models
 from lowrank.report.pages import escape
 from lowrank.report.parameters import notebook_names
 from lowrank.report.result_files import read_claims, read_run
@@ -36,7 +36,12 @@ from lowrank.report.tables import (
 README = ROOT / "README.md"
 # notebook -> claims of the first screen; each has a line, whatever its verdict
 SHOWN_CLAIMS = {
-    "03_svd_comparison": ("compression/best-pivots", "compression/retargeted-best", "compression/whitened-svd"),
+    "03_svd_comparison": (
+        "compression/bits-retargeted",
+        "compression/best-pivots",
+        "compression/retargeted-best",
+        "compression/whitened-svd",
+    ),
     "02_prehab": ("prehab/picked/all-after",),
     "04_stability": ("oialr/static",),
     "05_rank_config": ("adapters/threshold-uniform",),
@@ -58,16 +63,24 @@ def _claims_of(notebook: str) -> dict[str, pd.DataFrame]:
     return {name: read_claims(folder).set_index("id") for name, folder in result_folders(notebook).items()}
 
 
-def findings() -> str:
-    """List the claims of the first screen with their effects in every set."""
+def findings(pretrained: bool = True) -> str:
+    """List the claims of `SHOWN_CLAIMS` with their effects.
+
+    **Arguments**
+
+    - `pretrained`: in sets of pretrained models, which the first screen is about; otherwise in those that are trained here.
+      Default True.
+    """
     lines = []
     for notebook, keys in SHOWN_CLAIMS.items():
         page = f"docs/results.md#{notebook[3:].replace('_', '-')}"
         found = _claims_of(notebook)
         for key in keys:
-            parts = {name: claims.loc[key] for name, claims in found.items() if key in claims.index}
-            if not parts:
+            judged = {name: claims.loc[key] for name, claims in found.items() if key in claims.index}
+            if not judged:
                 raise ReportError(f"{published_folder()} must have the claim {key!r} of {notebook}, and has none.")
+            if not (parts := {name: row for name, row in judged.items() if (name in PRETRAINED) == pretrained}):
+                continue
             sides = "; ".join(f"{name}: {format_effect(row)}, **{row.verdict}**" for name, row in parts.items())
             lines.append(f"- {next(iter(parts.values())).claim}. {sides} ([more]({page}))")
     return "\n".join(lines)
@@ -141,7 +154,7 @@ RESULTS = {
 } | {f"readings of {notebook}": partial(readings, notebook) for notebook in FINDINGS}
 DOCS = ROOT / "docs"
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {"findings": findings, "headline": headline},
+    README: {"findings": findings, "headline": headline, "other findings": partial(findings, pretrained=False)},
     DOCS / "results.md": RESULTS,
     DOCS / "claims.md": {"claims": claims},
     DOCS / "benchmarks.md": {"benchmarks": benchmarks},

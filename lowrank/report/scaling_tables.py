@@ -1,6 +1,6 @@
 """The tables of docs/scaling.md: what real models took, and what larger ones would take by the same lines."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -53,7 +53,7 @@ def real_costs() -> str:
 def checked_lines() -> str:
     """Compare the seconds of truncating a real model with what small Llamas of random weights predict for its shapes."""
     costs = _read_costs()
-    lines = costs.query("kind == 'predicted'").set_index("stage").ns_per_work
+    lines = costs.query("kind == 'predicted'").set_index("stage").ns_per_work.to_dict()
     rows = []
     for name, folder in _pretrained().items():
         run, table = read_run(folder), read_test(folder, "quality_by_keep")
@@ -78,13 +78,13 @@ def several_gpus() -> str:
     return pd.DataFrame(rows).to_markdown(index=False)
 
 
-def _compress_seconds(shapes: Sequence[tuple[int, int]], ns_per_work: pd.Series) -> float:
+def _compress_seconds(shapes: Sequence[tuple[int, int]], ns_per_work: Mapping[str, float]) -> float:
     """Return the seconds of decomposing and truncating layers by the measured lines."""
     work = {
         "eigendecompositions": sum(min(shape) ** 3 for shape in shapes),
         "the rest of compress": sum(m * n * (m + n) for m, n in shapes),
     }
-    return sum(float(ns_per_work[stage]) * amount for stage, amount in work.items()) / 1e9
+    return sum(ns_per_work[stage] * amount for stage, amount in work.items()) / 1e9
 
 
 def _pretrained() -> dict[str, Path]:
