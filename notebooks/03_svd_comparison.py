@@ -105,6 +105,7 @@ from lowrank.tasks.sweep import Sweep, SweepConfig, best_combination
 from lowrank.tasks.training import train
 from lowrank.training.refine import LoraOptions, tune_factors
 
+# %%
 report = Report("03_svd_comparison", globals())
 
 # %% [markdown]
