@@ -11,7 +11,7 @@ from lowrank.io.dependencies import ROOT
 from lowrank.io.files import writing
 from lowrank.report.bench_tables import benchmarks, sizing
 from lowrank.report.errors import ReportError
-from lowrank.report.findings.registry import FINDINGS, read_finding
+from lowrank.report.findings.registry import FINDINGS, list_readings, read_finding
 from lowrank.report.findings.results import format_effect, read_results
 from lowrank.report.folders import published_folder
 from lowrank.report.inference import REFUTED
@@ -137,7 +137,7 @@ def readings(notebook: str) -> str:
     parts = []
     for name, folder in result_folders(notebook).items():
         results = read_results(folder)
-        sentences = [read_finding(notebook, table, results) for table in FINDINGS[notebook].readings]
+        sentences = [read_finding(notebook, table, results) for table in list_readings(notebook, results)]
         parts.append("\n".join([f"**{name}**", "", *(f"- {escape(sentence)}" for sentence in sentences)]))
     return "\n\n".join(parts)
 

@@ -10,7 +10,7 @@ import pytest
 
 from lowrank.io.dependencies import ROOT
 from lowrank.report.__main__ import main
-from lowrank.report.findings.registry import FINDINGS, judge_results, read_finding
+from lowrank.report.findings.registry import FINDINGS, judge_results, list_readings, read_finding
 from lowrank.report.findings.results import Claim, Results, compare_arms, format_claim, judge_claims, read_results
 from lowrank.report.inference import mean_effect
 from lowrank.report.parameters import notebook_names
@@ -37,8 +37,10 @@ def test_published_claims_are_those_of_the_published_tables(folder: Path) -> Non
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=name_of)
 def test_every_reading_fills_a_sentence(folder: Path) -> None:
-    for table in FINDINGS[folder.name].readings:
-        text = read_finding(folder.name, table, read_results(folder))
+    results, known = read_results(folder), FINDINGS[folder.name].readings
+    assert set(list_readings(folder.name, results)) >= {name for name in known if len(results.table(name))}
+    for table in list_readings(folder.name, results):
+        text = read_finding(folder.name, table, results)
         assert text.endswith(".")
         assert "nan" not in text
         assert len(text) < 1200

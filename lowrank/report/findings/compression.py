@@ -143,13 +143,17 @@ def _read_draws(results: Results) -> str:
     arms = _samples(results)
     added = arms.drop(columns="dense").sub(arms.dense, axis=0).groupby("draw").mean()
     names = [name for name in ("whitened", "whitened, pivots", "best", "retargeted") if name in added]
+    if len(added) == 1:
+        parts = ", ".join(f"{name} {added[name].iloc[0]:.3g}" for name in names)
+        return f"With the one draw of calibration samples, the added test loss is: {parts}."
     parts = ", ".join(f"{name} {added[name].min():.3g} to {added[name].max():.3g}" for name in names)
     return f"Over {len(added)} draws of calibration samples, the added test loss goes from lowest to highest: {parts}."
 
 
 def _read_policies(results: Results) -> str:
     table = results.test("added_loss_by_policy")
-    keep = results.parameters["headline_keep"]
+    wanted = results.parameters["headline_keep"]
+    keep = min(table.keep.unique(), key=lambda keep: abs(keep - wanted))  # larger ones are not compared
     parts = []
     for method, rows in table[np.isclose(table.keep, keep)].groupby("method", sort=False):
         rows = rows.sort_values("added_loss")
@@ -179,6 +183,8 @@ def _read_bits(results: Results) -> str:
 
 def _read_refinement(results: Results) -> str:
     tested = results.test("quality_by_refinement").groupby("refinement", sort=False).loss.mean()
+    if len(tested) == 1:
+        return f"Nothing is trained in this set; the test loss where training would start is {tested.iloc[0]:.3f}."
     parts = ", ".join(f"{name} {loss:.3f}" for name, loss in tested.items())
     return f"Test loss, mean over draws of batches: {parts}."
 

@@ -47,6 +47,17 @@ def judge_results(notebook: str, results: Results) -> pd.DataFrame:
     return judge_claims(() if found is None else found.claims(results))
 
 
+def list_readings(notebook: str, results: Results) -> list[str]:
+    """List the tables that a notebook says a sentence about, without those that are empty: a set may leave out a section.
+
+    **Arguments**
+
+    - `notebook`: its stem.
+    - `results`: its tables.
+    """
+    return [table for table in FINDINGS[notebook].readings if results.has(table)]
+
+
 def read_finding(notebook: str, table: str, results: Results) -> str:
     """Say in a sentence what a table shows.
 
