@@ -68,8 +68,8 @@ def findings(pretrained: bool = True) -> str:
 
     **Arguments**
 
-    - `pretrained`: in sets of pretrained models, which the first screen is about; otherwise in those that are trained here.
-      Default True.
+    - `pretrained`: those that were judged on pretrained models, and on these alone: the first screen is about them. Otherwise
+      the others, which small models trained here answer. Default True.
     """
     lines = []
     for notebook, keys in SHOWN_CLAIMS.items():
@@ -79,7 +79,8 @@ def findings(pretrained: bool = True) -> str:
             judged = {name: claims.loc[key] for name, claims in found.items() if key in claims.index}
             if not judged:
                 raise ReportError(f"{published_folder()} must have the claim {key!r} of {notebook}, and has none.")
-            if not (parts := {name: row for name, row in judged.items() if (name in PRETRAINED) == pretrained}):
+            parts = {name: row for name, row in judged.items() if name in PRETRAINED} or judged
+            if (parts is judged) == pretrained:
                 continue
             sides = "; ".join(f"{name}: {format_effect(row)}, **{row.verdict}**" for name, row in parts.items())
             lines.append(f"- {next(iter(parts.values())).claim}. {sides} ([more]({page}))")
